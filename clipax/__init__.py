@@ -1,0 +1,50 @@
+"""Gradient clipping for JAX and Optax.
+
+Every method is one equation, `u <- c * u` with `c = coefficient(norm(u), max_norm)`, and
+an `optax.GradientTransformation` that chains with any optimizer:
+
+    optimizer = optax.chain(clipax.clip_by_global_norm(1.0), optax.adam(1e-3))
+
+* methods: `clip_by_global_norm`, `clip_by_leaf_norm`, `clip_by_unit_norm`,
+  `clip_by_block_rms`, `clip_by_average_norm`, `clip_by_value` (`clip`),
+  `adaptive_grad_clip`, and `measure`, which only records
+* what happened: `metrics`, `observe`
+* without an optimizer: `global_norm`, `clip_tree`, `clip_cotangent`
+* to build your own: `clip_by` over a norm (`global_norm`, `leaf_norm`, `unit_norm`,
+  `block_rms`, `average_norm`), a threshold (`fixed`, `relative_to_params`, `per_norm`) and
+  a coefficient (`hard`, `unclipped`); `scale` for what does not decompose
+"""
+
+from clipax._clip_by import ClipState as ClipState
+from clipax._clip_by import clip_by as clip_by
+from clipax.apply import clip_cotangent as clip_cotangent
+from clipax.apply import clip_tree as clip_tree
+from clipax.coefficients import hard as hard
+from clipax.coefficients import scale as scale
+from clipax.coefficients import unclipped as unclipped
+from clipax.methods.adaptive_grad_clip import adaptive_grad_clip as adaptive_grad_clip
+from clipax.methods.clip_by_average_norm import clip_by_average_norm as clip_by_average_norm
+from clipax.methods.clip_by_block_rms import clip_by_block_rms as clip_by_block_rms
+from clipax.methods.clip_by_global_norm import clip_by_global_norm as clip_by_global_norm
+from clipax.methods.clip_by_leaf_norm import clip_by_leaf_norm as clip_by_leaf_norm
+from clipax.methods.clip_by_unit_norm import clip_by_unit_norm as clip_by_unit_norm
+from clipax.methods.clip_by_value import clip as clip
+from clipax.methods.clip_by_value import clip_by_value as clip_by_value
+from clipax.methods.measure import measure as measure
+from clipax.metrics import metrics as metrics
+from clipax.norms import average_norm as average_norm
+from clipax.norms import block_rms as block_rms
+from clipax.norms import global_norm as global_norm
+from clipax.norms import leaf_norm as leaf_norm
+from clipax.norms import nfnets as nfnets
+from clipax.norms import output_first as output_first
+from clipax.norms import output_last as output_last
+from clipax.norms import unit_norm as unit_norm
+from clipax.norms import whole_leaf as whole_leaf
+from clipax.thresholds import fixed as fixed
+from clipax.thresholds import per_norm as per_norm
+from clipax.thresholds import relative_to_params as relative_to_params
+from clipax.wrappers import ObserveState as ObserveState
+from clipax.wrappers import observe as observe
+
+__version__ = "0.1.0"

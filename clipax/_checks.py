@@ -1,0 +1,101 @@
+"""Argument checks: each names the argument, what was given and what is right."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_schedule(value: Any) -> bool:
+    return callable(value) and not isinstance(value, jax.Array)
+
+
+def non_negative(**arguments: Any) -> None:
+    """Requires numbers >= 0, where a number is given; `inf` is one."""
+    _require(arguments, lambda value: value >= 0, "a number >= 0")
+
+
+def positive(**arguments: Any) -> None:
+    """Requires numbers > 0, where a number is given; `inf` is one."""
+    _require(arguments, lambda value: value > 0, "a number > 0")
+
+
+def non_positive(**arguments: Any) -> None:
+    """Requires numbers <= 0, where a number is given; `-inf` is one."""
+    _require(arguments, lambda value: value <= 0, "a number <= 0")
+
+
+def in_unit_interval(**arguments: Any) -> None:
+    """Requires numbers in [0, 1), where a number is given."""
+    _require(arguments, lambda value: 0 <= value < 1, "a number in [0, 1)")
+
+
+def bound(requirement: Callable[..., None], **arguments: Any) -> None:
+    """Checks every number in a bound: a number, a schedule or a tree of them."""
+    for name, value in arguments.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(value, is_leaf=_is_none):
+            if not is_schedule(leaf):
+                requirement(**{name + jax.tree_util.keystr(path): leaf})
+
+
+def one_bound(requirement: Callable[..., None], **arguments: Any) -> None:
+    """As `bound`, for methods that have one norm and so take no tree of bounds."""
+    for name, value in arguments.items():
+        if isinstance(value, (dict, list, tuple)):
+            raise ValueError(
+                f"{name} must be one number, array or schedule, got the tree {value!r}:"
+                " this method has one norm for all leaves."
+            )
+    bound(requirement, **arguments)
+
+
+def static(**arguments: Any) -> None:
+    """Requires values that are known while tracing."""
+    for name, value in arguments.items():
+        if isinstance(value, jax.Array):
+            raise ValueError(
+                f"{name} must be known while tracing, got the array {value}. Under"
+                f" `optax.inject_hyperparams`, pass `static_args=({name!r},)`."
+            )
+
+
+def order(ord: float | None) -> float:
+    """The order of a p-norm, 2 where none is given."""
+    if ord is None:
+        return 2.0
+    static(ord=ord)
+    positive(ord=ord)
+    return float(ord)
+
+
+def positive_integer(**arguments: Any) -> None:
+    """Requires integers >= 1 that are known while tracing."""
+    static(**arguments)
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def _require(arguments: dict[str, Any], holds: Callable[[float], bool], wanted: str) -> None:
+    for name, value in arguments.items():
+        if isinstance(value, jax.Array):
+            if isinstance(value, jax.core.Tracer) or not value.is_fully_addressable:
+                continue
+        elif not isinstance(value, (int, float, np.number, np.ndarray)) or isinstance(value, bool):
+            raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+        values = np.asarray(value)
+        if not _is_real(values.dtype) or not all(
+            not math.isnan(item) and holds(item) for item in values.astype(float).ravel()
+        ):
+            raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+
+
+def _is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, np.integer) or jnp.issubdtype(dtype, np.floating)
+
+
+def _is_none(value: Any) -> bool:
+    return value is None

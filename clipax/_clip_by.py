@@ -1,0 +1,143 @@
+"""The one place where updates are measured, scaled and remembered."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipax import _leaves, coefficients
+from clipax._typing import Array, AxisName, Bound, Coefficient, Norm, Norms, Updates
+from clipax.thresholds import as_threshold
+
+
+class ClipState(NamedTuple):
+    """What happened at the last update; `clipax.metrics` reads it.
+
+    The first three have the structure of the method's norms: a scalar for a global norm,
+    a tree of them for leaf norms, of arrays for unit norms. All are float32, or float64
+    where the parameters are.
+    """
+
+    norm: Norms
+    """The norm before clipping."""
+    max_norm: Norms
+    """The bound that it was held against."""
+    coefficient: Norms
+    """The factor that was applied, in [0, 1]."""
+    threshold: Any
+    """The state of the rule that gives the bound."""
+
+
+def clip_by(
+    norm: Norm,
+    threshold: Bound | optax.GradientTransformation,
+    coefficient: Coefficient = coefficients.hard,
+    *,
+    known_norm: bool = False,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds a clipping method from a norm, a threshold and a coefficient.
+
+    `u <- c * u` with `c = coefficient(norm(u), max_norm)`; `max_norm` is the threshold's.
+
+    Args:
+      norm: Measures updates: `(updates) -> norms`, a tree prefix of them. `global_norm`,
+        `leaf_norm`, `unit_norm`, `block_rms`, `average_norm`, or your own.
+      threshold: What bounds the norms: a number, a schedule `count -> value`, a tree
+        prefix of them, `relative_to_params(...)`, or any `optax.GradientTransformation`
+        that turns one norm into its bound, as `optax.ema(0.9)` does.
+      coefficient: `(norm, max_norm) -> factor` in [0, 1], element by element.
+      known_norm: Whether `update` takes the norm, if it is known already, as the extra
+        argument `norm=`, in the structure of the norms, and then does not measure.
+      axis_name: As in `global_norm`; the norm is called with it if it is given.
+
+    Returns:
+      A transformation whose state is a `ClipState`. `init` takes arrays or
+      `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      ValueError: A number in `threshold` is negative, NaN, boolean, None or a string; at
+        `init` and `update`, a prefix does not fit.
+
+    | updates | result |
+    |---|---|
+    | norm <= max_norm | the updates, bit for bit |
+    | all zero | zeros, also for max_norm = 0 |
+    | an inf entry | NaN there, zero elsewhere; the history stays as it was |
+    | a NaN entry | NaN wherever that norm reaches; the history stays as it was |
+    | None, integer, bool, float0 leaf | as it was, not measured |
+
+    Example:
+      >>> rule = optax.chain(optax.ema(0.5, debias=False), optax.scale(1.5))
+      >>> clip = clip_by(global_norm, rule)
+      >>> updates = {"w": jnp.array([3.0, 4.0])}
+      >>> clip.update(updates, clip.init(updates))[0]
+      {'w': Array([2.25, 3.  ], dtype=float32)}
+    """
+    threshold = as_threshold(threshold)
+    measure = norm if axis_name is None else functools.partial(norm, axis_name=axis_name)
+
+    def init_fn(params: Updates) -> ClipState:
+        # Shapes alone are asked for, and mapped axes are not bound outside a step.
+        unmapped = norm if axis_name is None else functools.partial(norm, axis_name=())
+        shapes = jax.eval_shape(unmapped, _leaves.only_measured(params))
+        norms = jax.tree.map(jnp.zeros_like, shapes)
+        return ClipState(norms, norms, jax.tree.map(jnp.ones_like, norms), threshold.init(norms))
+
+    def update_fn(
+        updates: Updates,
+        state: ClipState,
+        params: Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[Updates, ClipState]:
+        known = extra_args.get("norm") if known_norm else None
+        norms = _like(state.norm, known if known is not None else measure(updates))
+        max_norms, threshold_state = threshold.update(
+            norms,
+            state.threshold,
+            _param_norms(measure, updates, params, state.norm),
+            max_norm=state.max_norm,
+        )
+        factors = _coefficients(coefficient, norms, max_norms)
+        return coefficients.scale(updates, factors), ClipState(
+            norms, max_norms, factors, threshold_state
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _like(template: Norms, norms: Norms) -> Norms:
+    """The norms in the structure and dtypes of the state; a frozen leaf's are zero."""
+
+    def conform(kept: Array, norm: Any) -> Array:
+        if norm is None:
+            return jnp.zeros_like(kept)
+        return jnp.asarray(norm).astype(kept.dtype).reshape(kept.shape)
+
+    return _leaves.map_prefix(conform, template, norms, is_leaf=None, name="norm")
+
+
+def _param_norms(
+    measure: Norm, updates: Updates, params: Updates | None, template: Norms
+) -> Norms | None:
+    """Norms of the parameters where updates are measured; unused ones cost nothing in jit."""
+    if params is None:
+        return None
+    leaves, treedef = jax.tree.flatten(updates, is_leaf=_leaves.is_none)
+    try:
+        subtrees = _leaves.up_to(treedef, params)
+    except ValueError:
+        return None  # Only a threshold that needs them can say whether that is wrong.
+    matching = [
+        param if _leaves.is_measured(leaf) else None
+        for leaf, param in zip(leaves, subtrees, strict=True)
+    ]
+    return _like(template, measure(jax.tree.unflatten(treedef, matching)))
+
+
+def _coefficients(coefficient: Coefficient, norms: Norms, max_norms: Norms) -> Norms:
+    alike = _leaves.Alike(norms)
+    pairs = zip(alike.stack(norms), alike.stack(max_norms), strict=True)
+    return alike.unstack([coefficient(norm, max_norm) for norm, max_norm in pairs])

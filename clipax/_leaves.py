@@ -1,0 +1,111 @@
+"""Which leaves are measured, in what width, and what a rule says of each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipax._typing import Array, LeafRule, Updates
+
+
+def is_measured(leaf: Any) -> bool:
+    """Floating and complex leaves are; integer, bool, float0 and foreign ones are not."""
+    if isinstance(leaf, (float, complex)):
+        return True
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, np.inexact)
+
+
+def wide_dtype(*dtypes: Any) -> Any:
+    """The real dtype in which leaves of these dtypes are measured and scaled."""
+    double = any(np.dtype(dtype) in (np.float64, np.complex128) for dtype in dtypes)
+    return jnp.dtype(np.float64 if double else np.float32)
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """A leaf's path as a rule sees it: "encoder/layer_0/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def is_none(node: Any) -> bool:
+    return node is None
+
+
+def only_measured(updates: Updates) -> Updates:
+    """The updates with None for every leaf that is not measured."""
+    return jax.tree.map(lambda leaf: leaf if is_measured(leaf) else None, updates)
+
+
+def up_to(treedef: Any, tree: Any) -> list[Any]:
+    """The subtrees of a tree where the structure has its leaves."""
+    return list(treedef.flatten_up_to(tree))
+
+
+def map_prefix(
+    function: Callable[..., Any],
+    prefix: Any,
+    tree: Any,
+    *,
+    is_leaf: Callable[[Any], bool] | None = is_none,
+    name: str,
+) -> Any:
+    """Maps `function(prefix_leaf, subtree)`; the error says whose prefix did not fit."""
+    leaves, treedef = jax.tree.flatten(prefix, is_leaf=is_leaf)
+    try:
+        subtrees = up_to(treedef, tree)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{name} must be one value or a tree prefix of the updates, got {prefix!r}"
+            f" for the structure {jax.tree.structure(tree)}: {error}"
+        ) from error
+    return jax.tree.unflatten(treedef, map(function, leaves, subtrees))
+
+
+def per_leaf(updates: Updates, **rule: LeafRule) -> list[Any]:
+    """What `name=rule` says of each leaf, in the order of `jax.tree.leaves`."""
+    ((name, value),) = rule.items()
+    if callable(value):
+        return [
+            value(path_string(path), leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+        ]
+    values: list[Any] = []
+
+    def extend(leaf_value: Any, subtree: Any) -> None:
+        values.extend([leaf_value] * len(jax.tree.leaves(subtree)))
+
+    map_prefix(extend, value, updates, is_leaf=_is_rule_value, name=name)
+    return values
+
+
+def _is_rule_value(node: Any) -> bool:
+    # A tuple of integers or of names is one value: several axes of one leaf.
+    return node is None or (
+        type(node) is tuple and all(isinstance(item, int | str) for item in node)
+    )
+
+
+class Alike:
+    """Stacks the leaves of a tree that have one type, so that one operation serves them."""
+
+    def __init__(self, tree: Any):
+        leaves, self._treedef = jax.tree.flatten(tree)
+        groups: dict[Any, list[int]] = {}
+        for index, leaf in enumerate(leaves):
+            groups.setdefault(jax.typeof(leaf), []).append(index)
+        self._groups = list(groups.values())
+
+    def stack(self, tree: Any) -> list[Array]:
+        """Stacks a tree of the same structure."""
+        leaves = up_to(self._treedef, tree)
+        return [jnp.stack([leaves[index] for index in group]) for group in self._groups]
+
+    def unstack(self, stacks: list[Array]) -> Any:
+        """Undoes `stack`."""
+        leaves: list[Any] = [None] * sum(map(len, self._groups))
+        for group, stack in zip(self._groups, stacks, strict=True):
+            for row, index in enumerate(group):
+                leaves[index] = stack[row]
+        return jax.tree.unflatten(self._treedef, leaves)

@@ -1,0 +1,30 @@
+"""The types that signatures speak of."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import optax
+
+Array: TypeAlias = jax.Array
+Updates: TypeAlias = Any
+"""A pytree of arrays: gradients, or whatever an optimizer makes of them."""
+
+Norms: TypeAlias = Any
+"""A tree prefix of the updates; each leaf broadcasts against what it measures."""
+
+Norm: TypeAlias = Callable[..., Norms]
+"""`(updates) -> norms`; takes `axis_name=` too if it is to work in `pmap`."""
+
+Coefficient: TypeAlias = Callable[[Array, Array], Array]
+"""`(norm, max_norm) -> factor in [0, 1]`, element by element."""
+
+Bound: TypeAlias = jax.typing.ArrayLike | optax.Schedule | Any
+"""A number, a scalar array, a schedule `count -> value`, or a tree prefix of them."""
+
+Axes: TypeAlias = int | Sequence[int] | None
+LeafRule: TypeAlias = Any
+"""One value for every leaf, a tree prefix of values, or `(path, leaf) -> value`."""
+
+AxisName: TypeAlias = Hashable | Sequence[Hashable] | Any
+"""Names of mapped mesh axes: one, several, or a tree prefix of them."""

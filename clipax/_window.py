@@ -1,0 +1,48 @@
+"""A window over the last values of a scalar, in memory of fixed size."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from clipax._typing import Array
+
+
+class WindowState(NamedTuple):
+    values: Array
+    """A ring: the value number `i` stands at `i % window_size`; float."""
+    count: Array  # type: ignore[assignment]
+    """How many values there have been; int32."""
+
+
+def empty(window_size: int, value: Array) -> WindowState:
+    """A window for values like this one."""
+    return WindowState(jnp.zeros((window_size,), value.dtype), jnp.zeros((), jnp.int32))
+
+
+def push(window: WindowState, value: Array) -> WindowState:
+    """The window with the value in place of its oldest."""
+    slot = window.count % window.values.shape[-1]
+    return WindowState(window.values.at[slot].set(value), optax.safe_increment(window.count))
+
+
+def quantile(window: WindowState, q: float | Array) -> Array:
+    """The quantile of the values in the window, interpolated as by `numpy.quantile`.
+
+    Inf where there are none. Leading axes are those of several windows.
+    """
+    size = window.values.shape[-1]
+    filled = jnp.minimum(window.count, size)[..., None]
+    in_use = jnp.arange(size).reshape((1,) * (filled.ndim - 1) + (size,)) < filled
+    ordered = jnp.sort(jnp.where(in_use, window.values, jnp.inf), axis=-1)
+    last = jnp.maximum(filled - 1, 0)
+    position = last.astype(ordered.dtype) * jnp.asarray(q).astype(ordered.dtype)
+    below = jnp.floor(position).astype(jnp.int32)
+    low, high = (
+        jnp.take_along_axis(ordered, jnp.minimum(index, last), axis=-1)
+        for index in (below, below + 1)
+    )
+    weight = position - below.astype(position.dtype)
+    # An empty window has inf on both sides, and inf - inf is not a step.
+    step = jnp.where(high > low, high - low, 0.0)
+    return (low + weight * step)[..., 0]

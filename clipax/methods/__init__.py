@@ -1,0 +1,1 @@
+"""One file for each published method, named as its function."""

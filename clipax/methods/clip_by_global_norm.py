@@ -1,0 +1,78 @@
+"""Clipping by the global norm."""
+
+import functools
+
+import jax
+import optax
+
+from clipax import _checks
+from clipax._clip_by import clip_by
+from clipax._typing import AxisName, Bound
+from clipax.coefficients import hard
+from clipax.norms import global_norm
+
+
+def clip_by_global_norm(
+    max_norm: Bound,
+    ord: float | None = None,
+    *,
+    eps: jax.typing.ArrayLike = 0.0,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales all updates by one factor, so that their global norm is bounded.
+
+    `u <- u * min(1, max_norm / (norm + eps))` with `norm = (sum_i |u_i|^p)^(1/p)` over
+    all entries of all leaves.
+
+    Args:
+      max_norm: The bound, >= 0: a number, a scalar array or a schedule `count -> value`.
+        Typically 1.0; `inf` measures only.
+      ord: The order `p > 0` of the norm; `inf` is the largest modulus. None is 2. Under
+        `optax.inject_hyperparams` it needs `static_args=("ord",)`.
+      eps: >= 0. With 1e-6 the factor is `torch.nn.utils.clip_grad_norm_`'s, and a clipped
+        norm ends just below the bound.
+      axis_name: The mapped axes that shard the leaves, where types do not say: under
+        `pmap`, `vmap(axis_name=...)` and `shard_map(check_vma=False)`. One name, several
+        or a tree prefix; `()` for replicated leaves.
+
+    Returns:
+      A transformation whose state is a `ClipState` of scalars. Its `update` takes the
+      norm of the updates, if it is known already, as the extra argument `norm=`, and then
+      does not measure it again; in a chain, every global clip in it gets that one.
+
+    Raises:
+      ValueError: `max_norm` or `eps` is negative, NaN, boolean, None or a string;
+        `ord` <= 0.
+
+    | updates | max_norm | result |
+    |---|---|---|
+    | norm <= max_norm, eps = 0 | any | the updates, bit for bit |
+    | zero | 0 | zeros |
+    | any finite | 0 | zeros |
+    | any finite | inf | the updates, bit for bit |
+    | an inf entry | finite | NaN there, zero elsewhere |
+    | a NaN entry | any | all NaN |
+    | finite, but the norm overflows its dtype | finite | zeros |
+    | None, integer, bool, float0 leaf | any | as it was, not measured |
+
+    Bit for bit holds of normal numbers; XLA's CPU and TPU backends flush subnormal ones,
+    and a factor below the smallest normal number (1.2e-38) with them.
+
+    Example:
+      >>> clip = clip_by_global_norm(6.5)
+      >>> updates = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}
+      >>> clipped, state = clip.update(updates, clip.init(updates))
+      >>> clipped
+      {'b': Array([6.], dtype=float32), 'w': Array([1.5, 2. ], dtype=float32)}
+      >>> state.norm, state.coefficient
+      (Array(13., dtype=float32), Array(0.5, dtype=float32))
+
+    References:
+      Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks",
+      2013, https://arxiv.org/abs/1211.5063
+    """
+    _checks.one_bound(_checks.non_negative, max_norm=max_norm)
+    _checks.non_negative(eps=eps)
+    norm = functools.partial(global_norm, ord=_checks.order(ord))
+    coefficient = functools.partial(hard, eps=eps)
+    return clip_by(norm, max_norm, coefficient, known_norm=True, axis_name=axis_name)

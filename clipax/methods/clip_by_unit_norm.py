@@ -1,0 +1,70 @@
+"""Clipping each output unit by its own norm."""
+
+import functools
+
+import optax
+
+from clipax import _checks
+from clipax._clip_by import clip_by
+from clipax._typing import AxisName, Bound, LeafRule
+from clipax.norms import unit_norm
+
+
+def clip_by_unit_norm(
+    max_norm: Bound,
+    ord: float | None = None,
+    *,
+    unit_axis: LeafRule = None,
+    mask: LeafRule = True,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales each output unit's weights, so that their norm is bounded.
+
+    `u_j <- u_j * min(1, max_norm / norm_j)` with `norm_j = (sum_i |u_ij|^p)^(1/p)` over
+    all entries that feed unit `j`.
+
+    Args:
+      max_norm: The bound, >= 0: a number, a scalar array, a schedule `count -> value`, or
+        a tree prefix of them.
+      ord: The order `p > 0` of the norm; `inf` is the largest modulus. None is 2.
+      unit_axis: The axes that count the units: an axis, a tuple of axes (`(0, -1)` for
+        stacked layers), a tree prefix, or a function `(path, leaf) -> axes | None`, where
+        None makes the whole leaf one unit. None is `output_last`, which is right for the
+        kernels of Flax and Haiku other than embeddings and attention's last projection;
+        `output_first`, `nfnets` and `whole_leaf` are at hand too.
+      mask: Which leaves are clipped: True, a tree prefix of booleans, or a function
+        `(path, leaf) -> bool`.
+      axis_name: As in `clip_by_global_norm`; it names the axes that shard what is summed.
+
+    Returns:
+      A transformation whose state is a `ClipState` of trees with an array a leaf that
+      broadcasts against it, or a scalar where the leaf is one unit.
+
+    Raises:
+      ValueError: A number in `max_norm` is negative, NaN, boolean, None or a string;
+        `ord` <= 0; at `init` and `update`, a prefix does not fit or a leaf lacks an axis.
+
+    | leaf | result |
+    |---|---|
+    | a unit with norm <= max_norm | that unit, bit for bit |
+    | rank 0 or 1 | one unit, unless a function says otherwise |
+    | a NaN entry | its unit all NaN; other units unharmed |
+    | masked out, None, integer, bool, float0 | as it was, not measured |
+
+    Under `optax.inject_hyperparams`, functions and integers need `static_args`.
+
+    Example:
+      >>> clip = clip_by_unit_norm(1.0)
+      >>> updates = {"kernel": jnp.array([[3.0, 0.5], [4.0, 0.0]])}
+      >>> clip.update(updates, clip.init(updates))[0]["kernel"].round(6)
+      Array([[0.6, 0.5],
+             [0.8, 0. ]], dtype=float32)
+
+    References:
+      Brock, De, Smith, Simonyan, "High-performance large-scale image recognition without
+      normalization", 2021, https://arxiv.org/abs/2102.06171 (for what a unit is)
+    """
+    _checks.bound(_checks.non_negative, max_norm=max_norm)
+    _checks.static(unit_axis=unit_axis, mask=mask)
+    norm = functools.partial(unit_norm, ord=_checks.order(ord), unit_axis=unit_axis, mask=mask)
+    return clip_by(norm, max_norm, axis_name=axis_name)

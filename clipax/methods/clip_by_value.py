@@ -1,0 +1,158 @@
+"""Clipping each entry."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipax import _checks, _leaves
+from clipax._clip_by import ClipState, clip_by
+from clipax._typing import Array, AxisName, Bound, Norms, Updates
+from clipax.coefficients import hard, scale
+from clipax.norms import leaf_norm
+
+
+def clip_by_value(
+    max_value: Bound, min_value: Bound | None = None, *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
+    """Clips each entry to `[min_value, max_value]`, by default `[-max_value, max_value]`.
+
+    `u_i <- min(max(u_i, min_value), max_value)`. A complex entry is clipped by its
+    modulus and keeps its phase: `u_i <- u_i * min(1, max_value / |u_i|)`.
+
+    Args:
+      max_value: The upper bound, >= 0: a number, a scalar array, a schedule
+        `count -> value`, or a tree prefix of them.
+      min_value: The lower bound, <= 0, in the same forms; None is `-max_value`. Zero lies
+        between the two, so that a zero gradient stays zero.
+      axis_name: As in `clip_by_global_norm`; it matters to the recorded norm alone.
+
+    Returns:
+      A transformation whose state is a `ClipState` of trees with a scalar a leaf: `norm`
+      is the largest modulus of an entry, `max_norm` the larger bound's, `coefficient` the
+      smallest factor that an entry was scaled by.
+
+    Raises:
+      ValueError: `max_value` is negative or `min_value` positive, or a number in them is
+        NaN, boolean, None or a string; at `init` and `update`, a prefix does not fit, or
+        `min_value` is given for a complex leaf.
+
+    | entry | result |
+    |---|---|
+    | within the bounds | as it was, bit for bit |
+    | inf, -inf | the bound |
+    | complex with an infinite part | NaN |
+    | NaN | NaN; other entries unharmed |
+    | any, with bounds of 0 | 0 |
+    | None, integer, bool, float0 leaf | as it was, not measured |
+
+    Example:
+      >>> clip = clip_by_value(1.0)
+      >>> updates = jnp.array([3.0, -0.5, -4.0])
+      >>> clip.update(updates, clip.init(updates))[0]
+      Array([ 1. , -0.5, -1. ], dtype=float32)
+
+    References:
+      Pan, Li, "Toward understanding why Adam converges faster than SGD for transformers",
+      2023, https://arxiv.org/abs/2306.00204 (coordinate-wise clipping)
+    """
+    _checks.bound(_checks.non_negative, max_value=max_value)
+    if min_value is None:
+        sides = [clip_by(_largest, max_value, axis_name=axis_name)]
+    else:
+        _checks.bound(_checks.non_positive, min_value=min_value)
+        sides = [
+            clip_by(_largest_positive, max_value, axis_name=axis_name),
+            clip_by(_largest_negative, _negated(min_value), axis_name=axis_name),
+        ]
+
+    def merge(states: list[ClipState]) -> ClipState:
+        def fold(pick: Any, trees: list[Norms]) -> Norms:
+            return functools.reduce(lambda one, other: jax.tree.map(pick, one, other), trees)
+
+        return ClipState(
+            fold(jnp.maximum, [state.norm for state in states]),
+            fold(jnp.maximum, [state.max_norm for state in states]),
+            fold(jnp.minimum, [state.coefficient for state in states]),
+            tuple(state.threshold for state in states),
+        )
+
+    def init_fn(params: Updates) -> ClipState:
+        return merge([side.init(params) for side in sides])
+
+    def update_fn(
+        updates: Updates, state: ClipState, params: Updates | None = None, **extra_args: Any
+    ) -> tuple[Updates, ClipState]:
+        del params, extra_args
+        states = [
+            # The sides say what happened; the updates they scale are never computed in jit.
+            side.update(updates, state._replace(threshold=threshold))[1]
+            for side, threshold in zip(sides, state.threshold, strict=True)
+        ]
+        tops, bottoms = states[0].max_norm, states[-1].max_norm
+        clipped = jax.tree.map(_clip_subtree, tops, bottoms, updates, is_leaf=_leaves.is_none)
+        return clipped, merge(states)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def clip(max_value: Bound, *, axis_name: AxisName = None) -> optax.GradientTransformationExtraArgs:
+    """Clips each entry to `[-max_value, max_value]`: optax's name for `clip_by_value`.
+
+    Args:
+      max_value: As in `clip_by_value`.
+      axis_name: As in `clip_by_value`.
+
+    Example:
+      >>> transformation = clip(1.0)
+      >>> updates = jnp.array([3.0, -0.5])
+      >>> transformation.update(updates, transformation.init(updates))[0]
+      Array([ 1. , -0.5], dtype=float32)
+    """
+    return clip_by_value(max_value, axis_name=axis_name)
+
+
+def _largest(updates: Updates, **axis_name: Any) -> Norms:
+    return leaf_norm(updates, math.inf, **axis_name)
+
+
+def _largest_positive(updates: Updates, **axis_name: Any) -> Norms:
+    return _largest(jax.tree.map(_positive_part, _leaves.only_measured(updates)), **axis_name)
+
+
+def _largest_negative(updates: Updates, **axis_name: Any) -> Norms:
+    mirrored = jax.tree.map(jnp.negative, _leaves.only_measured(updates))
+    return _largest_positive(mirrored, **axis_name)
+
+
+def _positive_part(leaf: Any) -> Array:
+    if jnp.iscomplexobj(leaf):
+        raise ValueError(
+            "min_value must be None for complex leaves, which are clipped by their modulus."
+        )
+    return jnp.maximum(leaf, 0)
+
+
+def _negated(bound: Bound) -> Bound:
+    def negate(leaf: Any) -> Any:
+        return (lambda count: -leaf(count)) if _checks.is_schedule(leaf) else -leaf
+
+    return jax.tree.map(negate, bound)
+
+
+def _clip_subtree(top: Array | None, bottom: Array | None, subtree: Updates) -> Updates:
+    if top is None or bottom is None:
+        return subtree
+
+    def clip_leaf(leaf: Any) -> Any:
+        leaf = jnp.asarray(leaf)
+        if jnp.iscomplexobj(leaf):
+            return scale(leaf, hard(jnp.abs(leaf), top.astype(leaf.real.dtype)))
+        wide = _leaves.wide_dtype(leaf.dtype, top.dtype)
+        lowest, highest = -bottom.astype(wide), top.astype(wide)
+        return jnp.clip(leaf.astype(wide), lowest, highest).astype(leaf.dtype)
+
+    return jax.tree.map(clip_leaf, subtree)

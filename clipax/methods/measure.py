@@ -1,0 +1,60 @@
+"""Recording norms without clipping, to choose a bound from."""
+
+import jax.numpy as jnp
+import optax
+
+from clipax import _checks, _window
+from clipax._clip_by import clip_by
+from clipax._typing import Array, AxisName, Norm
+from clipax._window import WindowState
+from clipax.coefficients import unclipped
+from clipax.norms import global_norm
+
+
+def measure(
+    norm: Norm = global_norm, *, window_size: int = 1000, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
+    """Never clips: records the norms and a window of them, to choose a bound from.
+
+    `u <- u`. `clipax.metrics` gives the last norm and the quantiles 0.5, 0.9 and 0.99 of
+    the last `window_size` finite ones: a bound at `norm_q90` would clip one step in ten.
+
+    Args:
+      norm: What is measured: `global_norm`, `leaf_norm`, `block_rms`, ..., or your own.
+      window_size: How many norms are remembered, >= 1; one float each.
+      axis_name: As in `clip_by_global_norm`.
+
+    Returns:
+      A transformation whose state is a `ClipState` in the structure of the norms, with
+      `max_norm` inf and `coefficient` one. Its `update` takes a known norm as the extra
+      argument `norm=`.
+
+    Raises:
+      ValueError: `window_size` is not an integer >= 1.
+
+    | updates | result |
+    |---|---|
+    | any, NaN and inf too | as they were, bit for bit |
+    | a norm that is not finite | recorded as the last norm, kept out of the window |
+
+    Example:
+      >>> recorder = measure()
+      >>> state = recorder.init(jnp.zeros(2))
+      >>> for updates in (jnp.array([3.0, 4.0]), jnp.array([0.0, 1.0])):
+      ...     _, state = recorder.update(updates, state)
+      >>> metrics(state)["norm"], metrics(state)["norm_q50"]
+      (Array(1., dtype=float32), Array(3., dtype=float32))
+    """
+    _checks.positive_integer(window_size=window_size)
+
+    def update_fn(
+        norm: Array, state: WindowState, params: Array | None = None
+    ) -> tuple[Array, WindowState]:
+        del params
+        return jnp.full_like(norm, jnp.inf), _window.push(state, norm)
+
+    def init_fn(norm: Array) -> WindowState:
+        return _window.empty(window_size, norm)
+
+    recorder = optax.GradientTransformation(init_fn, update_fn)
+    return clip_by(norm, recorder, unclipped, known_norm=True, axis_name=axis_name)

@@ -1,0 +1,141 @@
+"""What happened, as a flat dict of scalars for a logger."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clipax import _leaves, _window
+from clipax._clip_by import ClipState
+from clipax._typing import Array, Norms
+from clipax._window import WindowState
+from clipax.wrappers import ObserveState
+
+_QUANTILES = (0.5, 0.9, 0.99)
+
+
+def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
+    """Reads every clipax state in an optimizer state, however deeply it is nested.
+
+    Works inside and outside `jit`, on the state of any chain, mask, partition, injection
+    or accumulation.
+
+    Args:
+      opt_state: Any pytree that holds states of clipax.
+      per_leaf: Whether each leaf's own norms are given too, with its path in the key.
+
+    Returns:
+      A dict from names to scalars. A clipping state gives
+
+      | key | value |
+      |---|---|
+      | `norm` | the norm before clipping; of several, the largest |
+      | `clipped_norm` | the norm after, `coefficient * norm`; of several, the largest |
+      | `max_norm` | the bound; of several, the largest |
+      | `coefficient` | the factor; of several, the smallest |
+      | `clip_fraction` | the share of norms whose factor is not one |
+      | `norm_q50`, `norm_q90`, `norm_q99` | `measure` alone: quantiles of its window |
+
+      with `per_leaf`, also `norm/<path>`, `clipped_norm/<path>`, `max_norm/<path>` and
+      `coefficient/<path>`; an `observe` state gives `norm_in`, `norm_out`, `cosine`.
+      Names that lead to a state (of `optax.named_chain`, the labels of
+      `optax.partition`) come before its keys, as `grads/norm`. States that no name tells
+      apart are numbered in their order, as `0/norm`, `1/norm`.
+
+    | opt_state | result |
+    |---|---|
+    | no clipax state | {} |
+    | no update so far | norm 0, max_norm 0, coefficient 1 |
+    | no measured leaf | norm 0, clip_fraction 0 |
+
+    Example:
+      >>> optimizer = optax.chain(clip_by_global_norm(1.0), optax.adam(1e-3))
+      >>> params = {"w": jnp.array([3.0, 4.0])}
+      >>> _, opt_state = optimizer.update(params, optimizer.init(params))
+      >>> {name: round(float(value), 3) for name, value in metrics(opt_state).items()}
+      {'norm': 5.0, 'clipped_norm': 1.0, 'max_norm': 1.0, 'coefficient': 0.2, 'clip_fraction': 1.0}
+    """
+    states = list(_find(opt_state, ()))
+    names = _distinct(["/".join(path) for path, _ in states])
+    result: dict[str, Array] = {}
+    for name, (_, state) in zip(names, states, strict=True):
+        read = _observed(state) if isinstance(state, ObserveState) else _clipped(state, per_leaf)
+        result.update({f"{name}/{key}" if name else key: value for key, value in read.items()})
+    return result
+
+
+def _find(tree: Any, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Clipax states with the names on the way to them, outer ones first."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_state)
+    for path, node in found:
+        names = (str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+        if _is_state(node):
+            here = (*above, *names)
+            yield here, node
+            if isinstance(node, ObserveState):
+                yield from _find(node.inner_state, here)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, (ClipState, ObserveState))
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Numbers names that occur more than once."""
+    totals, seen, distinct = Counter(names), Counter[str](), []
+    for name in names:
+        if totals[name] > 1:
+            distinct.append(f"{name}/{seen[name]}" if name else str(seen[name]))
+            seen[name] += 1
+        else:
+            distinct.append(name)
+    return distinct
+
+
+def _observed(state: ObserveState) -> dict[str, Array]:
+    return {"norm_in": state.norm_in, "norm_out": state.norm_out, "cosine": state.cosine}
+
+
+def _clipped(state: ClipState, per_leaf: bool) -> dict[str, Array]:
+    trees = {
+        "norm": state.norm,
+        "clipped_norm": jax.tree.map(jnp.multiply, state.norm, state.coefficient),
+        "max_norm": state.max_norm,
+        "coefficient": state.coefficient,
+    }
+    result = {name: _extreme(name, *jax.tree.leaves(tree)) for name, tree in trees.items()}
+    result["clip_fraction"] = _clip_fraction(state.coefficient)
+    for window in jax.tree.leaves(state.threshold, is_leaf=_is_window):
+        if _is_window(window):
+            for q in _QUANTILES:
+                value = jnp.max(_window.quantile(window, q))
+                key = f"norm_q{round(100 * q)}"
+                result[key] = jnp.maximum(result[key], value) if key in result else value
+    if per_leaf:
+        for name, tree in trees.items():
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                if path:
+                    result[f"{name}/{_leaves.path_string(path)}"] = _extreme(name, leaf)
+    return result
+
+
+def _extreme(name: str, *leaves: Array) -> Array:
+    pick, start = (jnp.min, 1.0) if name == "coefficient" else (jnp.max, 0.0)
+    if not leaves:
+        return jnp.asarray(start, jnp.float32)
+    wide = _leaves.wide_dtype(*(leaf.dtype for leaf in leaves))
+    return pick(jnp.stack([pick(leaf, initial=start).astype(wide) for leaf in leaves]))
+
+
+def _clip_fraction(coefficient: Norms) -> Array:
+    leaves = jax.tree.leaves(coefficient)
+    total = sum(leaf.size for leaf in leaves)
+    # A NaN factor changes the updates, and counts.
+    clipped = sum((jnp.sum(~(leaf >= 1)) for leaf in leaves), start=jnp.zeros((), jnp.int32))
+    return clipped.astype(jnp.float32) / max(total, 1)
+
+
+def _is_window(node: Any) -> bool:
+    return isinstance(node, WindowState)

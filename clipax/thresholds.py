@@ -1,0 +1,193 @@
+"""The threshold axis: what bounds a norm.
+
+A threshold is an `optax.GradientTransformation` over the tree of norms:
+`init(norms)` and `update(norms, state, param_norms) -> (max_norms, state)`.
+
+`fixed` and `relative_to_params` see the tree as a whole. Any other transformation, such
+as `optax.chain(optax.ema(0.9), optax.scale(1.5))`, is a rule for one norm: `clip_by` has
+`per_norm` lift it, so that every norm has a state of its own.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipax import _checks, _leaves
+from clipax._typing import Array, Bound, Norms
+
+
+class Threshold(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
+    """A threshold over the whole tree of norms, which looks after its own history."""
+
+
+class FixedState(NamedTuple):
+    count: Array  # type: ignore[assignment]
+    """The number of updates so far; int32."""
+
+
+def fixed(max_norm: Bound) -> Threshold:
+    """Bounds norms by a number, a schedule `count -> value`, or a tree prefix of them.
+
+    Args:
+      max_norm: >= 0. `inf` never clips. A value that is known only while tracing cannot
+        be checked; a negative one then counts as zero.
+
+    Returns:
+      A threshold. With a schedule its state holds the `count` of updates; else nothing.
+
+    Raises:
+      ValueError: A number in `max_norm` is negative, NaN, boolean, None or a string; at
+        `init` and `update`, the prefix does not fit.
+
+    Example:
+      >>> threshold = fixed(2.0)
+      >>> norms = {"w": jnp.array(5.0), "b": jnp.array(1.0)}
+      >>> threshold.update(norms, threshold.init(norms))[0]
+      {'b': Array(2., dtype=float32), 'w': Array(2., dtype=float32)}
+    """
+    _checks.bound(_checks.non_negative, max_norm=max_norm)
+    is_scheduled = any(map(_checks.is_schedule, jax.tree.leaves(max_norm)))
+
+    def init_fn(norms: Norms) -> Any:
+        _bounds(max_norm, norms, jnp.zeros((), jnp.int32))  # a prefix that does not fit
+        return FixedState(jnp.zeros((), jnp.int32)) if is_scheduled else optax.EmptyState()
+
+    def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
+        del params, extra_args
+        if not is_scheduled:
+            return _bounds(max_norm, norms, None), state
+        bounds = _bounds(max_norm, norms, state.count)
+        return bounds, FixedState(optax.safe_increment(state.count))
+
+    return Threshold(init_fn, update_fn)
+
+
+def relative_to_params(ratio: Bound, eps: jax.typing.ArrayLike = 1e-3) -> Threshold:
+    """Bounds norms by the parameters' own: `max_norm = ratio * max(param_norm, eps)`.
+
+    Args:
+      ratio: > 0, in the forms that `fixed` takes.
+      eps: >= 0, the least parameter norm, so that a layer that starts at zero can move.
+
+    Returns:
+      A threshold with the state of `fixed(ratio)`.
+
+    Raises:
+      ValueError: `ratio` is not > 0 or `eps` not >= 0; at `update`, there are no params.
+
+    Example:
+      >>> threshold = relative_to_params(0.1)
+      >>> threshold.update(jnp.array(5.0), threshold.init(jnp.array(5.0)), jnp.array(2.0))[0]
+      Array(0.2, dtype=float32)
+    """
+    _checks.bound(_checks.positive, ratio=ratio)
+    _checks.non_negative(eps=eps)
+    ratios = fixed(ratio)
+
+    def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "A bound relative to the parameters needs params with the structure of the"
+                " updates: call update(updates, state, params)."
+            )
+        ratio_tree, state = ratios.update(norms, state)
+        bounds = jax.tree.map(
+            lambda r, norm: r * jnp.maximum(norm, jnp.asarray(eps).astype(norm.dtype)),
+            ratio_tree,
+            params,
+        )
+        return bounds, state
+
+    return Threshold(ratios.init, update_fn)
+
+
+def per_norm(rule: optax.GradientTransformation) -> Threshold:
+    """Lifts a rule for one norm to a tree of norms, each with a state of its own.
+
+    A norm that is not finite never enters a history: for it, and it alone, the rule's
+    state and bound stay as they were.
+
+    Args:
+      rule: An `optax.GradientTransformation` whose `update(norm, state, param_norm)`
+        gives the bound of one scalar norm.
+
+    Returns:
+      A threshold. Its state holds the rule's states stacked, one stack for each dtype and
+      shape of the norms. `update` takes the last bounds as the extra argument `max_norm`.
+
+    Example:
+      >>> threshold = per_norm(optax.chain(optax.ema(0.5, debias=False), optax.scale(1.5)))
+      >>> threshold.update(jnp.array(4.0), threshold.init(jnp.array(4.0)))[0]
+      Array(3., dtype=float32)
+    """
+
+    def init_fn(norms: Norms) -> Any:
+        alike = _leaves.Alike(norms)
+        return tuple(_elementwise(rule.init, stack)(stack) for stack in alike.stack(norms))
+
+    def update_fn(
+        norms: Norms,
+        state: Any,
+        params: Norms = None,
+        *,
+        max_norm: Norms = None,
+        **extra_args: Any,
+    ) -> Any:
+        del extra_args
+        alike = _leaves.Alike(norms)
+        stacks = alike.stack(norms)
+        absent = [None] * len(stacks)
+        param_stacks = absent if params is None else alike.stack(params)
+        last_stacks = alike.stack(norms if max_norm is None else max_norm)
+        results = [
+            _elementwise(update_one, stack)(stack, *others)
+            for stack, *others in zip(stacks, state, param_stacks, last_stacks, strict=True)
+        ]
+        return alike.unstack([bound for bound, _ in results]), tuple(s for _, s in results)
+
+    def update_one(norm: Array, state: Any, param_norm: Array | None, last: Array) -> Any:
+        max_norm, new_state = rule.update(norm, state, param_norm)
+        is_finite = jnp.isfinite(norm)
+
+        def remember(new: Array, old: Array) -> Array:
+            return jnp.where(is_finite, new, old)
+
+        bound = jnp.maximum(jnp.asarray(max_norm, norm.dtype), 0)
+        return remember(bound, last), jax.tree.map(remember, new_state, state)
+
+    return Threshold(init_fn, update_fn)
+
+
+def _elementwise(function: Callable[..., Any], array: Array) -> Callable[..., Any]:
+    for _ in range(array.ndim):
+        function = jax.vmap(function)
+    return function
+
+
+def as_threshold(value: Bound | optax.GradientTransformation) -> Threshold:
+    """A threshold as it is, a transformation lifted by `per_norm`, anything else `fixed`."""
+    if isinstance(value, Threshold):
+        return value
+    if isinstance(value, optax.GradientTransformation):
+        return per_norm(value)
+    return fixed(value)
+
+
+def _bounds(max_norm: Bound, norms: Norms, count: Array | None) -> Norms:
+    def spread(bound: Any, subtree: Norms) -> Norms:
+        value = bound(count) if _checks.is_schedule(bound) else bound
+        return jax.tree.map(lambda norm: _bound_like(norm, value), subtree)
+
+    return _leaves.map_prefix(spread, max_norm, norms, name="max_norm")
+
+
+def _bound_like(norm: Array, value: Any) -> Array:
+    bound = jnp.asarray(value).astype(norm.dtype)
+    if jnp.broadcast_shapes(bound.shape, norm.shape) != norm.shape:
+        raise ValueError(f"max_norm of shape {bound.shape} does not fit norms of {norm.shape}.")
+    # One that was traced may be negative, and must not turn the updates round.
+    return jnp.broadcast_to(jnp.maximum(bound, 0), norm.shape)
