@@ -36,14 +36,14 @@ from clipax.norms import average_norm as average_norm
 from clipax.norms import block_rms as block_rms
 from clipax.norms import global_norm as global_norm
 from clipax.norms import leaf_norm as leaf_norm
-from clipax.norms import nfnets as nfnets
-from clipax.norms import output_first as output_first
-from clipax.norms import output_last as output_last
 from clipax.norms import unit_norm as unit_norm
-from clipax.norms import whole_leaf as whole_leaf
 from clipax.thresholds import fixed as fixed
 from clipax.thresholds import per_norm as per_norm
 from clipax.thresholds import relative_to_params as relative_to_params
+from clipax.units import nfnets as nfnets
+from clipax.units import output_first as output_first
+from clipax.units import output_last as output_last
+from clipax.units import whole_leaf as whole_leaf
 from clipax.wrappers import ObserveState as ObserveState
 from clipax.wrappers import observe as observe
 

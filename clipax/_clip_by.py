@@ -100,7 +100,7 @@ def clip_by(
             _param_norms(measure, updates, params, state.norm),
             max_norm=state.max_norm,
         )
-        factors = _coefficients(coefficient, norms, max_norms)
+        factors = jax.tree.map(coefficient, norms, max_norms)
         return coefficients.scale(updates, factors), ClipState(
             norms, max_norms, factors, threshold_state
         )
@@ -135,9 +135,3 @@ def _param_norms(
         for leaf, param in zip(leaves, subtrees, strict=True)
     ]
     return _like(template, measure(jax.tree.unflatten(treedef, matching)))
-
-
-def _coefficients(coefficient: Coefficient, norms: Norms, max_norms: Norms) -> Norms:
-    alike = _leaves.Alike(norms)
-    pairs = zip(alike.stack(norms), alike.stack(max_norms), strict=True)
-    return alike.unstack([coefficient(norm, max_norm) for norm, max_norm in pairs])

@@ -8,9 +8,8 @@ input whose norm is representable: neither float16 [300] nor float32 [1e20, 1e20
 overflows, nor does 1e-30 vanish.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax import _checks, _compat, _leaves
+from clipax._safe_norm import Layout, separate_norms, total_norm
 from clipax._typing import Array, Axes, AxisName, LeafRule, Norms, Updates
-
-# Alike leaves up to this many elements share one reduction: a tree of a thousand small
-# leaves then compiles a handful of kernels, and what is copied to stack them is small.
-_SMALL = 2**14
+from clipax.units import output_last
 
 
 def global_norm(
@@ -58,12 +55,12 @@ def global_norm(
       >>> global_norm({"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}, ord=1)
       Array(19., dtype=float32)
     """
-    leaves = _measured_leaves(updates, axis_name)
+    order = _checks.order(ord)
+    leaves = _sharded_leaves(updates, axis_name)
     if not leaves:
         return jnp.zeros((), jnp.float32)
-    arrays, shards = zip(*((leaf.array, leaf.shards) for leaf in leaves), strict=True)
-    every_axis = tuple(tuple(range(array.ndim)) for array in arrays)
-    return _norms(arrays, every_axis, shards, (1.0,) * len(arrays), _checks.order(ord), True)[0]
+    layouts = tuple(Layout(tuple(range(leaf.array.ndim)), leaf.shards) for leaf in leaves)
+    return total_norm([leaf.array for leaf in leaves], layouts, order)
 
 
 def leaf_norm(
@@ -115,7 +112,7 @@ def leaf_norm(
             strict=True,
         )
     ]
-    return _leafwise(updates, summed, mask, axis_name, _checks.order(ord))
+    return _leafwise(updates, summed, mask, ord=_checks.order(ord), axis_name=axis_name)
 
 
 def unit_norm(
@@ -157,7 +154,7 @@ def unit_norm(
     for leaf, unit in zip(jax.tree.leaves(updates), units, strict=True):
         one_unit = unit is None or (not callable(rule) and jnp.ndim(leaf) <= 1)
         summed.append(None if one_unit else _other_axes(leaf, unit))
-    return _leafwise(updates, summed, mask, axis_name, _checks.order(ord))
+    return _leafwise(updates, summed, mask, ord=_checks.order(ord), axis_name=axis_name)
 
 
 def block_rms(updates: Updates, *, axis_name: AxisName = None) -> Norms:
@@ -167,7 +164,7 @@ def block_rms(updates: Updates, *, axis_name: AxisName = None) -> Norms:
       >>> block_rms(jnp.array([3.0, 4.0, 0.0, 0.0]))
       Array(2.5, dtype=float32)
     """
-    return _leafwise(updates, None, True, axis_name, 2.0, lambda size: size**-0.5)
+    return _leafwise(updates, weight=lambda size: size**-0.5, axis_name=axis_name)
 
 
 def average_norm(updates: Updates, *, axis_name: AxisName = None) -> Norms:
@@ -177,62 +174,39 @@ def average_norm(updates: Updates, *, axis_name: AxisName = None) -> Norms:
       >>> average_norm(jnp.array([3.0, 4.0]))
       Array(2.5, dtype=float32)
     """
-    return _leafwise(updates, None, True, axis_name, 2.0, lambda size: 1.0 / size)
-
-
-def output_last(path: str, leaf: Any) -> Axes:
-    """Units along the last axis, as Flax and Haiku lay out kernels; vectors are one."""
-    del path
-    return None if jnp.ndim(leaf) <= 1 else -1
-
-
-def output_first(path: str, leaf: Any) -> Axes:
-    """Units along the first axis, as torch lays out weights (timm); vectors are one."""
-    del path
-    return None if jnp.ndim(leaf) <= 1 else 0
-
-
-def nfnets(path: str, leaf: Any) -> Axes:
-    """The units of NFNets and optax: a matrix's columns, a kernel's output channels.
-
-    With one axis longer than one, or none, the leaf is one unit. Rank 3 is read as
-    attention: all but the first axis count units. Rank 4 and above: the last axis does.
-    """
-    del path
-    shape = jnp.shape(leaf)
-    if sum(size != 1 for size in shape) <= 1:
-        return None
-    return (1, 2) if len(shape) == 3 else -1
-
-
-def whole_leaf(path: str, leaf: Any) -> Axes:
-    """Each leaf is one unit, as in Dreamer's adaptive clipping."""
-    del path, leaf
-    return None
+    return _leafwise(updates, weight=lambda size: 1.0 / size, axis_name=axis_name)
 
 
 class _Leaf(NamedTuple):
     position: int
     array: Array
-    shards: tuple[Any, ...]
-    """The mapped axes over which this leaf's reduction goes on."""
+    shards: tuple[Hashable, ...]
+    """The mapped axes over which this leaf's sum goes on."""
 
 
-def _measured_leaves(
-    updates: Updates, axis_name: AxisName, partial: Sequence[bool] | None = None
+def _sharded_leaves(
+    updates: Updates,
+    axis_name: AxisName,
+    mask: LeafRule = True,
+    summed: Sequence[Axes] | None = None,
 ) -> list[_Leaf]:
     leaves = jax.tree.leaves(updates)
-    names = _leaves.per_leaf(updates, axis_name=axis_name)
-    partial = partial or [False] * len(leaves)
+    rows = zip(
+        leaves,
+        _leaves.per_leaf(updates, axis_name=axis_name),
+        _leaves.per_leaf(updates, mask=mask),
+        summed or [None] * len(leaves),
+        strict=True,
+    )
     return [
-        _Leaf(index, array, _sharding_axes(array, name, is_partial))
-        for index, (leaf, name, is_partial) in enumerate(zip(leaves, names, partial, strict=True))
-        if _leaves.is_measured(leaf)
+        _Leaf(position, array, _sharding_axes(array, name, is_partial=axes is not None))
+        for position, (leaf, name, is_wanted, axes) in enumerate(rows)
+        if is_wanted and _leaves.is_measured(leaf)
         for array in [jnp.asarray(leaf)]
     ]
 
 
-def _sharding_axes(array: Array, name: Any, is_partial: bool) -> tuple[Any, ...]:
+def _sharding_axes(array: Array, name: Any, *, is_partial: bool) -> tuple[Hashable, ...]:
     named = () if name is None else name if isinstance(name, tuple) else (name,)
     for axis in named:
         try:
@@ -260,38 +234,30 @@ def _sharding_axes(array: Array, name: Any, is_partial: bool) -> tuple[Any, ...]
 
 def _leafwise(
     updates: Updates,
-    summed: Sequence[Axes] | None,
-    mask: LeafRule,
-    axis_name: AxisName,
-    ord: float,
+    summed: Sequence[Axes] | None = None,
+    mask: LeafRule = True,
+    *,
+    ord: float = 2.0,
     weight: Callable[[int], float] = lambda _: 1.0,
+    axis_name: AxisName,
 ) -> Norms:
     """Measures each unmasked leaf over its summed axes, None being all of them."""
     every_leaf, treedef = jax.tree.flatten(updates)
     summed = summed or [None] * len(every_leaf)
-    wanted = _leaves.per_leaf(updates, mask=mask)
-    leaves = [
-        leaf
-        for leaf in _measured_leaves(updates, axis_name, [axes is not None for axes in summed])
-        if wanted[leaf.position]
-    ]
-    reduced = tuple(
-        tuple(range(leaf.array.ndim)) if (axes := summed[leaf.position]) is None else axes
-        for leaf in leaves
-    )
-    weights = tuple(weight(max(leaf.array.size * _shard_count(leaf), 1)) for leaf in leaves)
-    arrays, shards = [leaf.array for leaf in leaves], tuple(leaf.shards for leaf in leaves)
+    leaves = _sharded_leaves(updates, axis_name, mask, summed)
+    layouts = []
+    for leaf in leaves:
+        axes = summed[leaf.position]
+        size = leaf.array.size * math.prod(jax.lax.axis_size(axis) for axis in leaf.shards)
+        reduced = tuple(range(leaf.array.ndim)) if axes is None else axes
+        layouts.append(Layout(reduced, leaf.shards, weight(max(size, 1))))
     norms: list[Any] = [None] * len(every_leaf)
-    for leaf, norm in zip(
-        leaves, _norms(arrays, reduced, shards, weights, ord, False), strict=True
-    ):
-        # Sizes of one are kept where only some axes are summed; a whole leaf is a scalar.
-        norms[leaf.position] = norm if summed[leaf.position] is not None else norm.reshape(())
+    if leaves:
+        measured = separate_norms([leaf.array for leaf in leaves], tuple(layouts), ord)
+        for leaf, norm in zip(leaves, measured, strict=True):
+            is_whole = summed[leaf.position] is None
+            norms[leaf.position] = norm.reshape(()) if is_whole else norm
     return jax.tree.unflatten(treedef, norms)
-
-
-def _shard_count(leaf: _Leaf) -> int:
-    return math.prod(jax.lax.axis_size(axis) for axis in leaf.shards)
 
 
 def _summed_axes(leaf: Any, axes: Axes, stack_axis: Axes) -> Axes:
@@ -322,168 +288,3 @@ def _axis_tuple(leaf: Any, axes: Axes) -> tuple[int, ...]:
 def _other_axes(leaf: Any, axes: Axes) -> tuple[int, ...]:
     kept = _axis_tuple(leaf, axes)
     return tuple(axis for axis in range(jnp.ndim(leaf)) if axis not in kept)
-
-
-class _Group(NamedTuple):
-    """Leaves that are reduced as one stacked array."""
-
-    members: tuple[int, ...]
-    axes: tuple[int, ...]
-    shards: tuple[Any, ...]
-
-
-_Operation = tuple[Callable[..., Array], Callable[..., Any]]
-_SUM: _Operation = (jnp.sum, jax.lax.psum)
-_MAX: _Operation = (functools.partial(jnp.max, initial=0.0), jax.lax.pmax)
-
-
-class _Range(NamedTuple):
-    """Where sums of squares are trusted, and the units that bring the others there."""
-
-    lowest_sum: float
-    unit_of_huge: float
-    unit_of_tiny: float
-
-
-_RANGES = {
-    jnp.dtype(np.float32): _Range(2.0**-64, 2.0**90, 2.0**-70),
-    jnp.dtype(np.float64): _Range(2.0**-900, 2.0**600, 2.0**-560),
-}
-
-
-# Compiled as one function, so that eager calls are cached; inlined under an outer jit.
-@functools.partial(
-    jax.jit,
-    static_argnames=("axes", "shards", "weights", "ord", "in_total"),
-    inline=True,
-)
-def _norms(
-    arrays: Sequence[Array],
-    axes: tuple[tuple[int, ...], ...],
-    shards: tuple[tuple[Any, ...], ...],
-    weights: tuple[float, ...],
-    ord: float,
-    in_total: bool,
-) -> list[Array]:
-    """One norm over all arrays, or one for each over its own axes, kept with size one."""
-    groups = _grouped(arrays, axes, shards)
-    stacks = [jnp.stack([arrays[index] for index in group.members]) for group in groups]
-    widths = [_leaves.wide_dtype(stack.dtype) for stack in stacks]
-    if in_total:
-        widths = [_leaves.wide_dtype(*widths)] * len(groups)
-
-    def reduce(operation: _Operation, power: float, units: Sequence[Any]) -> list[Array]:
-        local, _ = operation
-        parts = [
-            local(_powers(stack, width, unit, power), axis=group.axes, keepdims=True)
-            for stack, width, unit, group in zip(stacks, widths, units, groups, strict=True)
-        ]
-        return (_in_total if in_total else _across_shards)(operation, parts, groups)
-
-    def spread(units: list[Array]) -> list[Array]:
-        return units * len(groups) if in_total else units
-
-    no_units = [None] * len(groups)
-    if ord == math.inf:
-        norms = reduce(_MAX, 1.0, no_units)
-    elif ord == 1:
-        norms = reduce(_SUM, 1.0, no_units)
-    else:
-        if ord == 2:
-            sums = reduce(_SUM, ord, no_units)
-            units = [_unit_for(part) for part in sums]
-            # The second read of the arrays happens only when the first left the range.
-            sums = jax.lax.cond(
-                functools.reduce(jnp.logical_and, [jnp.all(unit == 1) for unit in units]),
-                lambda: sums,
-                lambda: reduce(_SUM, ord, spread(units)),
-            )
-        else:
-            units = [_finite_or_one(part) for part in reduce(_MAX, 1.0, no_units)]
-            sums = reduce(_SUM, ord, spread(units))
-        norms = [_root(part, ord) * unit for part, unit in zip(sums, units, strict=True)]
-    if in_total:
-        return norms
-
-    by_leaf: dict[int, Array] = {}
-    for group, norm in zip(groups, norms, strict=True):
-        weighted = norm * weights[group.members[0]]
-        by_leaf.update((index, weighted[row]) for row, index in enumerate(group.members))
-    return [by_leaf[index] for index in range(len(arrays))]
-
-
-def _grouped(
-    arrays: Sequence[Array],
-    axes: tuple[tuple[int, ...], ...],
-    shards: tuple[tuple[Any, ...], ...],
-) -> list[_Group]:
-    groups: dict[Any, list[int]] = {}
-    for index, array in enumerate(arrays):
-        alike = (jax.typeof(array), axes[index], shards[index])
-        groups.setdefault(alike if array.size <= _SMALL else index, []).append(index)
-    return [
-        _Group(tuple(members), tuple(axis + 1 for axis in axes[first]), shards[first])
-        for members in groups.values()
-        for first in members[:1]
-    ]
-
-
-def _powers(stack: Array, width: Any, unit: Array | None, power: float) -> Array:
-    """|x / unit|^power in the given width."""
-
-    def in_units(x: Array) -> Array:
-        return x.astype(width) if unit is None else x.astype(width) / unit
-
-    is_complex = jnp.iscomplexobj(stack)
-    if power == 2:
-        squared = jnp.square(in_units(stack.real if is_complex else stack))
-        return squared + jnp.square(in_units(stack.imag)) if is_complex else squared
-    modulus = in_units(jnp.abs(stack))
-    if power == 1:
-        return modulus
-    # The inner `where` keeps the derivative of x**p finite at zero for p < 1.
-    return jnp.where(modulus > 0, jnp.where(modulus > 0, modulus, 1.0) ** power, 0.0)
-
-
-def _across_shards(
-    operation: _Operation, parts: list[Array], groups: Sequence[_Group]
-) -> list[Array]:
-    """Completes sharded parts with one collective for each set of axes."""
-    _, collective = operation
-    complete = list(parts)
-    for shards in {group.shards for group in groups if group.shards}:
-        rows = [row for row, group in enumerate(groups) if group.shards == shards]
-        whole = collective([parts[row] for row in rows], shards)
-        for row, part in zip(rows, whole, strict=True):
-            complete[row] = part
-    return complete
-
-
-def _in_total(operation: _Operation, parts: list[Array], groups: Sequence[_Group]) -> list[Array]:
-    """One scalar out of all parts, replicated leaves counted once."""
-    local, _ = operation
-    by_shards: dict[Any, list[Array]] = {}
-    for part, group in zip(parts, groups, strict=True):
-        by_shards.setdefault(group.shards, []).append(local(part))
-    partial = [local(jnp.stack(scalars)) for scalars in by_shards.values()]
-    representatives = [_Group((), (), shards) for shards in by_shards]
-    return [local(jnp.stack(_across_shards(operation, partial, representatives)))]
-
-
-def _unit_for(sums: Array) -> Array:
-    within = _RANGES[sums.dtype]
-    one, huge, tiny = (jnp.full_like(sums, unit) for unit in (1.0, *within[1:]))
-    return jnp.where(sums < within.lowest_sum, tiny, jnp.where(sums == jnp.inf, huge, one))
-
-
-def _finite_or_one(largest: Array) -> Array:
-    usable = (largest > 0) & jnp.isfinite(largest)
-    return jax.lax.stop_gradient(jnp.where(usable, largest, jnp.ones_like(largest)))
-
-
-def _root(sums: Array, power: float) -> Array:
-    """sums**(1/power) with a derivative of zero, not NaN, at zero."""
-    positive = jnp.where(sums > 0, sums, jnp.ones_like(sums))
-    root = jnp.sqrt(positive) if power == 2 else positive ** (1 / power)
-    # A NaN is not > 0 and must come through.
-    return jnp.where(sums > 0, root, sums)

@@ -8,8 +8,9 @@ import optax
 from clipax import _checks
 from clipax._clip_by import clip_by
 from clipax._typing import AxisName, Bound, LeafRule
-from clipax.norms import nfnets, unit_norm
+from clipax.norms import unit_norm
 from clipax.thresholds import relative_to_params
+from clipax.units import nfnets
 
 
 def adaptive_grad_clip(

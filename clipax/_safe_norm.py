@@ -1,0 +1,178 @@
+"""The one reduction behind every norm: wide, safe in range, complete over shards."""
+
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipax import _leaves
+from clipax._typing import Array
+
+
+class Layout(NamedTuple):
+    """How one array is reduced."""
+
+    axes: tuple[int, ...]
+    """The axes that are summed over."""
+    shards: tuple[Hashable, ...]
+    """The mapped axes over which the sum goes on."""
+    weight: float = 1.0
+    """What the norm is multiplied by, as 1 / sqrt(n) for a root mean square."""
+
+
+class _Range(NamedTuple):
+    """Where sums of squares are trusted, and the units that bring the others there."""
+
+    lowest_sum: float
+    unit_of_huge: float
+    unit_of_tiny: float
+
+
+_RANGES = {
+    jnp.dtype(np.float32): _Range(2.0**-64, 2.0**90, 2.0**-70),
+    jnp.dtype(np.float64): _Range(2.0**-900, 2.0**600, 2.0**-560),
+}
+
+# In a sum over a tree, alike leaves up to this many elements share one reduction: a tree
+# of a thousand small leaves then compiles a few kernels, and little is copied to stack them.
+_LARGEST_STACKED = 2**14
+
+_Operation = tuple[Callable[..., Array], Callable[..., Any]]
+_SUM: _Operation = (jnp.sum, jax.lax.psum)
+_MAX: _Operation = (functools.partial(jnp.max, initial=0.0), jax.lax.pmax)
+
+
+# Both are jitted so that eager calls are cached, and inlined under an outer jit.
+@functools.partial(jax.jit, static_argnames=("layouts", "ord"), inline=True)
+def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float) -> Array:
+    """One norm over all arrays, each over all of its axes."""
+    width = _leaves.wide_dtype(*(array.dtype for array in arrays))
+    stacks = _stacked_alike(arrays, layouts)
+
+    def reduce(operation: _Operation, power: float, units: list[Array] | None) -> list[Array]:
+        local, _ = operation
+        by_shards: dict[Any, list[Array]] = {}
+        for members, shards in stacks:
+            stack = jnp.stack([arrays[index] for index in members])
+            part = local(_powers(stack, width, units[0] if units else None, power))
+            by_shards.setdefault(shards, []).append(part)
+        partial = [local(jnp.stack(parts)) for parts in by_shards.values()]
+        return [local(jnp.stack(_across_shards(operation, partial, list(by_shards))))]
+
+    return _p_norms(reduce, ord, [1.0])[0]
+
+
+@functools.partial(jax.jit, static_argnames=("layouts", "ord"), inline=True)
+def separate_norms(
+    arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float
+) -> list[Array]:
+    """A norm for each array over its own axes, which are kept with size one."""
+
+    def reduce(operation: _Operation, power: float, units: list[Array] | None) -> list[Array]:
+        local, _ = operation
+        parts = [
+            local(
+                _powers(array, _leaves.wide_dtype(array.dtype), unit, power),
+                axis=layout.axes,
+                keepdims=True,
+            )
+            for array, layout, unit in zip(
+                arrays, layouts, units or [None] * len(arrays), strict=True
+            )
+        ]
+        return _across_shards(operation, parts, [layout.shards for layout in layouts])
+
+    return _p_norms(reduce, ord, [layout.weight for layout in layouts])
+
+
+def _p_norms(
+    reduce: Callable[[_Operation, float, list[Array] | None], list[Array]],
+    ord: float,
+    weights: Sequence[float],
+) -> list[Array]:
+    """`(sum |x|^p)^(1/p)` from sums of `|x / unit|^p`, with units that keep them in range."""
+    if ord == math.inf:
+        return reduce(_MAX, 1.0, None)
+    if ord == 1:
+        return reduce(_SUM, 1.0, None)
+    if ord == 2:
+        sums = reduce(_SUM, ord, None)
+        units = [_unit_for(part) for part in sums]
+        in_range = functools.reduce(jnp.logical_and, [jnp.all(unit == 1) for unit in units])
+        # The second read of the arrays happens only when the first left the range.
+        sums = jax.lax.cond(in_range, lambda: sums, lambda: reduce(_SUM, ord, units))
+    else:
+        units = [_finite_or_one(largest) for largest in reduce(_MAX, 1.0, None)]
+        sums = reduce(_SUM, ord, units)
+    return [
+        _root(part, ord) * weight * unit
+        for part, weight, unit in zip(sums, weights, units, strict=True)
+    ]
+
+
+def _stacked_alike(
+    arrays: Sequence[Array], layouts: Sequence[Layout]
+) -> list[tuple[list[int], tuple[Hashable, ...]]]:
+    """Positions of arrays that are reduced as one, with the mapped axes of each stack."""
+    groups: dict[Any, list[int]] = {}
+    for index, (array, layout) in enumerate(zip(arrays, layouts, strict=True)):
+        alike = (jax.typeof(array), layout.shards)
+        groups.setdefault(alike if array.size <= _LARGEST_STACKED else index, []).append(index)
+    return [(members, layouts[members[0]].shards) for members in groups.values()]
+
+
+def _powers(x: Array, width: Any, unit: Array | None, power: float) -> Array:
+    """|x / unit|^power in the given width."""
+
+    def in_units(part: Array) -> Array:
+        return part.astype(width) if unit is None else part.astype(width) / unit
+
+    is_complex = jnp.iscomplexobj(x)
+    if power == 2:
+        squared = jnp.square(in_units(x.real if is_complex else x))
+        return squared + jnp.square(in_units(x.imag)) if is_complex else squared
+    modulus = in_units(jnp.abs(x))
+    if power == 1:
+        return modulus
+    # The inner `where` keeps the derivative of x**p finite at zero for p < 1.
+    return jnp.where(modulus > 0, jnp.where(modulus > 0, modulus, 1.0) ** power, modulus)
+
+
+def _across_shards(
+    operation: _Operation, parts: list[Array], shards: list[tuple[Hashable, ...]]
+) -> list[Array]:
+    """Completes sharded parts with one collective for each set of mapped axes."""
+    _, collective = operation
+    complete = list(parts)
+    # In the order of the leaves: every process must issue the collectives alike.
+    for axes in dict.fromkeys(filter(None, shards)):
+        rows = [row for row, part_axes in enumerate(shards) if part_axes == axes]
+        for row, whole in zip(rows, collective([parts[row] for row in rows], axes), strict=True):
+            complete[row] = whole
+    return complete
+
+
+def _unit_for(sums: Array) -> Array:
+    within = _RANGES[sums.dtype]
+    one, huge, tiny = (
+        jnp.full_like(sums, unit) for unit in (1.0, within.unit_of_huge, within.unit_of_tiny)
+    )
+    return jnp.where(sums < within.lowest_sum, tiny, jnp.where(sums == jnp.inf, huge, one))
+
+
+def _finite_or_one(largest: Array) -> Array:
+    usable = (largest > 0) & jnp.isfinite(largest)
+    # A norm does not depend on its unit, and neither does its derivative.
+    return jax.lax.stop_gradient(jnp.where(usable, largest, jnp.ones_like(largest)))
+
+
+def _root(sums: Array, power: float) -> Array:
+    """sums**(1/power) with a derivative of zero, not NaN, at zero."""
+    positive = jnp.where(sums > 0, sums, jnp.ones_like(sums))
+    root = jnp.sqrt(positive) if power == 2 else positive ** (1 / power)
+    # A NaN is not > 0 and must come through.
+    return jnp.where(sums > 0, root, sums)
