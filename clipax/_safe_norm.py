@@ -25,16 +25,16 @@ class Layout(NamedTuple):
 
 
 class _Range(NamedTuple):
-    """Where sums of squares are trusted, and the units that bring the others there."""
+    """Where sums of squares are trusted, and the scales that bring the others there."""
 
     lowest_sum: float
-    unit_of_huge: float
-    unit_of_tiny: float
+    scale_of_huge: float
+    scale_of_tiny: float
 
 
 _RANGES = {
-    jnp.dtype(np.float32): _Range(2.0**-64, 2.0**90, 2.0**-70),
-    jnp.dtype(np.float64): _Range(2.0**-900, 2.0**600, 2.0**-560),
+    jnp.dtype(np.float32): _Range(2.0**-64, 2.0**-90, 2.0**70),
+    jnp.dtype(np.float64): _Range(2.0**-900, 2.0**-600, 2.0**560),
 }
 
 # In a sum over a tree, alike leaves up to this many elements share one reduction: a tree
@@ -53,12 +53,12 @@ def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float)
     width = _leaves.wide_dtype(*(array.dtype for array in arrays))
     stacks = _stacked_alike(arrays, layouts)
 
-    def reduce(operation: _Operation, power: float, units: list[Array] | None) -> list[Array]:
+    def reduce(operation: _Operation, power: float, scales: list[Array] | None) -> list[Array]:
         local, _ = operation
         by_shards: dict[Any, list[Array]] = {}
         for members, shards in stacks:
             stack = jnp.stack([arrays[index] for index in members])
-            part = local(_powers(stack, width, units[0] if units else None, power))
+            part = local(_powers(stack, width, scales[0] if scales else None, power))
             by_shards.setdefault(shards, []).append(part)
         partial = [local(jnp.stack(parts)) for parts in by_shards.values()]
         return [local(jnp.stack(_across_shards(operation, partial, list(by_shards))))]
@@ -72,16 +72,16 @@ def separate_norms(
 ) -> list[Array]:
     """A norm for each array over its own axes, which are kept with size one."""
 
-    def reduce(operation: _Operation, power: float, units: list[Array] | None) -> list[Array]:
+    def reduce(operation: _Operation, power: float, scales: list[Array] | None) -> list[Array]:
         local, _ = operation
         parts = [
             local(
-                _powers(array, _leaves.wide_dtype(array.dtype), unit, power),
+                _powers(array, _leaves.wide_dtype(array.dtype), scale, power),
                 axis=layout.axes,
                 keepdims=True,
             )
-            for array, layout, unit in zip(
-                arrays, layouts, units or [None] * len(arrays), strict=True
+            for array, layout, scale in zip(
+                arrays, layouts, scales or [None] * len(arrays), strict=True
             )
         ]
         return _across_shards(operation, parts, [layout.shards for layout in layouts])
@@ -94,23 +94,23 @@ def _p_norms(
     ord: float,
     weights: Sequence[float],
 ) -> list[Array]:
-    """`(sum |x|^p)^(1/p)` from sums of `|x / unit|^p`, with units that keep them in range."""
+    """`(sum |x|^p)^(1/p)` from sums of `|s x|^p`, with scales `s` that keep them in range."""
     if ord == math.inf:
         return reduce(_MAX, 1.0, None)
     if ord == 1:
         return reduce(_SUM, 1.0, None)
     if ord == 2:
         sums = reduce(_SUM, ord, None)
-        units = [_unit_for(part) for part in sums]
-        in_range = functools.reduce(jnp.logical_and, [jnp.all(unit == 1) for unit in units])
+        scales = [_scale_for(part) for part in sums]
+        in_range = functools.reduce(jnp.logical_and, [jnp.all(scale == 1) for scale in scales])
         # The second read of the arrays happens only when the first left the range.
-        sums = jax.lax.cond(in_range, lambda: sums, lambda: reduce(_SUM, ord, units))
+        sums = jax.lax.cond(in_range, lambda: sums, lambda: reduce(_SUM, ord, scales))
     else:
-        units = [_finite_or_one(largest) for largest in reduce(_MAX, 1.0, None)]
-        sums = reduce(_SUM, ord, units)
+        scales = [_scale_to_one(largest) for largest in reduce(_MAX, 1.0, None)]
+        sums = reduce(_SUM, ord, scales)
     return [
-        _root(part, ord) * weight * unit
-        for part, weight, unit in zip(sums, weights, units, strict=True)
+        _root(part, ord) * weight / scale
+        for part, weight, scale in zip(sums, weights, scales, strict=True)
     ]
 
 
@@ -125,17 +125,17 @@ def _stacked_alike(
     return [(members, layouts[members[0]].shards) for members in groups.values()]
 
 
-def _powers(x: Array, width: Any, unit: Array | None, power: float) -> Array:
-    """|x / unit|^power in the given width."""
+def _powers(x: Array, width: Any, scale: Array | None, power: float) -> Array:
+    """|scale * x|^power in the given width."""
 
-    def in_units(part: Array) -> Array:
-        return part.astype(width) if unit is None else part.astype(width) / unit
+    def scaled(part: Array) -> Array:
+        return part.astype(width) if scale is None else part.astype(width) * scale
 
     is_complex = jnp.iscomplexobj(x)
     if power == 2:
-        squared = jnp.square(in_units(x.real if is_complex else x))
-        return squared + jnp.square(in_units(x.imag)) if is_complex else squared
-    modulus = in_units(jnp.abs(x))
+        squared = jnp.square(scaled(x.real if is_complex else x))
+        return squared + jnp.square(scaled(x.imag)) if is_complex else squared
+    modulus = scaled(jnp.abs(x))
     if power == 1:
         return modulus
     # The inner `where` keeps the derivative of x**p finite at zero for p < 1.
@@ -156,18 +156,20 @@ def _across_shards(
     return complete
 
 
-def _unit_for(sums: Array) -> Array:
+def _scale_for(sums: Array) -> Array:
     within = _RANGES[sums.dtype]
     one, huge, tiny = (
-        jnp.full_like(sums, unit) for unit in (1.0, within.unit_of_huge, within.unit_of_tiny)
+        jnp.full_like(sums, scale) for scale in (1.0, within.scale_of_huge, within.scale_of_tiny)
     )
     return jnp.where(sums < within.lowest_sum, tiny, jnp.where(sums == jnp.inf, huge, one))
 
 
-def _finite_or_one(largest: Array) -> Array:
+def _scale_to_one(largest: Array) -> Array:
     usable = (largest > 0) & jnp.isfinite(largest)
-    # A norm does not depend on its unit, and neither does its derivative.
-    return jax.lax.stop_gradient(jnp.where(usable, largest, jnp.ones_like(largest)))
+    # Four, lest the inverse of the largest numbers be subnormal, and flushed to zero.
+    scale = jnp.where(largest > 1, 4.0, 1.0) / jnp.where(usable, largest, 1.0)
+    # A norm does not depend on its scale, and neither does its derivative.
+    return jax.lax.stop_gradient(jnp.where(usable, scale, 1.0))
 
 
 def _root(sums: Array, power: float) -> Array:
