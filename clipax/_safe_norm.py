@@ -33,8 +33,8 @@ class _Range(NamedTuple):
 
 
 _RANGES = {
-    jnp.dtype(np.float32): _Range(2.0**-64, 2.0**-90, 2.0**70),
-    jnp.dtype(np.float64): _Range(2.0**-900, 2.0**-600, 2.0**560),
+    jnp.dtype(np.float32): _Range(2.0**-64, 2.0**-90, 2.0**63),
+    jnp.dtype(np.float64): _Range(2.0**-900, 2.0**-600, 2.0**511),
 }
 
 # In a sum over a tree, alike leaves up to this many elements share one reduction: a tree
@@ -70,19 +70,18 @@ def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float)
 def separate_norms(
     arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float
 ) -> list[Array]:
-    """A norm for each array over its own axes, which are kept with size one."""
+    """A norm for each array: a scalar over all of its axes, else with size one at the summed."""
 
     def reduce(operation: _Operation, power: float, scales: list[Array] | None) -> list[Array]:
         local, _ = operation
+        each: Sequence[Array | None] = scales or [None] * len(arrays)
         parts = [
             local(
                 _powers(array, _leaves.wide_dtype(array.dtype), scale, power),
                 axis=layout.axes,
-                keepdims=True,
+                keepdims=len(layout.axes) < array.ndim,
             )
-            for array, layout, scale in zip(
-                arrays, layouts, scales or [None] * len(arrays), strict=True
-            )
+            for array, layout, scale in zip(arrays, layouts, each, strict=True)
         ]
         return _across_shards(operation, parts, [layout.shards for layout in layouts])
 
@@ -99,19 +98,21 @@ def _p_norms(
         return reduce(_MAX, 1.0, None)
     if ord == 1:
         return reduce(_SUM, 1.0, None)
-    if ord == 2:
-        sums = reduce(_SUM, ord, None)
-        scales = [_scale_for(part) for part in sums]
-        in_range = functools.reduce(jnp.logical_and, [jnp.all(scale == 1) for scale in scales])
-        # The second read of the arrays happens only when the first left the range.
-        sums = jax.lax.cond(in_range, lambda: sums, lambda: reduce(_SUM, ord, scales))
-    else:
-        scales = [_scale_to_one(largest) for largest in reduce(_MAX, 1.0, None)]
-        sums = reduce(_SUM, ord, scales)
-    return [
-        _root(part, ord) * weight / scale
-        for part, weight, scale in zip(sums, weights, scales, strict=True)
-    ]
+
+    def roots(sums: list[Array]) -> list[Array]:
+        return [_root(part, ord) * weight for part, weight in zip(sums, weights, strict=True)]
+
+    def rescaled(scales: list[Array]) -> list[Array]:
+        norms = roots(reduce(_SUM, ord, scales))
+        return [norm / scale for norm, scale in zip(norms, scales, strict=True)]
+
+    if ord != 2:
+        return rescaled([_scale_to_one(largest) for largest in reduce(_MAX, 1.0, None)])
+    sums = reduce(_SUM, ord, None)
+    scales = [_scale_for(part) for part in sums]
+    in_range = functools.reduce(jnp.logical_and, [jnp.all(scale == 1) for scale in scales])
+    # The second read of the arrays happens only when the first left the range.
+    return list(jax.lax.cond(in_range, lambda: roots(sums), lambda: rescaled(scales)))
 
 
 def _stacked_alike(
@@ -129,7 +130,11 @@ def _powers(x: Array, width: Any, scale: Array | None, power: float) -> Array:
     """|scale * x|^power in the given width."""
 
     def scaled(part: Array) -> Array:
-        return part.astype(width) if scale is None else part.astype(width) * scale
+        if scale is None:
+            return part.astype(width)
+        # A maximum, which XLA keeps: of constants, it would else square the scale first.
+        product = part.astype(width) * scale
+        return jnp.maximum(product, -product)
 
     is_complex = jnp.iscomplexobj(x)
     if power == 2:

@@ -150,7 +150,7 @@ def unit_norm(
     _checks.static(unit_axis=unit_axis, mask=mask)
     rule = output_last if unit_axis is None else unit_axis
     units = _leaves.per_leaf(updates, unit_axis=rule)
-    summed: list[Axes] = []
+    summed: list[tuple[int, ...] | None] = []
     for leaf, unit in zip(jax.tree.leaves(updates), units, strict=True):
         one_unit = unit is None or (not callable(rule) and jnp.ndim(leaf) <= 1)
         summed.append(None if one_unit else _other_axes(leaf, unit))
@@ -188,7 +188,7 @@ def _sharded_leaves(
     updates: Updates,
     axis_name: AxisName,
     mask: LeafRule = True,
-    summed: Sequence[Axes] | None = None,
+    summed: Sequence[tuple[int, ...] | None] | None = None,
 ) -> list[_Leaf]:
     leaves = jax.tree.leaves(updates)
     rows = zip(
@@ -234,7 +234,7 @@ def _sharding_axes(array: Array, name: Any, *, is_partial: bool) -> tuple[Hashab
 
 def _leafwise(
     updates: Updates,
-    summed: Sequence[Axes] | None = None,
+    summed: Sequence[tuple[int, ...] | None] | None = None,
     mask: LeafRule = True,
     *,
     ord: float = 2.0,
@@ -245,22 +245,21 @@ def _leafwise(
     every_leaf, treedef = jax.tree.flatten(updates)
     summed = summed or [None] * len(every_leaf)
     leaves = _sharded_leaves(updates, axis_name, mask, summed)
-    layouts = []
+    layouts: list[Layout] = []
     for leaf in leaves:
         axes = summed[leaf.position]
         size = leaf.array.size * math.prod(jax.lax.axis_size(axis) for axis in leaf.shards)
-        reduced = tuple(range(leaf.array.ndim)) if axes is None else axes
+        reduced = tuple(range(leaf.array.ndim)) if axes is None else tuple(axes)
         layouts.append(Layout(reduced, leaf.shards, weight(max(size, 1))))
     norms: list[Any] = [None] * len(every_leaf)
     if leaves:
         measured = separate_norms([leaf.array for leaf in leaves], tuple(layouts), ord)
         for leaf, norm in zip(leaves, measured, strict=True):
-            is_whole = summed[leaf.position] is None
-            norms[leaf.position] = norm.reshape(()) if is_whole else norm
+            norms[leaf.position] = norm
     return jax.tree.unflatten(treedef, norms)
 
 
-def _summed_axes(leaf: Any, axes: Axes, stack_axis: Axes) -> Axes:
+def _summed_axes(leaf: Any, axes: Axes, stack_axis: Axes) -> tuple[int, ...] | None:
     if stack_axis is None:
         return None if axes is None else _axis_tuple(leaf, axes)
     if axes is not None:

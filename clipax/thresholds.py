@@ -190,4 +190,5 @@ def _bound_like(norm: Array, value: Any) -> Array:
     if jnp.broadcast_shapes(bound.shape, norm.shape) != norm.shape:
         raise ValueError(f"max_norm of shape {bound.shape} does not fit norms of {norm.shape}.")
     # One that was traced may be negative, and must not turn the updates round.
-    return jnp.broadcast_to(jnp.maximum(bound, 0), norm.shape)
+    # The sum, not a broadcast: it has the norms' sharding.
+    return jnp.zeros_like(norm) + jnp.maximum(bound, 0)

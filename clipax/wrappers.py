@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clipax import _leaves
@@ -88,7 +89,8 @@ def _unit_vector(updates: Updates, norm: Array) -> Updates:
 
     def divide(leaf: Any) -> Array:
         leaf = jnp.asarray(leaf)
-        wide = jnp.promote_types(leaf.dtype, norm.dtype)
+        kind = np.complex64 if jnp.iscomplexobj(leaf) else np.float32
+        wide = np.result_type(norm.dtype, kind)
         return leaf.astype(wide) / divisor.astype(wide)
 
     return jax.tree.map(divide, _leaves.only_measured(updates))

@@ -1,0 +1,117 @@
+"""Trees and transformations that many tests share."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import clipax
+
+# Arguments without a default, by name: what makes a method act on `params_and_updates()`,
+# and what keeps it from acting on anything.
+ACTIVE: dict[str, Any] = {
+    "max_norm": 0.1,
+    "max_rms": 0.1,
+    "max_value": 0.2,
+    "ratio": 0.01,
+    "threshold": 0.1,
+    "norm": clipax.global_norm,
+    "inner": clipax.clip_by_global_norm(0.5),
+}
+HUGE: dict[str, Any] = {
+    **dict.fromkeys(("max_norm", "max_rms", "max_value", "ratio", "threshold"), 1e30),
+    "norm": clipax.global_norm,
+    "inner": clipax.clip_by_global_norm(1e30),
+}
+
+
+def double_precision(enabled: bool) -> Any:
+    """A context in which float64 exists."""
+    if hasattr(jax, "enable_x64"):  # jax >= 0.8
+        return jax.enable_x64(enabled)
+    from jax import experimental
+
+    return experimental.enable_x64(enabled)
+
+
+def public_factories() -> dict[str, Callable[..., Any]]:
+    """Every public function that is annotated to return a transformation."""
+    return {
+        name: value
+        for name, value in vars(clipax).items()
+        if inspect.isfunction(value)
+        and inspect.signature(value).return_annotation is optax.GradientTransformationExtraArgs
+    }
+
+
+def required(factory: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a factory cannot do without."""
+    return {
+        name: values[name]
+        for name, parameter in inspect.signature(factory).parameters.items()
+        if parameter.default is inspect.Parameter.empty
+    }
+
+
+def build(name: str, values: dict[str, Any] = ACTIVE) -> optax.GradientTransformationExtraArgs:
+    factory = public_factories()[name]
+    return factory(**required(factory, values))
+
+
+@functools.cache
+def _normal(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def params_and_updates(dtype: Any = jnp.float32, seed: int = 0) -> tuple[Any, Any]:
+    """A small network's parameters and their gradients: ranks 0 to 4."""
+    shapes = {
+        "conv": (3, 3, 2, 8),
+        "attention": (4, 2, 8),
+        "dense": {"kernel": (8, 16), "bias": (16,)},
+        "scale": (),
+    }
+    leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+    def tree(offset: int) -> Any:
+        arrays = [
+            jnp.asarray(_normal(seed + offset + 2 * row, shape)).astype(dtype)
+            for row, shape in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(treedef, arrays)
+
+    return tree(0), tree(1)
+
+
+def steps(count: int) -> list[Any]:
+    """A sequence of updates of varied sizes."""
+    return [
+        jax.tree.map(lambda leaf, size=1.0 + step: leaf * size, params_and_updates(seed=step)[1])
+        for step in range(count)
+    ]
+
+
+def assert_same_type(one: Any, other: Any) -> None:
+    """Same structure, shapes and dtypes."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert (left.shape, left.dtype) == (right.shape, right.dtype)
+
+
+def assert_close(one: Any, other: Any, rtol: float = 2e-6, atol: float = 0.0) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(np.asarray(left), np.asarray(right), rtol=rtol, atol=atol)
+
+
+def assert_bitwise(one: Any, other: Any) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        left, right = np.asarray(left), np.asarray(right)
+        assert left.dtype == right.dtype
+        assert left.tobytes() == right.tobytes()
