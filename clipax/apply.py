@@ -14,6 +14,8 @@ def clip_tree(
     updates: Updates,
     transformation: optax.GradientTransformation,
     params: Updates | None = None,
+    *,
+    per_leaf: bool = False,
     **extra_args: Any,
 ) -> tuple[Updates, dict[str, Array]]:
     """Applies a method to a tree once, with a fresh state.
@@ -22,6 +24,7 @@ def clip_tree(
       updates: Any pytree: gradients, a sum of them, a model's difference, ...
       transformation: Any method without a history; with one, it has seen nothing yet.
       params: What `adaptive_grad_clip` measures against.
+      per_leaf: Whether what happened is told leaf by leaf too.
       **extra_args: What its `update` takes, as `norm=`.
 
     Returns:
@@ -35,7 +38,7 @@ def clip_tree(
     transformation = optax.with_extra_args_support(transformation)
     state = transformation.init(updates if params is None else params)
     clipped, state = transformation.update(updates, state, params, **extra_args)
-    return clipped, metrics(state)
+    return clipped, metrics(state, per_leaf=per_leaf)
 
 
 def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> Updates:
@@ -43,6 +46,8 @@ def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> 
 
     Forwards `y = x`; backwards `dx = clip(dy)`. Round the carry of a `lax.scan` it bounds
     the gradient at every step of back-propagation through time, before it can explode.
+    What it clips is the cotangent of the whole tree: of a batch together, unless it stands
+    inside a `vmap`, and divided by the batch's size already if the loss is a mean.
 
     Args:
       x: Any pytree. Leaves without a tangent (integers) pass through.

@@ -41,8 +41,8 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       with `per_leaf`, also `norm/<path>`, `clipped_norm/<path>`, `max_norm/<path>` and
       `coefficient/<path>`; an `observe` state gives `norm_in`, `norm_out`, `cosine`.
       Names that lead to a state (of `optax.named_chain`, the labels of
-      `optax.partition`) come before its keys, as `grads/norm`. States that no name tells
-      apart are numbered in their order, as `0/norm`, `1/norm`.
+      `optax.partition`) come before its keys, as `grads/norm`. States of one kind that no
+      name tells apart are numbered in their order, as `0/norm`, `1/norm`.
 
     | opt_state | result |
     |---|---|
@@ -58,7 +58,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       {'norm': 5.0, 'clipped_norm': 1.0, 'max_norm': 1.0, 'coefficient': 0.2, 'clip_fraction': 1.0}
     """
     states = list(_find(opt_state, ()))
-    names = _distinct(["/".join(path) for path, _ in states])
+    names = _distinct([("/".join(path), type(state)) for path, state in states])
     result: dict[str, Array] = {}
     for name, (_, state) in zip(names, states, strict=True):
         read = _observed(state) if isinstance(state, ObserveState) else _clipped(state, per_leaf)
@@ -82,15 +82,13 @@ def _is_state(node: Any) -> bool:
     return isinstance(node, (ClipState, ObserveState))
 
 
-def _distinct(names: list[str]) -> list[str]:
-    """Numbers names that occur more than once."""
-    totals, seen, distinct = Counter(names), Counter[str](), []
-    for name in names:
-        if totals[name] > 1:
-            distinct.append(f"{name}/{seen[name]}" if name else str(seen[name]))
-            seen[name] += 1
-        else:
-            distinct.append(name)
+def _distinct(named: list[tuple[str, type]]) -> list[str]:
+    """The names, numbered where a name and kind occur more than once."""
+    totals, seen, distinct = Counter(named), Counter[tuple[str, type]](), []
+    for name, kind in named:
+        number = str(seen[name, kind]) if totals[name, kind] > 1 else ""
+        seen[name, kind] += 1
+        distinct.append("/".join(filter(None, (name, number))))
     return distinct
 
 
