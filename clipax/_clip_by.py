@@ -114,7 +114,11 @@ def _like(template: Norms, norms: Norms) -> Norms:
     def conform(kept: Array, norm: Any) -> Array:
         if norm is None:
             return jnp.zeros_like(kept)
-        return jnp.asarray(norm).astype(kept.dtype).reshape(kept.shape)
+        if not jax.tree_util.all_leaves([norm]) or jnp.shape(norm) != kept.shape:
+            raise ValueError(
+                f"norm must have the shape {kept.shape} of the state's, got {norm!r}."
+            )
+        return jnp.asarray(norm).astype(kept.dtype)
 
     return _leaves.map_prefix(conform, template, norms, is_leaf=None, name="norm")
 

@@ -10,7 +10,9 @@ from clipax._typing import Array, Norms, Updates
 
 
 def hard(norm: Array, max_norm: Array, *, eps: jax.typing.ArrayLike = 0.0) -> Array:
-    """Computes `coefficient = min(1, max_norm / (norm + eps))`, without ever dividing by zero.
+    """Computes `coefficient = min(1, max_norm / (norm + eps))`.
+
+    It never divides by zero, nor does its derivative.
 
     Args:
       norm: Norms, of any shape.

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,14 +100,12 @@ def steps(count: int) -> list[Any]:
 def assert_same_type(one: Any, other: Any) -> None:
     """Same structure, shapes and dtypes."""
     assert jax.tree.structure(one) == jax.tree.structure(other)
-    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        assert (left.shape, left.dtype) == (right.shape, right.dtype)
+    chex.assert_trees_all_equal_shapes_and_dtypes(one, other)
 
 
 def assert_close(one: Any, other: Any, rtol: float = 2e-6, atol: float = 0.0) -> None:
     assert jax.tree.structure(one) == jax.tree.structure(other)
-    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(np.asarray(left), np.asarray(right), rtol=rtol, atol=atol)
+    chex.assert_trees_all_close(one, other, rtol=rtol, atol=atol)
 
 
 def assert_bitwise(one: Any, other: Any) -> None:

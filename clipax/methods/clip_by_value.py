@@ -18,9 +18,9 @@ from clipax.norms import leaf_norm
 def clip_by_value(
     max_value: Bound, min_value: Bound | None = None, *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips each entry to `[min_value, max_value]`, by default `[-max_value, max_value]`.
+    """Clips each entry to `[min_value, max_value]`.
 
-    `u_i <- min(max(u_i, min_value), max_value)`. A complex entry is clipped by its
+    `u_i <- min(max(u_i, min_value), max_value)`; `min_value` is `-max_value` by default. A complex entry is clipped by its
     modulus and keeps its phase: `u_i <- u_i * min(1, max_value / |u_i|)`.
 
     Args:

@@ -1,0 +1,129 @@
+"""`clip_by`, for people who build a rule of their own."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import trees
+
+import clipax
+
+
+def test_a_method_in_one_line_from_the_parts_of_optax() -> None:
+    rule = optax.chain(optax.ema(0.5, debias=False), optax.scale(1.5))
+    clip = clipax.clip_by(clipax.global_norm, rule)
+    state = clip.init(jnp.zeros(2))
+    average = 0.0
+    for step, size in enumerate([1.0, 1.0, 8.0, 1.0, np.nan, 1.0, np.inf, 1.0]):
+        with jax.numpy_dtype_promotion("standard"):
+            clipped, state = jax.jit(clip.update)(jnp.array([0.6, 0.8]) * size, state)
+        if np.isfinite(size):
+            average = 0.5 * average + 0.5 * size
+            np.testing.assert_allclose(state.max_norm, 1.5 * average, rtol=1e-5)
+            norm = float(clipax.global_norm(clipped))
+            np.testing.assert_allclose(
+                norm, min(size, 1.5 * average), rtol=1e-5, err_msg=str(step)
+            )
+        else:
+            assert bool(jnp.isnan(clipped).all())
+            np.testing.assert_allclose(state.max_norm, 1.5 * average, rtol=1e-5)
+
+
+def test_a_norm_and_a_coefficient_of_ones_own() -> None:
+    def largest_row(updates: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.abs(leaf).sum(axis=-1, keepdims=True), updates)
+
+    clip = clipax.clip_by(largest_row, 2.0, lambda norm, bound: bound / (bound + norm))
+    updates = {"w": jnp.array([[1.0, 1.0], [0.0, 6.0]])}
+    clipped, state = clip.update(updates, clip.init(updates))
+    trees.assert_close(clipped, {"w": np.array([[0.5, 0.5], [0.0, 1.5]], np.float32)})
+    trees.assert_close(state.coefficient, {"w": np.array([[0.5], [0.25]], np.float32)})
+
+
+def test_the_state_says_what_happened() -> None:
+    updates = {"w": jnp.array([3.0, 4.0])}
+    clip = clipax.clip_by_global_norm(1.0)
+    _, state = clip.update(updates, clip.init(updates))
+    assert isinstance(state, clipax.ClipState)
+    assert (float(state.norm), float(state.max_norm)) == (5, 1)
+    np.testing.assert_allclose(state.coefficient, 0.2)
+    for name in ("norm", "max_norm", "coefficient"):
+        assert optax.tree.get((state, optax.EmptyState()), name) is getattr(state, name)
+
+
+def test_a_known_norm_is_taken_and_not_measured() -> None:
+    updates = {"w": jnp.array([3.0, 4.0])}
+    clip = clipax.clip_by_global_norm(1.0)
+    clipped, state = clip.update(updates, clip.init(updates), norm=10.0)
+    trees.assert_close(clipped, {"w": np.array([0.3, 0.4], np.float32)})
+    assert float(state.norm) == 10
+    program = jax.make_jaxpr(clip.update)(updates, clip.init(updates), norm=jnp.float32(10))
+    assert "reduce_sum" not in str(program)
+    assert "reduce_sum" in str(jax.make_jaxpr(clip.update)(updates, clip.init(updates)))
+
+
+def test_a_known_norm_is_for_global_norms_alone() -> None:
+    updates = {"w": jnp.array([3.0, 4.0])}
+    both = optax.chain(clipax.clip_by_global_norm(1.0), clipax.clip_by_leaf_norm(1.0))
+    _, (of_tree, of_leaf) = both.update(updates, both.init(updates), norm=10.0)
+    assert float(of_tree.norm) == 10
+    np.testing.assert_allclose(of_leaf.norm["w"], 0.5, rtol=1e-6)
+
+
+def test_a_known_norm_of_the_wrong_structure_is_named() -> None:
+    updates = {"w": jnp.array([3.0, 4.0])}
+    clip = clipax.clip_by_global_norm(1.0)
+    with pytest.raises(ValueError, match="norm"):
+        clip.update(updates, clip.init(updates), norm={"w": 1.0})
+    with pytest.raises(ValueError, match="norm"):
+        clip.update(updates, clip.init(updates), norm=jnp.ones(2))
+
+
+def test_a_frozen_leaf_keeps_the_structure_of_the_state() -> None:
+    params = {"w": jnp.ones(2), "frozen": jnp.ones(3)}
+    updates = {"w": jnp.array([3.0, 4.0]), "frozen": None}
+    for name in sorted(trees.public_factories()):
+        method = trees.build(name)
+        state = method.init(params)
+        clipped, new_state = method.update(updates, state, params)
+        assert clipped["frozen"] is None
+        trees.assert_same_type(new_state, state)
+
+
+def test_updates_that_init_did_not_see_are_named() -> None:
+    clip = clipax.clip_by_leaf_norm(1.0)
+    with pytest.raises(ValueError, match="norm must be one value or a tree prefix"):
+        clip.update({"v": jnp.ones(2)}, clip.init({"w": jnp.ones(2)}))
+
+
+def test_parameters_of_another_structure_hurt_only_those_who_need_them() -> None:
+    updates, params = {"w": jnp.array([3.0, 4.0])}, [jnp.ones(2)]
+    clip = clipax.clip_by_global_norm(1.0)
+    clip.update(updates, clip.init(updates), params)
+    relative = clipax.adaptive_grad_clip(0.1)
+    with pytest.raises(ValueError, match="params with the structure of the updates"):
+        relative.update(updates, relative.init(updates), params)
+
+
+def test_a_schedule_counts_the_steps() -> None:
+    clip = clipax.clip_by_global_norm(lambda count: 10 - 5 * count)
+    updates, bounds = {"w": jnp.array([30.0, 40.0])}, []
+    state = clip.init(updates)
+    for _ in range(4):
+        clipped, state = jax.jit(clip.update)(updates, state)
+        bounds.append(float(clipax.global_norm(clipped)))
+    # The last is negative in the schedule: it does not turn the updates round.
+    np.testing.assert_allclose(bounds, [10, 5, 0, 0], rtol=1e-6)
+
+
+def test_differentiable_in_the_bound() -> None:
+    def clipped_norm(max_norm: Any) -> Any:
+        clip = clipax.clip_by_global_norm(max_norm)
+        updates = jnp.array([3.0, 4.0])
+        return clipax.global_norm(clip.update(updates, clip.init(updates))[0])
+
+    np.testing.assert_allclose(jax.grad(clipped_norm)(1.0), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(clipped_norm)(10.0), 0.0)

@@ -1,0 +1,312 @@
+"""Norms against NumPy in float64: any order, width, range and grouping."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trees
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, PartitionSpec
+
+import clipax
+
+ORDERS = [0.5, 1, 2, 3, math.inf, None]
+
+
+def p_norm(values: Any, ord: float | None, axis: Any = None) -> np.ndarray:
+    """The textbook p-norm in float64, scaled by the largest modulus."""
+    modulus = np.abs(np.asarray(values).astype(np.complex128))
+    if ord == math.inf:
+        return modulus.max(axis=axis, keepdims=axis is not None)
+    power = 2 if ord is None else ord
+    largest = max(modulus.max(initial=0.0), 1e-300)
+    sums = ((modulus / largest) ** power).sum(axis=axis, keepdims=axis is not None)
+    return largest * sums ** (1 / power)
+
+
+def flat(tree: Any) -> np.ndarray:
+    return np.concatenate(
+        [np.asarray(x).astype(np.complex128).ravel() for x in jax.tree.leaves(tree)]
+    )
+
+
+@pytest.mark.parametrize("ord", ORDERS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+def test_global_norm_of_any_order_and_dtype(ord: float | None, dtype: str) -> None:
+    _, updates = trees.params_and_updates(dtype)
+    norm = clipax.global_norm(updates, ord)
+    assert (norm.shape, norm.dtype) == ((), jnp.float32)
+    np.testing.assert_allclose(norm, p_norm(flat(updates), ord), rtol=3e-6)
+
+
+@pytest.mark.parametrize("ord", ORDERS)
+@pytest.mark.parametrize("size", [1e-30, 1.2e-38, 1e-12, 1.0, 1e12, 1e20, 1e37])
+@pytest.mark.parametrize("jit", ["eager", "jit", "constant", "vmap"])
+def test_any_representable_norm_is_measured(ord: float | None, size: float, jit: str) -> None:
+    values = np.array([[3.0, -4.0], [1.0, 0.0]], np.float32) * np.float32(size)
+    if ord == 0.5 and size > 1:
+        values = values / 16  # else the norm leaves the range at 1e37
+    measure = {
+        "eager": clipax.global_norm,
+        "jit": jax.jit(clipax.global_norm, static_argnums=1),
+        # XLA moves a scale that it knows out of a sum of constants, if one lets it.
+        "constant": lambda x, p: jax.jit(lambda: clipax.global_norm(x, p))(),
+        "vmap": lambda x, p: jax.vmap(lambda y: clipax.global_norm(y, p))(x[None])[0],
+    }[jit]
+    kept = values.astype(np.float64)
+    kept[np.abs(kept) < np.finfo(np.float32).tiny] = 0  # XLA flushes subnormal numbers
+    np.testing.assert_allclose(measure(jnp.asarray(values), ord), p_norm(kept, ord), rtol=1e-5)
+
+
+def test_range_in_float64() -> None:
+    with trees.double_precision(True):
+        for size in (1e-300, 1e-200, 1.0, 1e200, 1e300):
+            norm = clipax.global_norm(jnp.array([3.0, 4.0]) * size)
+            assert norm.dtype == jnp.float64
+            np.testing.assert_allclose(norm, 5 * size, rtol=1e-14)
+
+
+def test_a_wide_leaf_makes_the_norm_wide_and_loses_no_narrow_one() -> None:
+    with trees.double_precision(True):
+        for small, large in ((1e-30, 1e-300), (3.0, 4.0), (1e30, 1e300)):
+            updates = {"a": jnp.full((2,), small, jnp.float32), "b": jnp.full((2,), large)}
+            assert clipax.global_norm(updates).dtype == jnp.float64
+            np.testing.assert_allclose(
+                clipax.global_norm(updates), p_norm(flat(updates), 2), rtol=1e-6
+            )
+
+
+@pytest.mark.parametrize(("bad", "norm"), [(np.nan, np.nan), (np.inf, np.inf), (-np.inf, np.inf)])
+@pytest.mark.parametrize("ord", ORDERS)
+def test_nan_and_inf_reach_their_norm_and_no_other(bad: float, norm: float, ord: Any) -> None:
+    updates = {"bad": jnp.array([1.0, bad]), "good": jnp.array([3.0, 4.0])}
+    np.testing.assert_equal(np.asarray(clipax.global_norm(updates, ord)), np.float32(norm))
+    leaves = clipax.leaf_norm(updates, ord)
+    np.testing.assert_equal(np.asarray(leaves["bad"]), np.float32(norm))
+    np.testing.assert_allclose(leaves["good"], p_norm([3.0, 4.0], ord), rtol=1e-6)
+
+
+def test_nan_beats_inf() -> None:
+    assert bool(jnp.isnan(clipax.global_norm(jnp.array([jnp.inf, jnp.nan]))))
+
+
+@pytest.mark.parametrize("updates", [{}, None, {"n": jnp.arange(3)}, {"e": jnp.zeros((0, 3))}])
+@pytest.mark.parametrize("ord", ORDERS)
+def test_nothing_to_measure_is_zero(updates: Any, ord: float | None) -> None:
+    assert float(clipax.global_norm(updates, ord)) == 0
+
+
+def test_thousands_of_small_leaves_are_summed_wide() -> None:
+    leaves = [jnp.ones((16,), jnp.bfloat16)] * 2000
+    np.testing.assert_allclose(clipax.global_norm(leaves), math.sqrt(32000), rtol=1e-6)
+
+
+@pytest.mark.parametrize("ord", ORDERS)
+@pytest.mark.parametrize("axes", [0, -1, (0, 2), (), (0, 1, 2)])
+def test_leaf_norm_over_axes(ord: float | None, axes: Any) -> None:
+    _, updates = trees.params_and_updates()
+    leaf = updates["attention"]
+    norm = clipax.leaf_norm(leaf, ord, axes=axes)
+    expected = np.abs(np.asarray(leaf)) if axes == () else p_norm(leaf, ord, axis=axes)
+    assert norm.shape == (() if axes == (0, 1, 2) else expected.shape)
+    np.testing.assert_allclose(norm, expected.reshape(norm.shape), rtol=3e-6)
+
+
+def test_stack_axis_is_every_other_axis() -> None:
+    _, updates = trees.params_and_updates()
+    rule = {"attention": 0, "conv": None, "dense": {"kernel": 1, "bias": None}, "scale": None}
+    norms = clipax.leaf_norm(updates, stack_axis=rule)
+    assert norms["attention"].shape == (4, 1, 1)
+    assert norms["dense"]["kernel"].shape == (1, 16)
+    assert norms["conv"].shape == ()
+    np.testing.assert_allclose(
+        norms["attention"], p_norm(updates["attention"], 2, axis=(1, 2)), rtol=2e-6
+    )
+    by_function = clipax.leaf_norm(
+        updates, stack_axis=lambda path, leaf: {"attention": 0, "dense/kernel": 1}.get(path)
+    )
+    trees.assert_bitwise(by_function, norms)
+
+
+@pytest.mark.parametrize(
+    ("rule", "summed"),
+    [
+        (
+            clipax.output_last,
+            {0: (), 1: (0,), 2: (0,), 3: (0, 1), 4: (0, 1, 2), 6: (0, 1, 2, 3, 4)},
+        ),
+        (clipax.output_first, {0: (), 1: (0,), 2: (1,), 3: (1, 2), 4: (1, 2, 3)}),
+        (clipax.nfnets, {0: (), 1: (0,), 2: (0,), 3: (0,), 4: (0, 1, 2), 5: (0, 1, 2, 3)}),
+        (clipax.whole_leaf, {0: (), 1: (0,), 2: (0, 1), 3: (0, 1, 2)}),
+    ],
+)
+def test_what_a_unit_is(rule: Any, summed: dict[int, tuple[int, ...]]) -> None:
+    for rank, axes in summed.items():
+        leaf = np.random.default_rng(rank).normal(size=(2, 3, 2, 3, 2, 3)[:rank])
+        norm = clipax.unit_norm(jnp.asarray(leaf, jnp.float32), unit_axis=rule)
+        expected = np.sqrt((leaf**2).sum(axis=axes, keepdims=True))
+        np.testing.assert_allclose(np.broadcast_to(norm, expected.shape), expected, rtol=3e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (8, 1), (1, 1), (1, 1, 8), (1, 1, 1, 8)])
+def test_nfnets_takes_a_leaf_with_one_long_axis_for_one_unit(shape: tuple[int, ...]) -> None:
+    assert clipax.unit_norm(jnp.ones(shape), unit_axis=clipax.nfnets).shape == ()
+
+
+def test_an_integer_unit_axis_leaves_vectors_whole() -> None:
+    norms = clipax.unit_norm({"w": jnp.ones((2, 3)), "b": jnp.ones(3), "s": 1.0}, unit_axis=0)
+    assert {name: norm.shape for name, norm in norms.items()} == {"w": (2, 1), "b": (), "s": ()}
+
+
+def test_rms_and_average_norm_divide_by_the_size() -> None:
+    _, updates = trees.params_and_updates()
+    kernel = np.asarray(updates["dense"]["kernel"]).astype(np.float64)
+    rms, average = (
+        norm(updates)["dense"]["kernel"] for norm in (clipax.block_rms, clipax.average_norm)
+    )
+    np.testing.assert_allclose(rms, np.sqrt((kernel**2).mean()), rtol=2e-6)
+    np.testing.assert_allclose(average, np.sqrt((kernel**2).sum()) / kernel.size, rtol=2e-6)
+    assert float(clipax.block_rms(jnp.zeros((0,)))) == 0
+    # The sum of these squares leaves the range, their mean does not.
+    np.testing.assert_allclose(clipax.block_rms(jnp.full((64,), 3e38)), 3e38, rtol=1e-6)
+
+
+def test_mask_leaves_out_what_it_says() -> None:
+    _, updates = trees.params_and_updates()
+    norms = clipax.leaf_norm(updates, mask=lambda path, leaf: not path.startswith("dense"))
+    assert norms["dense"] == {"kernel": None, "bias": None}
+    assert norms["conv"] is not None
+    masked = {"attention": True, "conv": True, "dense": False, "scale": True}
+    trees.assert_bitwise(clipax.leaf_norm(updates, mask=masked), norms)
+
+
+@pytest.mark.parametrize("ord", [1, 2, 3, math.inf])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e25])
+def test_derivative_is_the_unit_vector_and_zero_at_zero(ord: float, size: float) -> None:
+    x = jnp.array([3.0, -4.0, 0.0]) * size
+    gradient = jax.jit(jax.grad(lambda x: clipax.global_norm(x, ord)))(x)
+    unit = np.array([3.0, -4.0, 0.0])
+    if ord == math.inf:
+        expected = np.array([0.0, -1.0, 0.0])
+    else:
+        expected = np.sign(unit) * np.abs(unit) ** (ord - 1) / p_norm(unit, ord) ** (ord - 1)
+    expected = expected if size else np.zeros(3)
+    assert bool(jnp.isfinite(gradient).all())
+    if size or ord == 2:  # at a kink, any subgradient will do
+        np.testing.assert_allclose(gradient[:2], expected[:2], atol=1e-5)
+
+
+@given(
+    st.lists(
+        st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False), min_size=4, max_size=4
+    ),
+    st.floats(2.0**-40, 2.0**40, width=32),
+)
+@settings(derandomize=True, max_examples=50, deadline=None)
+def test_norm_facts(values: list[float], factor: float) -> None:
+    x, y = np.array(values, np.float32), np.array(values[::-1], np.float32) / 2
+    norm = jax.jit(clipax.global_norm)
+    of_x, of_y, of_sum = (float(norm(jnp.asarray(v))) for v in (x, y, x + y))
+    assert of_x >= 0
+    assert (of_x == 0) == (not x.any())
+    assert of_sum <= (of_x + of_y) * (1 + 1e-6)
+    scaled = x * np.float32(factor)
+    tiny = (np.abs(scaled) < np.finfo(np.float32).tiny) & (x != 0)
+    if not tiny.any():
+        np.testing.assert_allclose(float(norm(jnp.asarray(scaled))), of_x * factor, rtol=1e-5)
+
+
+SHARDED, REPLICATED = np.arange(64, dtype=np.float32).reshape(8, 8), np.full(3, 40, np.float32)
+
+
+def mapped(function: Any, **options: Any) -> Any:
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    specs = {"sharded": PartitionSpec("x", "y"), "replicated": PartitionSpec()}
+    program = jax.shard_map(
+        function, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(), **options
+    )
+    return jax.jit(program)({"sharded": SHARDED, "replicated": REPLICATED})
+
+
+@pytest.mark.parametrize("ord", [1, 2, 3, math.inf])
+def test_shard_map_counts_replicated_leaves_once(ord: float) -> None:
+    expected = p_norm(np.concatenate([SHARDED.ravel(), REPLICATED]), ord)
+    np.testing.assert_allclose(mapped(lambda u: clipax.global_norm(u, ord)), expected, rtol=2e-6)
+    leaves = mapped(lambda u: clipax.leaf_norm(u, ord))
+    np.testing.assert_allclose(leaves["sharded"], p_norm(SHARDED, ord), rtol=2e-6)
+    np.testing.assert_allclose(leaves["replicated"], p_norm(REPLICATED, ord), rtol=2e-6)
+
+
+def test_shard_map_means_over_the_whole_leaf() -> None:
+    rms, average = mapped(clipax.block_rms), mapped(clipax.average_norm)
+    np.testing.assert_allclose(rms["sharded"], np.sqrt((SHARDED**2).mean()), rtol=2e-6)
+    np.testing.assert_allclose(average["sharded"], np.sqrt((SHARDED**2).sum()) / 64, rtol=2e-6)
+    np.testing.assert_allclose(rms["replicated"], 40, rtol=2e-6)
+
+
+def test_shard_map_without_types_is_told_or_refuses() -> None:
+    names = {"sharded": ("x", "y"), "replicated": ()}
+    norm = mapped(lambda u: clipax.global_norm(u, axis_name=names), check_vma=False)
+    expected = p_norm(np.concatenate([SHARDED.ravel(), REPLICATED]), 2)
+    np.testing.assert_allclose(norm, expected, rtol=2e-6)
+    with pytest.raises(ValueError, match="Pass axis_name="):
+        mapped(clipax.global_norm, check_vma=False)
+
+
+def test_types_are_believed_before_axis_name() -> None:
+    norm = mapped(lambda u: clipax.global_norm(u, axis_name=("x", "y")))
+    expected = p_norm(np.concatenate([SHARDED.ravel(), REPLICATED]), 2)
+    np.testing.assert_allclose(norm, expected, rtol=2e-6)
+
+
+def test_units_of_a_sharded_leaf_must_be_told_what_shards_the_sum() -> None:
+    with pytest.raises(ValueError, match="only some of its axes are summed"):
+        mapped(clipax.unit_norm)
+
+    def units(u: Any) -> Any:
+        norms = clipax.unit_norm(u, axis_name={"sharded": "x", "replicated": ()})
+        return (
+            jax.lax.pmax(clipax.global_norm(norms["sharded"], math.inf), "y")
+            if False
+            else (clipax.global_norm(norms["sharded"]))
+        )
+
+    # The columns' norms make up the leaf's.
+    np.testing.assert_allclose(mapped(units), p_norm(SHARDED, 2), rtol=2e-6)
+
+
+def test_vmap_with_an_axis_name() -> None:
+    shards = jnp.asarray(SHARDED)
+    norm = jax.vmap(lambda u: clipax.global_norm(u, axis_name="v"), axis_name="v")(shards)
+    np.testing.assert_allclose(norm, [p_norm(SHARDED, 2)] * 8, rtol=2e-6)
+
+
+@pytest.mark.parametrize("axis_name", ["nowhere", ("nowhere",), {"w": "nowhere"}])
+def test_an_axis_that_is_not_bound_is_named(axis_name: Any) -> None:
+    with pytest.raises(ValueError, match="axis_name 'nowhere' is not bound"):
+        clipax.global_norm({"w": jnp.ones(2)}, axis_name=axis_name)
+
+
+@pytest.mark.parametrize("ord", [0, -1, math.nan, True, "2", 1j])
+def test_a_bad_order_is_named(ord: Any) -> None:
+    for norm in (clipax.global_norm, clipax.leaf_norm, clipax.unit_norm):
+        with pytest.raises(ValueError, match="ord must be a number > 0"):
+            norm(jnp.ones(2), ord)
+
+
+def test_bad_axes_are_named() -> None:
+    leaf = {"w": jnp.ones((2, 3))}
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) has no axis 2"):
+        clipax.leaf_norm(leaf, axes=2)
+    with pytest.raises(ValueError, match=r"must be an integer, got 0\.5"):
+        clipax.unit_norm(leaf, unit_axis=0.5)
+    with pytest.raises(ValueError, match="either axes or stack_axis"):
+        clipax.leaf_norm(leaf, axes=0, stack_axis=1)
+    with pytest.raises(ValueError, match="axes must be one value or a tree prefix"):
+        clipax.leaf_norm(leaf, axes={"v": 0})
+    with pytest.raises(ValueError, match=r"static_args=\('unit_axis',\)"):
+        clipax.unit_norm(leaf, unit_axis=jnp.array(0))
