@@ -12,7 +12,7 @@ an `optax.GradientTransformation` that chains with any optimizer:
 * without an optimizer: `global_norm`, `clip_tree`, `clip_cotangent`
 * to build your own: `clip_by` over a norm (`global_norm`, `leaf_norm`, `unit_norm`,
   `block_rms`, `average_norm`), a threshold (`fixed`, `relative_to_params`, `per_norm`) and
-  a coefficient (`hard`, `unclipped`); `scale` for what does not decompose
+  a coefficient (`hard`, `unclipped`); `scale_updates` for what does not decompose
 """
 
 from clipax._clip_by import ClipState as ClipState
@@ -20,7 +20,7 @@ from clipax._clip_by import clip_by as clip_by
 from clipax.apply import clip_cotangent as clip_cotangent
 from clipax.apply import clip_tree as clip_tree
 from clipax.coefficients import hard as hard
-from clipax.coefficients import scale as scale
+from clipax.coefficients import scale_updates as scale_updates
 from clipax.coefficients import unclipped as unclipped
 from clipax.methods.adaptive_grad_clip import adaptive_grad_clip as adaptive_grad_clip
 from clipax.methods.clip_by_average_norm import clip_by_average_norm as clip_by_average_norm

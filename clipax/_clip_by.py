@@ -101,7 +101,7 @@ def clip_by(
             max_norm=state.max_norm,
         )
         factors = jax.tree.map(coefficient, norms, max_norms)
-        return coefficients.scale(updates, factors), ClipState(
+        return coefficients.scale_updates(updates, factors), ClipState(
             norms, max_norms, factors, threshold_state
         )
 

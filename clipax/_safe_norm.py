@@ -20,8 +20,8 @@ class Layout(NamedTuple):
     """The axes that are summed over."""
     shards: tuple[Hashable, ...]
     """The mapped axes over which the sum goes on."""
-    weight: float = 1.0
-    """What the norm is multiplied by, as 1 / sqrt(n) for a root mean square."""
+    divisor: float = 1.0
+    """What the sum of squares is divided by, as n for a root mean square."""
 
 
 class _Range(NamedTuple):
@@ -85,13 +85,13 @@ def separate_norms(
         ]
         return _across_shards(operation, parts, [layout.shards for layout in layouts])
 
-    return _p_norms(reduce, ord, [layout.weight for layout in layouts])
+    return _p_norms(reduce, ord, [layout.divisor for layout in layouts])
 
 
 def _p_norms(
     reduce: Callable[[_Operation, float, list[Array] | None], list[Array]],
     ord: float,
-    weights: Sequence[float],
+    divisors: Sequence[float],
 ) -> list[Array]:
     """`(sum |x|^p)^(1/p)` from sums of `|s x|^p`, with scales `s` that keep them in range."""
     if ord == math.inf:
@@ -100,7 +100,7 @@ def _p_norms(
         return reduce(_SUM, 1.0, None)
 
     def roots(sums: list[Array]) -> list[Array]:
-        return [_root(part, ord) * weight for part, weight in zip(sums, weights, strict=True)]
+        return [_root(part / n, ord) for part, n in zip(sums, divisors, strict=True)]
 
     def rescaled(scales: list[Array]) -> list[Array]:
         norms = roots(reduce(_SUM, ord, scales))

@@ -17,8 +17,8 @@ def hard(norm: Array, max_norm: Array, *, eps: jax.typing.ArrayLike = 0.0) -> Ar
     Args:
       norm: Norms, of any shape.
       max_norm: Bounds in the same shape, >= 0.
-      eps: Added to the norm; 1e-6 is torch's rule, under which a clipped norm ends just
-        below the bound.
+      eps: Added to the norm; 1e-6 is torch's rule, to the last bit, under which a clipped
+        norm ends just below the bound.
 
     Returns:
       Factors in [0, 1] in the shape of `norm`.
@@ -35,10 +35,16 @@ def hard(norm: Array, max_norm: Array, *, eps: jax.typing.ArrayLike = 0.0) -> Ar
       >>> hard(jnp.array([5.0, 0.5]), jnp.array([1.0, 1.0]))
       Array([0.2, 1. ], dtype=float32)
     """
+    if isinstance(eps, int | float) and eps == 0:
+        within = norm <= max_norm
+        # The inner `where` keeps 0 / 0 out of the derivative.
+        return jnp.where(within, 1.0, max_norm / jnp.where(within, 1.0, norm))
+    # torch multiplies by the inverse, which is not the quotient to the last bit.
     norm = norm + jnp.asarray(eps).astype(norm.dtype)
-    within = norm <= max_norm
-    # The inner `where` keeps 0 / 0 out of the derivative.
-    return jnp.where(within, 1.0, max_norm / jnp.where(within, 1.0, norm))
+    within = (norm < max_norm) | (jnp.isposinf(norm) & jnp.isposinf(max_norm))
+    return jnp.where(
+        within, 1.0, jnp.minimum(1.0, max_norm * (1.0 / jnp.where(within, 1.0, norm)))
+    )
 
 
 def unclipped(norm: Array, max_norm: Array) -> Array:
@@ -52,7 +58,7 @@ def unclipped(norm: Array, max_norm: Array) -> Array:
     return jnp.ones_like(norm)
 
 
-def scale(updates: Updates, coefficients: Norms) -> Updates:
+def scale_updates(updates: Updates, coefficients: Norms) -> Updates:
     """Multiplies updates by a tree prefix of coefficients: `u <- c * u`.
 
     The product is taken in float32 (float64 where a factor or a leaf is) and returns to
@@ -65,7 +71,7 @@ def scale(updates: Updates, coefficients: Norms) -> Updates:
       coefficients: A tree prefix of it; each leaf broadcasts against what it scales.
 
     Example:
-      >>> scale({"w": jnp.array([3.0, 4.0]), "n": 7}, jnp.array(0.5))
+      >>> scale_updates({"w": jnp.array([3.0, 4.0]), "n": 7}, jnp.array(0.5))
       {'n': 7, 'w': Array([1.5, 2. ], dtype=float32)}
     """
 

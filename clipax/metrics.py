@@ -51,7 +51,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
     | no measured leaf | norm 0, clip_fraction 0 |
 
     Example:
-      >>> optimizer = optax.chain(clip_by_global_norm(1.0), optax.adam(1e-3))
+      >>> optimizer = optax.chain(clip_by_global_norm(1.0), optax.sgd(1e-3))
       >>> params = {"w": jnp.array([3.0, 4.0])}
       >>> _, opt_state = optimizer.update(params, optimizer.init(params))
       >>> {name: round(float(value), 3) for name, value in metrics(opt_state).items()}

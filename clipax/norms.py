@@ -164,7 +164,7 @@ def block_rms(updates: Updates, *, axis_name: AxisName = None) -> Norms:
       >>> block_rms(jnp.array([3.0, 4.0, 0.0, 0.0]))
       Array(2.5, dtype=float32)
     """
-    return _leafwise(updates, weight=lambda size: size**-0.5, axis_name=axis_name)
+    return _leafwise(updates, divisor=lambda size: float(size), axis_name=axis_name)
 
 
 def average_norm(updates: Updates, *, axis_name: AxisName = None) -> Norms:
@@ -174,7 +174,7 @@ def average_norm(updates: Updates, *, axis_name: AxisName = None) -> Norms:
       >>> average_norm(jnp.array([3.0, 4.0]))
       Array(2.5, dtype=float32)
     """
-    return _leafwise(updates, weight=lambda size: 1.0 / size, axis_name=axis_name)
+    return _leafwise(updates, divisor=lambda size: float(size) ** 2, axis_name=axis_name)
 
 
 class _Leaf(NamedTuple):
@@ -238,7 +238,7 @@ def _leafwise(
     mask: LeafRule = True,
     *,
     ord: float = 2.0,
-    weight: Callable[[int], float] = lambda _: 1.0,
+    divisor: Callable[[int], float] = lambda _: 1.0,
     axis_name: AxisName,
 ) -> Norms:
     """Measures each unmasked leaf over its summed axes, None being all of them."""
@@ -250,7 +250,7 @@ def _leafwise(
         axes = summed[leaf.position]
         size = leaf.array.size * math.prod(jax.lax.axis_size(axis) for axis in leaf.shards)
         reduced = tuple(range(leaf.array.ndim)) if axes is None else tuple(axes)
-        layouts.append(Layout(reduced, leaf.shards, weight(max(size, 1))))
+        layouts.append(Layout(reduced, leaf.shards, divisor(max(size, 1))))
     norms: list[Any] = [None] * len(every_leaf)
     if leaves:
         measured = separate_norms([leaf.array for leaf in leaves], tuple(layouts), ord)

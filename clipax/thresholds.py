@@ -48,19 +48,37 @@ def fixed(max_norm: Bound) -> Threshold:
       >>> threshold.update(norms, threshold.init(norms))[0]
       {'b': Array(2., dtype=float32), 'w': Array(2., dtype=float32)}
     """
-    _checks.bound(_checks.non_negative, max_norm=max_norm)
-    is_scheduled = any(map(_checks.is_schedule, jax.tree.leaves(max_norm)))
+    return bounded(_checks.non_negative, max_norm=max_norm)
+
+
+def bounded(
+    requirement: Callable[..., None], *, is_lower: bool = False, **bound: Bound
+) -> Threshold:
+    """`fixed` for a bound with a name and a requirement of its own.
+
+    A lower one, <= 0, bounds norms by its modulus.
+    """
+    ((name, value),) = bound.items()
+    _checks.bound(requirement, **bound)
+    is_scheduled = any(map(_checks.is_schedule, jax.tree.leaves(value)))
 
     def init_fn(norms: Norms) -> Any:
-        _bounds(max_norm, norms, jnp.zeros((), jnp.int32))  # a prefix that does not fit
+        bounds_at(jnp.zeros((), jnp.int32), norms)  # a prefix that does not fit
         return FixedState(jnp.zeros((), jnp.int32)) if is_scheduled else optax.EmptyState()
 
     def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
         del params, extra_args
         if not is_scheduled:
-            return _bounds(max_norm, norms, None), state
-        bounds = _bounds(max_norm, norms, state.count)
-        return bounds, FixedState(optax.safe_increment(state.count))
+            return bounds_at(None, norms), state
+        return bounds_at(state.count, norms), FixedState(optax.safe_increment(state.count))
+
+    def bounds_at(count: Array | None, norms: Norms) -> Norms:
+        def spread(leaf: Any, subtree: Norms) -> Norms:
+            now = leaf(count) if _checks.is_schedule(leaf) else leaf
+            modulus = -now if is_lower else now
+            return jax.tree.map(lambda norm: _bound_like(norm, modulus, name), subtree)
+
+        return _leaves.map_prefix(spread, value, norms, name=name)
 
     return Threshold(init_fn, update_fn)
 
@@ -83,9 +101,8 @@ def relative_to_params(ratio: Bound, eps: jax.typing.ArrayLike = 1e-3) -> Thresh
       >>> threshold.update(jnp.array(5.0), threshold.init(jnp.array(5.0)), jnp.array(2.0))[0]
       Array(0.2, dtype=float32)
     """
-    _checks.bound(_checks.positive, ratio=ratio)
+    ratios = bounded(_checks.positive, ratio=ratio)
     _checks.non_negative(eps=eps)
-    ratios = fixed(ratio)
 
     def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
         del extra_args
@@ -177,18 +194,10 @@ def as_threshold(value: Bound | optax.GradientTransformation) -> Threshold:
     return fixed(value)
 
 
-def _bounds(max_norm: Bound, norms: Norms, count: Array | None) -> Norms:
-    def spread(bound: Any, subtree: Norms) -> Norms:
-        value = bound(count) if _checks.is_schedule(bound) else bound
-        return jax.tree.map(lambda norm: _bound_like(norm, value), subtree)
-
-    return _leaves.map_prefix(spread, max_norm, norms, name="max_norm")
-
-
-def _bound_like(norm: Array, value: Any) -> Array:
+def _bound_like(norm: Array, value: Any, name: str) -> Array:
     bound = jnp.asarray(value).astype(norm.dtype)
     if jnp.broadcast_shapes(bound.shape, norm.shape) != norm.shape:
-        raise ValueError(f"max_norm of shape {bound.shape} does not fit norms of {norm.shape}.")
+        raise ValueError(f"{name} of shape {bound.shape} does not fit norms of {norm.shape}.")
     # One that was traced may be negative, and must not turn the updates round.
     # The sum, not a broadcast: it has the norms' sharding.
     return jnp.zeros_like(norm) + jnp.maximum(bound, 0)

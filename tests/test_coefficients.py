@@ -54,12 +54,12 @@ def test_scaling_by_one_is_the_identity(dtype: str) -> None:
     updates["edge"] = jnp.array(
         [0.0, -0.0, jnp.inf, extreme.max, extreme.tiny, -extreme.tiny], dtype
     )
-    trees.assert_bitwise(jax.jit(clipax.scale)(updates, jnp.float32(1)), updates)
+    trees.assert_bitwise(jax.jit(clipax.scale_updates)(updates, jnp.float32(1)), updates)
 
 
 def test_the_product_is_taken_wide() -> None:
     # Below the smallest float16, and right after the product.
-    scaled = clipax.scale(jnp.full((2,), 6e4, jnp.float16), jnp.float32(1e-8))
+    scaled = clipax.scale_updates(jnp.full((2,), 6e4, jnp.float16), jnp.float32(1e-8))
     np.testing.assert_allclose(scaled, np.full(2, 6e-4), rtol=1e-3)
     assert scaled.dtype == jnp.float16
 
@@ -67,7 +67,7 @@ def test_the_product_is_taken_wide() -> None:
 def test_coefficients_are_a_prefix_and_none_passes() -> None:
     updates = {"a": {"x": jnp.ones(2), "n": 3}, "b": jnp.ones(2), "c": jnp.ones((2, 2))}
     factors = {"a": jnp.float32(0.5), "b": None, "c": jnp.array([[0.0, 2.0]])}
-    scaled = clipax.scale(updates, factors)
+    scaled = clipax.scale_updates(updates, factors)
     trees.assert_close(
         scaled,
         {"a": {"x": np.full(2, 0.5), "n": 3}, "b": np.ones(2), "c": np.array([[0, 2], [0, 2]])},
@@ -76,24 +76,24 @@ def test_coefficients_are_a_prefix_and_none_passes() -> None:
 
 
 def test_complex_parts_do_not_mix() -> None:
-    scaled = clipax.scale(jnp.array([complex(np.inf, 1.0)]), jnp.float32(0.5))
+    scaled = clipax.scale_updates(jnp.array([complex(np.inf, 1.0)]), jnp.float32(0.5))
     assert (scaled.real[0], scaled.imag[0]) == (np.inf, 0.5)
 
 
 def test_float64() -> None:
     with trees.double_precision(True):
         leaf = jnp.array([1 / 3])
-        trees.assert_bitwise(clipax.scale(leaf, jnp.float32(1)), leaf)
-        narrow = clipax.scale(jnp.float32(3), jnp.float64(1 / 3))
+        trees.assert_bitwise(clipax.scale_updates(leaf, jnp.float32(1)), leaf)
+        narrow = clipax.scale_updates(jnp.float32(3), jnp.float64(1 / 3))
         assert narrow.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("updates", [{"v": jnp.ones(2)}, [jnp.ones(2)], jnp.ones(2)])
 def test_a_prefix_that_does_not_fit_is_named(updates: Any) -> None:
     with pytest.raises(ValueError, match="coefficients must be one value or a tree prefix"):
-        clipax.scale(updates, {"w": jnp.float32(1)})
+        clipax.scale_updates(updates, {"w": jnp.float32(1)})
 
 
 def test_masked_nodes_pass() -> None:
     updates = {"a": optax.MaskedNode(), "b": None}
-    assert clipax.scale(updates, jnp.float32(0)) == updates
+    assert clipax.scale_updates(updates, jnp.float32(0)) == updates

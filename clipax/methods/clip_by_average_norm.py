@@ -2,7 +2,6 @@
 
 import optax
 
-from clipax import _checks
 from clipax._clip_by import clip_by
 from clipax._typing import AxisName, Bound
 from clipax.norms import average_norm
@@ -47,5 +46,4 @@ def clip_by_average_norm(
       `tf.compat.v1.clip_by_average_norm`,
       https://www.tensorflow.org/api_docs/python/tf/compat/v1/clip_by_average_norm
     """
-    _checks.bound(_checks.non_negative, max_norm=max_norm)
     return clip_by(average_norm, max_norm, axis_name=axis_name)

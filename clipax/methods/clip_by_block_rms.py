@@ -6,6 +6,7 @@ from clipax import _checks
 from clipax._clip_by import clip_by
 from clipax._typing import AxisName, Bound
 from clipax.norms import block_rms
+from clipax.thresholds import bounded
 
 
 def clip_by_block_rms(
@@ -48,5 +49,4 @@ def clip_by_block_rms(
       Shazeer, Stern, "Adafactor: adaptive learning rates with sublinear memory cost",
       2018, https://arxiv.org/abs/1804.04235
     """
-    _checks.bound(_checks.positive, max_rms=max_rms)
-    return clip_by(block_rms, max_rms, axis_name=axis_name)
+    return clip_by(block_rms, bounded(_checks.positive, max_rms=max_rms), axis_name=axis_name)

@@ -11,8 +11,9 @@ import optax
 from clipax import _checks, _leaves
 from clipax._clip_by import ClipState, clip_by
 from clipax._typing import Array, AxisName, Bound, Norms, Updates
-from clipax.coefficients import hard, scale
+from clipax.coefficients import hard, scale_updates
 from clipax.norms import leaf_norm
+from clipax.thresholds import bounded
 
 
 def clip_by_value(
@@ -20,8 +21,9 @@ def clip_by_value(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each entry to `[min_value, max_value]`.
 
-    `u_i <- min(max(u_i, min_value), max_value)`; `min_value` is `-max_value` by default. A complex entry is clipped by its
-    modulus and keeps its phase: `u_i <- u_i * min(1, max_value / |u_i|)`.
+    `u_i <- min(max(u_i, min_value), max_value)` with `min_value = -max_value` by default. A
+    complex entry is clipped by its modulus and keeps its phase:
+    `u_i <- u_i * min(1, max_value / |u_i|)`.
 
     Args:
       max_value: The upper bound, >= 0: a number, a scalar array, a schedule
@@ -59,14 +61,14 @@ def clip_by_value(
       Pan, Li, "Toward understanding why Adam converges faster than SGD for transformers",
       2023, https://arxiv.org/abs/2306.00204 (coordinate-wise clipping)
     """
-    _checks.bound(_checks.non_negative, max_value=max_value)
+    upper = bounded(_checks.non_negative, max_value=max_value)
     if min_value is None:
-        sides = [clip_by(_largest, max_value, axis_name=axis_name)]
+        sides = [clip_by(_largest, upper, axis_name=axis_name)]
     else:
-        _checks.bound(_checks.non_positive, min_value=min_value)
+        lower = bounded(_checks.non_positive, is_lower=True, min_value=min_value)
         sides = [
-            clip_by(_largest_positive, max_value, axis_name=axis_name),
-            clip_by(_largest_negative, _negated(min_value), axis_name=axis_name),
+            clip_by(_largest_positive, upper, axis_name=axis_name),
+            clip_by(_largest_negative, lower, axis_name=axis_name),
         ]
 
     def merge(states: list[ClipState]) -> ClipState:
@@ -136,13 +138,6 @@ def _positive_part(leaf: Any) -> Array:
     return jnp.maximum(leaf, 0)
 
 
-def _negated(bound: Bound) -> Bound:
-    def negate(leaf: Any) -> Any:
-        return (lambda count: -leaf(count)) if _checks.is_schedule(leaf) else -leaf
-
-    return jax.tree.map(negate, bound)
-
-
 def _clip_subtree(top: Array | None, bottom: Array | None, subtree: Updates) -> Updates:
     if top is None or bottom is None:
         return subtree
@@ -150,7 +145,7 @@ def _clip_subtree(top: Array | None, bottom: Array | None, subtree: Updates) -> 
     def clip_leaf(leaf: Any) -> Any:
         leaf = jnp.asarray(leaf)
         if jnp.iscomplexobj(leaf):
-            return scale(leaf, hard(jnp.abs(leaf), top.astype(leaf.real.dtype)))
+            return scale_updates(leaf, hard(jnp.abs(leaf), top.astype(leaf.real.dtype)))
         wide = _leaves.wide_dtype(leaf.dtype, top.dtype)
         lowest, highest = -bottom.astype(wide), top.astype(wide)
         return jnp.clip(leaf.astype(wide), lowest, highest).astype(leaf.dtype)

@@ -1,14 +1,19 @@
 """Recording norms without clipping, to choose a bound from."""
 
+import functools
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import optax
 
 from clipax import _checks, _window
 from clipax._clip_by import clip_by
-from clipax._typing import Array, AxisName, Norm
+from clipax._typing import Array, AxisName, Norm, Norms
 from clipax._window import WindowState
 from clipax.coefficients import unclipped
 from clipax.norms import global_norm
+from clipax.thresholds import Threshold, per_norm
 
 
 def measure(
@@ -47,14 +52,18 @@ def measure(
     """
     _checks.positive_integer(window_size=window_size)
 
-    def update_fn(
-        norm: Array, state: WindowState, params: Array | None = None
-    ) -> tuple[Array, WindowState]:
+    def remember(norm: Array, state: WindowState, params: Any = None) -> tuple[Array, WindowState]:
         del params
-        return jnp.full_like(norm, jnp.inf), _window.push(state, norm)
+        return norm, _window.push(state, norm)
 
-    def init_fn(norm: Array) -> WindowState:
-        return _window.empty(window_size, norm)
+    window = per_norm(
+        optax.GradientTransformation(functools.partial(_window.empty, window_size), remember)
+    )
 
-    recorder = optax.GradientTransformation(init_fn, update_fn)
+    def update_fn(norms: Norms, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        del params, extra_args
+        _, state = window.update(norms, state)
+        return jax.tree.map(lambda norm: jnp.full_like(norm, jnp.inf), norms), state
+
+    recorder = Threshold(window.init, update_fn)
     return clip_by(norm, recorder, unclipped, known_norm=True, axis_name=axis_name)

@@ -1,0 +1,212 @@
+"""A long sequence of updates, and the arithmetic in NumPy float64 that clipping should equal."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import trees
+
+COUNT = 60
+SHAPES = {
+    "conv": (2, 3, 2, 4),
+    "dense": {"bias": (6,), "kernel": (5, 6)},
+    "phase": (3, 2),
+    "scale": (),
+}
+
+
+def spiky(shapes: Any = SHAPES, dtype: Any = np.float32, seed: int = 0) -> Any:
+    """Updates of varied sizes, stacked: spikes, zeros, a plateau, a whisper, a loud leaf."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=_is_shape)
+    rng = np.random.default_rng(seed)
+    sizes = rng.lognormal(sigma=1.0, size=COUNT)
+    sizes[[7, 23, 51]] *= 1e3
+    sizes[[11, 12, 40]] = 0.0
+    sizes[45] = 1e-6
+
+    def stacked(path: Any, shape: tuple[int, ...], is_first: bool) -> np.ndarray:
+        values = rng.normal(size=(COUNT, *shape))
+        if "phase" in jax.tree_util.keystr(path):
+            values = values + 1j * rng.normal(size=values.shape)
+        values = values * sizes.reshape((-1,) + (1,) * len(shape))
+        values[30:37] = values[30]
+        values[17] *= 500.0 if is_first else 1.0
+        entries = values.reshape(COUNT, -1)
+        entries[19, 0] *= 300.0
+        entries[20:25, ::3] = 0.0
+        kind = np.result_type(dtype, np.complex64) if np.iscomplexobj(values) else dtype
+        return values.astype(kind)
+
+    return jax.tree.unflatten(
+        treedef, [stacked(path, shape, row == 0) for row, (path, shape) in enumerate(leaves)]
+    )
+
+
+def at(sequence: Any, step: int) -> Any:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[step]), sequence)
+
+
+def scanned(
+    method: Any, sequence: Any, params: Any = None, read: Any = lambda state: state
+) -> Any:
+    """What comes out of every step, and what is read from the state after it."""
+
+    def step(state: Any, updates: Any) -> Any:
+        clipped, state = method.update(updates, state, params)
+        return state, (clipped, read(state))
+
+    first = at(sequence, 0)
+    run = jax.jit(lambda xs: jax.lax.scan(step, method.init(first), xs)[1])
+    return jax.tree.map(np.asarray, run(sequence))
+
+
+def p_norm(x: np.ndarray, ord: float = 2.0, axes: tuple[int, ...] | None = None) -> np.ndarray:
+    """The norm at each step, over all axes of a leaf or some, which keep size one."""
+    modulus = np.abs(x.astype(np.result_type(x.dtype, np.float64)))
+    summed = tuple(axis + 1 for axis in (range(x.ndim - 1) if axes is None else axes))
+    if ord == np.inf:
+        return modulus.max(summed, keepdims=True, initial=0.0)
+    return (modulus**ord).sum(summed, keepdims=True) ** (1.0 / ord)
+
+
+def by_leaf(function: Callable[..., Any], sequence: Any, *rest: Any) -> Any:
+    """Maps `function(path, leaf, ...)`, with paths such as "dense/kernel"."""
+
+    def named(path: Any, *leaves: Any) -> Any:
+        return function("/".join(str(key.key) for key in path), *leaves)
+
+    return jax.tree_util.tree_map_with_path(named, sequence, *rest)
+
+
+def hard(norm: np.ndarray, bound: np.ndarray) -> np.ndarray:
+    """`min(1, bound / norm)`, and 1 for a norm of zero."""
+    return np.where(norm > bound, bound / np.where(norm > 0, norm, 1.0), 1.0)
+
+
+def over_steps(bound: Any, norm: np.ndarray) -> np.ndarray:
+    """A number, or one for each step, in the shape of the norms."""
+    return np.zeros_like(norm) + np.reshape(bound, (-1,) + (1,) * (norm.ndim - 1))
+
+
+def assert_clips(
+    method: Any, sequence: Any, norms: Any, bounds: Any, params: Any = None, rtol: float = 2e-6
+) -> None:
+    """Holds a method against `norms` and `bounds` of every step, leaf by leaf.
+
+    Both are trees like the sequence, with None where nothing is measured, or one array.
+    """
+    clipped, states = scanned(method, sequence, params)
+    factors = jax.tree.map(hard, norms, bounds)
+    recorded = (states.norm, states.max_norm, states.coefficient)
+    for got, expected in zip(recorded, (norms, bounds, factors), strict=True):
+        assert jax.tree.structure(got) == jax.tree.structure(expected)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other.reshape(one.shape), rtol=rtol)
+    every_factor = np.concatenate([factor.ravel() for factor in jax.tree.leaves(factors)])
+    assert 0.05 < np.mean(every_factor < 1) < 0.95, "the sequence tries only one side"
+
+    treedef = jax.tree.structure(sequence)
+    one_for_all = isinstance(factors, np.ndarray)
+    each = [factors] * treedef.num_leaves if one_for_all else treedef.flatten_up_to(factors)
+    for got, leaf, factor in zip(
+        jax.tree.leaves(clipped), jax.tree.leaves(sequence), each, strict=True
+    ):
+        assert got.dtype == leaf.dtype
+        if factor is None:
+            factor = np.ones((COUNT,) + (1,) * (leaf.ndim - 1))
+        factor = np.broadcast_to(factor.reshape(COUNT, *_inner(factor, leaf)), leaf.shape)
+        np.testing.assert_allclose(got, leaf * factor, rtol=rtol)
+        assert (got == leaf)[factor == 1].all()
+
+
+def _inner(factor: np.ndarray, leaf: np.ndarray) -> tuple[int, ...]:
+    return factor.shape[1:] if factor.ndim == leaf.ndim else (1,) * (leaf.ndim - 1)
+
+
+def _is_shape(node: Any) -> bool:
+    return isinstance(node, tuple)
+
+
+# Entries whose squares overflow or vanish in their own dtype.
+far_out = pytest.mark.parametrize(
+    ("dtype", "size"), [("float16", 300.0), ("float32", 1e20), ("float32", 1e-30)]
+)
+
+# What is no number: no bound, no ratio and no eps.
+NO_NUMBERS = [
+    *(math.nan, True, np.True_, None, "1", 1j, jnp.array(True)),
+    *(np.array([1.0, np.nan]), jnp.array(np.nan), jnp.array([1.0, -np.inf, np.nan])),
+]
+
+
+def unmeasured() -> dict[str, Any]:
+    """A leaf of every kind that passes through as it is."""
+    return {
+        "bool": jnp.array([True, False]),
+        "float0": np.zeros((2,), jax.dtypes.float0),
+        "integer": jnp.array([1, 2_000_000_000]),
+        "masked": optax.MaskedNode(),
+        "none": None,
+        "python": 7,
+    }
+
+
+def assert_untouched(clipped: dict[str, Any], others: dict[str, Any]) -> None:
+    for name in others:
+        trees.assert_bitwise(clipped[name], others[name])
+        assert type(clipped[name]) is type(others[name])
+
+
+# Every rank, with axes of length one too, and what each convention of units sums over.
+RANKS = {
+    "column": (4, 1),
+    "matrix": (3, 4),
+    "rank3": (2, 3, 4),
+    "rank4": (2, 3, 2, 4),
+    "rank5": (2, 1, 3, 2, 2),
+    "rank6": (2, 1, 2, 1, 2, 3),
+    "row": (1, 4),
+    "scalar": (),
+    "thin": (1, 1, 4, 1),
+    "vector": (5,),
+}
+ALL_BUT_LAST = {
+    "column": (0,),
+    "matrix": (0,),
+    "rank3": (0, 1),
+    "rank4": (0, 1, 2),
+    "rank5": (0, 1, 2, 3),
+    "rank6": (0, 1, 2, 3, 4),
+    "row": (0,),
+    "scalar": (),
+    "thin": (0, 1, 2),
+    "vector": (0,),
+}
+SUMMED = {
+    "output_last": ALL_BUT_LAST,
+    "output_first": {
+        "column": (1,),
+        "matrix": (1,),
+        "rank3": (1, 2),
+        "rank4": (1, 2, 3),
+        "rank5": (1, 2, 3, 4),
+        "rank6": (1, 2, 3, 4, 5),
+        "row": (1,),
+        "scalar": (),
+        "thin": (1, 2, 3),
+        "vector": (0,),
+    },
+    "nfnets": {
+        **ALL_BUT_LAST,
+        "column": (0, 1),
+        "rank3": (0,),
+        "row": (0, 1),
+        "thin": (0, 1, 2, 3),
+    },
+    "whole_leaf": {name: tuple(range(len(shape))) for name, shape in RANKS.items()},
+}
