@@ -127,11 +127,10 @@ def test_explicit_sharding_on_eight_devices(name: str) -> None:
         "dense": {"kernel": PartitionSpec("y", "x"), "bias": PartitionSpec("x")},
         "scale": PartitionSpec(),
     }
-    with jax.set_mesh(mesh):
-        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-        params, updates = jax.device_put((params, updates), (shardings, shardings))
-        state = method.init(params)
-        clipped, new_state = jax.jit(method.update)(updates, state, params)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    params, updates = jax.device_put((params, updates), (shardings, shardings))
+    state = method.init(params)
+    clipped, new_state = jax.jit(method.update)(updates, state, params)
     for one, other in ((clipped, updates), (new_state, state)):
         same = jax.tree.map(
             lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), one, other

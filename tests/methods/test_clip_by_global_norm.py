@@ -7,6 +7,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import sequences
 import trees
@@ -70,20 +71,22 @@ def test_torch_worked_by_hand() -> None:
     trees.assert_close(clipped, expected, rtol=2e-7)
 
 
-def test_the_factor_is_torchs_to_the_last_bit() -> None:
+@pytest.mark.parametrize("max_norm", [0.1, 1.0, 6.5])
+def test_the_factor_is_torchs_to_the_last_bit(max_norm: float) -> None:
     norms = np.concatenate(
-        [np.geomspace(1e-8, 1e8, 400), 1 - np.linspace(0, 2e-6, 40)], dtype=np.float32
+        [np.geomspace(1e-8, 1e8, 400), max_norm - np.linspace(0, 2e-6, 40)], dtype=np.float32
     )
-    method = clipax.clip_by_global_norm(1.0, eps=1e-6)
+    method = clipax.clip_by_global_norm(max_norm, eps=1e-6)
     state = method.init(GRADS)
 
     def factor(norm: Any) -> Any:
         return method.update(GRADS, state, norm=norm)[1].coefficient
 
     factors = jax.jit(jax.vmap(factor))(norms)
-    # torch: clamp(max_norm / (total_norm + 1e-6), max=1.0), in float32.
-    expected = np.minimum(np.float32(1.0) / (norms + np.float32(1e-6)), np.float32(1.0))
-    trees.assert_bitwise(factors, expected)
+    # torch: clamp(max_norm / (total_norm + 1e-6), max=1.0) in float32, and a number over a
+    # tensor is its reciprocal times the number.
+    reciprocals = np.float32(1.0) / (norms + np.float32(1e-6))
+    trees.assert_bitwise(factors, np.minimum(np.float32(max_norm) * reciprocals, np.float32(1)))
 
 
 def test_a_known_norm_is_taken_and_the_updates_are_not_reduced() -> None:
@@ -160,16 +163,25 @@ def test_edge_norm_within_the_bound(max_norm: float) -> None:
     assert state.coefficient == 1
 
 
-@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_edge_norm_within_the_bound_for_an_eps_of_zero_that_is_traced() -> None:
+    """As under `optax.inject_hyperparams`, which traces the defaults too."""
+    for size in (3.0, 41.0, 47.0, 55.0):
+        method = optax.inject_hyperparams(clipax.clip_by_global_norm)(size)
+        updates = jnp.array([size])
+        trees.assert_bitwise(method.update(updates, method.init(updates))[0], updates)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6, jnp.array(0.0), jnp.array(1e-6)])
 def test_edge_zero_updates_and_a_bound_of_zero(eps: float) -> None:
     zeros = jax.tree.map(jnp.zeros_like, GRADS)
     trees.assert_bitwise(clipped_by(0.0, zeros, eps=eps)[0], zeros)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1.0, 1e20])
-def test_edge_finite_updates_and_a_bound_of_zero(size: float) -> None:
+@pytest.mark.parametrize("size", [2e-38, 1e-30, 1.0, 1e20])
+@pytest.mark.parametrize("eps", [0.0, jnp.array(0.0)])
+def test_edge_finite_updates_and_a_bound_of_zero(size: float, eps: Any) -> None:
     updates = jax.tree.map(lambda leaf: size * leaf, GRADS)
-    clipped, state = clipped_by(0.0, updates)
+    clipped, state = clipped_by(0.0, updates, eps=eps)
     trees.assert_bitwise(clipped, jax.tree.map(jnp.zeros_like, GRADS))
     assert state.coefficient == 0
 
@@ -219,6 +231,12 @@ def test_squares_out_of_range_are_measured_right(dtype: str, size: float) -> Non
     clipped, state = clipped_by(size, updates)
     np.testing.assert_allclose(state.norm, 2 * updates[0].astype("float32"), rtol=1e-6)
     np.testing.assert_allclose(clipped.astype("float32"), size / 2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_a_norm_whose_inverse_is_subnormal_is_clipped_to_the_bound(eps: float) -> None:
+    clipped, _ = clipped_by(1e38, jnp.array([2e38, 0.0]), eps=eps)
+    np.testing.assert_allclose(clipped, [1e38, 0.0], rtol=1e-6)
 
 
 # Every bad argument.
