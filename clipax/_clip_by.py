@@ -80,11 +80,11 @@ def clip_by(
     measure = norm if axis_name is None else functools.partial(norm, axis_name=axis_name)
 
     def init_fn(params: Updates) -> ClipState:
-        # Shapes alone are asked for, and mapped axes are not bound outside a step.
+        # Mapped axes are not bound outside a step, and only its type is asked of the norm.
         unmapped = norm if axis_name is None else functools.partial(norm, axis_name=())
-        shapes = jax.eval_shape(unmapped, _leaves.only_measured(params))
-        norms = jax.tree.map(jnp.zeros_like, shapes)
-        return ClipState(norms, norms, jax.tree.map(jnp.ones_like, norms), threshold.init(norms))
+        zeros = _leaves.zero_norms(unmapped, _leaves.only_measured(params))
+        ones = jax.tree.map(lambda zero: zero + 1, zeros)
+        return ClipState(zeros, zeros, ones, threshold.init(zeros))
 
     def update_fn(
         updates: Updates,

@@ -87,6 +87,20 @@ def _is_rule_value(node: Any) -> bool:
     )
 
 
+def filled_like(norm: Array, value: Any) -> Array:
+    """An array of a value in the shape, dtype and sharding of a norm."""
+    # Chosen by the norm, which is never negative: a constant would not have its sharding.
+    return jnp.where(norm < 0, norm, value)
+
+
+def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:
+    """Zeros in the structure, type and sharding of the norms of `params`."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        shapes = jax.eval_shape(norm, params)
+        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return jax.tree.map(lambda size: filled_like(size, 0.0), norm(params))
+
+
 class Alike:
     """Stacks the leaves of a tree that have one type, so that one operation serves them."""
 

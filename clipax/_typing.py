@@ -22,7 +22,7 @@ Coefficient: TypeAlias = Callable[[Array, Array], Array]
 Bound: TypeAlias = jax.typing.ArrayLike | optax.Schedule | Any
 """A number, a scalar array, a schedule `count -> value`, or a tree prefix of them."""
 
-Axes: TypeAlias = int | Sequence[int] | None
+Axes: TypeAlias = int | tuple[int, ...] | None
 LeafRule: TypeAlias = Any
 """One value for every leaf, a tree prefix of values, or `(path, leaf) -> value`."""
 

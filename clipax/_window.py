@@ -17,15 +17,17 @@ class WindowState(NamedTuple):
     """How many values there have been; int32."""
 
 
-def empty(window_size: int, value: Array) -> WindowState:
-    """A window for values like this one."""
-    return WindowState(jnp.zeros((window_size,), value.dtype), jnp.zeros((), jnp.int32))
+def empty(window_size: int, zero: Array) -> WindowState:
+    """A window for values like this zero, and with its sharding."""
+    return WindowState(jnp.zeros((window_size,), zero.dtype) + zero, zero.astype(jnp.int32))
 
 
 def push(window: WindowState, value: Array) -> WindowState:
     """The window with the value in place of its oldest."""
-    slot = window.count % window.values.shape[-1]
-    return WindowState(window.values.at[slot].set(value), optax.safe_increment(window.count))
+    size = window.values.shape[-1]
+    is_oldest = jnp.arange(size, dtype=jnp.int32) == window.count % size
+    values = jnp.where(is_oldest, value, window.values)
+    return WindowState(values, optax.safe_increment(window.count))
 
 
 def quantile(window: WindowState, q: float | Array) -> Array:
@@ -35,7 +37,7 @@ def quantile(window: WindowState, q: float | Array) -> Array:
     """
     size = window.values.shape[-1]
     filled = jnp.minimum(window.count, size)[..., None]
-    in_use = jnp.arange(size).reshape((1,) * (filled.ndim - 1) + (size,)) < filled
+    in_use = jnp.arange(size, dtype=jnp.int32).reshape((1,) * (filled.ndim - 1) + (size,)) < filled
     ordered = jnp.sort(jnp.where(in_use, window.values, jnp.inf), axis=-1)
     last = jnp.maximum(filled - 1, 0)
     below, weight = _position(last, q)

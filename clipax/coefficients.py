@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipax import _leaves
 from clipax._typing import Array, Norms, Updates
@@ -35,16 +36,17 @@ def hard(norm: Array, max_norm: Array, *, eps: jax.typing.ArrayLike = 0.0) -> Ar
       >>> hard(jnp.array([5.0, 0.5]), jnp.array([1.0, 1.0]))
       Array([0.2, 1. ], dtype=float32)
     """
-    if isinstance(eps, int | float) and eps == 0:
-        within = norm <= max_norm
-        # The inner `where` keeps 0 / 0 out of the derivative.
-        return jnp.where(within, 1.0, max_norm / jnp.where(within, 1.0, norm))
-    # torch multiplies by the inverse, which is not the quotient to the last bit.
-    norm = norm + jnp.asarray(eps).astype(norm.dtype)
-    within = (norm < max_norm) | (jnp.isposinf(norm) & jnp.isposinf(max_norm))
-    return jnp.where(
-        within, 1.0, jnp.minimum(1.0, max_norm * (1.0 / jnp.where(within, 1.0, norm)))
-    )
+    eps = jnp.asarray(eps).astype(norm.dtype)
+    norm = norm + eps
+    within = (norm < max_norm) | ((norm == max_norm) & ((eps == 0) | jnp.isposinf(norm)))
+    # The inner `where` keeps 0 / 0 out of the derivative.
+    divisor = jnp.where(within, 1.0, norm)
+    quotient = max_norm / divisor
+    # With an eps, torch multiplies by the inverse, which is not the quotient to the last bit.
+    # The inverse of the largest norms is subnormal, and would be flushed to zero.
+    by_inverse = (eps != 0) & (divisor < np.finfo(norm.dtype).max / 8)
+    product = jnp.minimum(1.0, max_norm * (1.0 / divisor))
+    return jnp.where(within, 1.0, jnp.where(by_inverse, product, quotient))
 
 
 def unclipped(norm: Array, max_norm: Array) -> Array:

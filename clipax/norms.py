@@ -272,7 +272,7 @@ def _summed_axes(leaf: Any, axes: Axes, stack_axis: Axes) -> tuple[int, ...] | N
 
 def _axis_tuple(leaf: Any, axes: Axes) -> tuple[int, ...]:
     rank = jnp.ndim(leaf)
-    given: tuple[Any, ...] = tuple(axes) if isinstance(axes, Sequence) else (axes,)
+    given: tuple[Any, ...] = axes if isinstance(axes, tuple) else (axes,)
     for axis in given:
         if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
             raise ValueError(f"An axis must be an integer, got {axis!r} in {axes!r}.")

@@ -199,5 +199,4 @@ def _bound_like(norm: Array, value: Any, name: str) -> Array:
     if jnp.broadcast_shapes(bound.shape, norm.shape) != norm.shape:
         raise ValueError(f"{name} of shape {bound.shape} does not fit norms of {norm.shape}.")
     # One that was traced may be negative, and must not turn the updates round.
-    # The sum, not a broadcast: it has the norms' sharding.
-    return jnp.zeros_like(norm) + jnp.maximum(bound, 0)
+    return _leaves.filled_like(norm, jnp.maximum(bound, 0))

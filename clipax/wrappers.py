@@ -1,5 +1,6 @@
 """Transformations round other transformations."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +55,8 @@ def observe(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Updates) -> ObserveState:
-        zero = jnp.zeros((), jnp.float32)
+        norm = functools.partial(global_norm, axis_name=axis_name and ())
+        zero = _leaves.zero_norms(norm, params).astype(jnp.float32)
         return ObserveState(zero, zero, zero, inner.init(params))
 
     def update_fn(

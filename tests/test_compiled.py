@@ -12,6 +12,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import clipax
 
+# What the compiler makes of the same program is better since; the program is the same.
+OLD_XLA = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10),
+    reason="XLA before jax 0.10 keeps squares and collectives of leaves apart on a CPU",
+)
 SHAPE = (64, 96)
 TYPE = r"f32\[64,96\]"
 
@@ -70,6 +75,7 @@ def test_no_copy_of_the_updates_is_made() -> None:
     assert memory.temp_size_in_bytes < tree / 100
 
 
+@OLD_XLA
 @pytest.mark.parametrize(
     "method", [clipax.clip_by_global_norm(0.1), clipax.clip_by_leaf_norm(0.1)]
 )
