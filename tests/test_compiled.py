@@ -32,6 +32,7 @@ def operations(program: str, operation: str) -> int:
     return len(re.findall(rf"= {TYPE}\S* {operation}\(", program))
 
 
+@OLD_XLA
 @pytest.mark.parametrize(
     "method",
     [
