@@ -36,7 +36,7 @@ def in_unit_interval(**arguments: Any) -> None:
 def bound(requirement: Callable[..., None], **arguments: Any) -> None:
     """Checks every number in a bound: a number, a schedule or a tree of them."""
     for name, value in arguments.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(value, is_leaf=_is_none):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(value, is_leaf=is_bound_leaf):
             if not is_schedule(leaf):
                 requirement(**{name + jax.tree_util.keystr(path): leaf})
 
@@ -49,7 +49,29 @@ def one_bound(requirement: Callable[..., None], **arguments: Any) -> None:
                 f"{name} must be one number, array or schedule, got the tree {value!r}:"
                 " this method has one norm for all leaves."
             )
+        if not is_schedule(value) and np.ndim(value) != 0:
+            raise ValueError(f"{name} must be one number, got an array of shape {value.shape}.")
     bound(requirement, **arguments)
+
+
+def scalar(requirement: Callable[..., None], **arguments: Any) -> None:
+    """Requires one number, not an array of them."""
+    requirement(**arguments)
+    for name, value in arguments.items():
+        if np.ndim(value) != 0:
+            raise ValueError(f"{name} must be one number, got an array of shape {value.shape}.")
+
+
+def axes(**arguments: Any) -> None:
+    """Requires an integer, a tuple of them or None, where it is no function and no tree."""
+    static(**arguments)
+    for name, value in arguments.items():
+        if callable(value) or not (jax.tree_util.all_leaves([value]) or isinstance(value, tuple)):
+            continue
+        for axis in value if isinstance(value, tuple) else (value,):
+            is_integer = isinstance(axis, int | np.integer) and not isinstance(axis, bool)
+            if not is_integer and axis is not None and jax.tree_util.all_leaves([axis]):
+                raise ValueError(f"{name} must be an integer or a tuple of them, got {value!r}.")
 
 
 def static(**arguments: Any) -> None:
@@ -67,7 +89,7 @@ def order(ord: float | None) -> float:
     if ord is None:
         return 2.0
     static(ord=ord)
-    positive(ord=ord)
+    scalar(positive, ord=ord)
     return float(ord)
 
 
@@ -97,5 +119,6 @@ def _is_real(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, np.integer) or jnp.issubdtype(dtype, np.floating)
 
 
-def _is_none(value: Any) -> bool:
-    return value is None
+def is_bound_leaf(node: Any) -> bool:
+    """A schedule may be a pytree itself, as `jax.tree_util.Partial`."""
+    return node is None or is_schedule(node)

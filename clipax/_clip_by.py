@@ -83,8 +83,10 @@ def clip_by(
         # Mapped axes are not bound outside a step, and only its type is asked of the norm.
         unmapped = norm if axis_name is None else functools.partial(norm, axis_name=())
         zeros = _leaves.zero_norms(unmapped, _leaves.only_measured(params))
+        # Arrays of their own, since a buffer can be donated only once.
+        others = jax.tree.map(lambda zero: zero + 0, zeros)
         ones = jax.tree.map(lambda zero: zero + 1, zeros)
-        return ClipState(zeros, zeros, ones, threshold.init(zeros))
+        return ClipState(zeros, others, ones, threshold.init(zeros))
 
     def update_fn(
         updates: Updates,
@@ -93,7 +95,10 @@ def clip_by(
         **extra_args: Any,
     ) -> tuple[Updates, ClipState]:
         known = extra_args.get("norm") if known_norm else None
-        norms = _like(state.norm, known if known is not None else measure(updates))
+        if known is not None:
+            norms = _like(state.norm, known, name="norm")
+        else:
+            norms = _like(state.norm, measure(updates))
         max_norms, threshold_state = threshold.update(
             norms,
             state.threshold,
@@ -108,7 +113,7 @@ def clip_by(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _like(template: Norms, norms: Norms) -> Norms:
+def _like(template: Norms, norms: Norms, name: str = "updates since `init`") -> Norms:
     """The norms in the structure and dtypes of the state; a frozen leaf's are zero."""
 
     def conform(kept: Array, norm: Any) -> Array:
@@ -116,11 +121,19 @@ def _like(template: Norms, norms: Norms) -> Norms:
             return jnp.zeros_like(kept)
         if not jax.tree_util.all_leaves([norm]) or jnp.shape(norm) != kept.shape:
             raise ValueError(
-                f"norm must have the shape {kept.shape} of the state's, got {norm!r}."
+                f"{name} must give norms of shape {kept.shape}, as in the state, got {norm!r}."
             )
         return jnp.asarray(norm).astype(kept.dtype)
 
-    return _leaves.map_prefix(conform, template, norms, is_leaf=None, name="norm")
+    try:
+        subtrees = _leaves.up_to(jax.tree.structure(template), norms)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must have the structure that `init` saw,"
+            f" {jax.tree.structure(template)}, got {jax.tree.structure(norms)}."
+        ) from error
+    kept, treedef = jax.tree.flatten(template)
+    return jax.tree.unflatten(treedef, map(conform, kept, subtrees))
 
 
 def _param_norms(

@@ -48,7 +48,7 @@ def map_prefix(
     prefix: Any,
     tree: Any,
     *,
-    is_leaf: Callable[[Any], bool] | None = is_none,
+    is_leaf: Callable[[Any], bool] = is_none,
     name: str,
 ) -> Any:
     """Maps `function(prefix_leaf, subtree)`; the error says whose prefix did not fit."""
@@ -66,9 +66,10 @@ def map_prefix(
 def per_leaf(updates: Updates, **rule: LeafRule) -> list[Any]:
     """What `name=rule` says of each leaf, in the order of `jax.tree.leaves`."""
     ((name, value),) = rule.items()
-    if callable(value):
+    # A module of parameters can be callable too, but it is a tree.
+    if callable(value) and jax.tree_util.all_leaves([value]):
         return [
-            value(path_string(path), leaf)
+            value(path_string(path), leaf) if is_measured(leaf) else None
             for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
         ]
     values: list[Any] = []
@@ -83,14 +84,15 @@ def per_leaf(updates: Updates, **rule: LeafRule) -> list[Any]:
 def _is_rule_value(node: Any) -> bool:
     # A tuple of integers or of names is one value: several axes of one leaf.
     return node is None or (
-        type(node) is tuple and all(isinstance(item, int | str) for item in node)
+        type(node) is tuple
+        and all(isinstance(item, int | str) and not isinstance(item, bool) for item in node)
     )
 
 
 def filled_like(norm: Array, value: Any) -> Array:
     """An array of a value in the shape, dtype and sharding of a norm."""
-    # Chosen by the norm, which is never negative: a constant would not have its sharding.
-    return jnp.where(norm < 0, norm, value)
+    # Chosen by the norm: a constant would not have its sharding.
+    return jnp.where(jnp.isnan(norm), value, jnp.asarray(value).astype(norm.dtype))
 
 
 def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:

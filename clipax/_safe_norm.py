@@ -93,7 +93,7 @@ def _p_norms(
     ord: float,
     divisors: Sequence[float],
 ) -> list[Array]:
-    """`(sum |x|^p)^(1/p)` from sums of `|s x|^p`, with scales `s` that keep them in range."""
+    """`(sum |x|^p)^(1/p)` from sums of scaled entries that stay in range."""
     if ord == math.inf:
         return reduce(_MAX, 1.0, None)
     if ord == 1:
@@ -107,7 +107,9 @@ def _p_norms(
         return [norm / scale for norm, scale in zip(norms, scales, strict=True)]
 
     if ord != 2:
-        return rescaled([_scale_to_one(largest) for largest in reduce(_MAX, 1.0, None)])
+        units = [_finite_or_one(largest) for largest in reduce(_MAX, 1.0, None)]
+        norms = roots(reduce(_SUM, ord, units))
+        return [norm * unit for norm, unit in zip(norms, units, strict=True)]
     sums = reduce(_SUM, ord, None)
     scales = [_scale_for(part) for part in sums]
     in_range = functools.reduce(jnp.logical_and, [jnp.all(scale == 1) for scale in scales])
@@ -127,7 +129,7 @@ def _stacked_alike(
 
 
 def _powers(x: Array, width: Any, scale: Array | None, power: float) -> Array:
-    """|scale * x|^power in the given width."""
+    """|scale * x|^2 or |x / scale|^power in the given width."""
 
     def scaled(part: Array) -> Array:
         if scale is None:
@@ -140,9 +142,11 @@ def _powers(x: Array, width: Any, scale: Array | None, power: float) -> Array:
     if power == 2:
         squared = jnp.square(scaled(x.real if is_complex else x))
         return squared + jnp.square(scaled(x.imag)) if is_complex else squared
-    modulus = scaled(jnp.abs(x))
-    if power == 1:
+    modulus = jnp.abs(x).astype(width)
+    if scale is None:
         return modulus
+    # By division: of the largest numbers the inverse is subnormal, and would be flushed.
+    modulus = modulus / scale
     # The inner `where` keeps the derivative of x**p finite at zero for p < 1.
     return jnp.where(modulus > 0, jnp.where(modulus > 0, modulus, 1.0) ** power, modulus)
 
@@ -169,12 +173,10 @@ def _scale_for(sums: Array) -> Array:
     return jnp.where(sums < within.lowest_sum, tiny, jnp.where(sums == jnp.inf, huge, one))
 
 
-def _scale_to_one(largest: Array) -> Array:
+def _finite_or_one(largest: Array) -> Array:
     usable = (largest > 0) & jnp.isfinite(largest)
-    # Four, lest the inverse of the largest numbers be subnormal, and flushed to zero.
-    scale = jnp.where(largest > 1, 4.0, 1.0) / jnp.where(usable, largest, 1.0)
-    # A norm does not depend on its scale, and neither does its derivative.
-    return jax.lax.stop_gradient(jnp.where(usable, scale, 1.0))
+    # A norm does not depend on its unit, and neither does its derivative.
+    return jax.lax.stop_gradient(jnp.where(usable, largest, 1.0))
 
 
 def _root(sums: Array, power: float) -> Array:

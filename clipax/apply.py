@@ -1,11 +1,14 @@
 """Clipping for people without an optimizer."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from clipax import _leaves
 from clipax._typing import Array, Updates
 from clipax.metrics import metrics
 
@@ -73,26 +76,37 @@ def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> 
       Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks",
       2013, https://arxiv.org/abs/1211.5063
     """
-    return _clip_cotangent(transformation, x)
+    leaves, treedef = jax.tree.flatten(_leaves.only_measured(x))
+
+    def clip(cotangents: list[Array]) -> list[Array]:
+        cotangent = jax.tree.unflatten(treedef, cotangents)
+        clipped, _ = transformation.update(cotangent, transformation.init(cotangent))
+        return jax.tree.leaves(clipped)
+
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    # A bound that is traced must not be closed over: the backward pass runs in another trace.
+    clip, traced = jax.closure_convert(clip, leaves)
+    passed = iter(_identity(clip, traced, leaves))
+    return jax.tree.map(lambda leaf: next(passed) if _leaves.is_measured(leaf) else leaf, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _clip_cotangent(transformation: optax.GradientTransformation, x: Updates) -> Updates:
-    del transformation
-    return x
+def _identity(clip: Callable[..., Any], traced: list[Array], leaves: list[Array]) -> list[Array]:
+    del clip, traced
+    return leaves
 
 
-def _forwards(transformation: optax.GradientTransformation, x: Updates) -> tuple[Updates, None]:
-    del transformation
-    return x, None
+def _forwards(
+    clip: Callable[..., Any], traced: list[Array], leaves: list[Array]
+) -> tuple[list[Array], list[Array]]:
+    del clip
+    return leaves, traced
 
 
 def _backwards(
-    transformation: optax.GradientTransformation, residual: None, cotangent: Updates
-) -> tuple[Updates]:
-    del residual
-    clipped, _ = transformation.update(cotangent, transformation.init(cotangent))
-    return (clipped,)
+    clip: Callable[..., Any], traced: list[Array], cotangents: list[Array]
+) -> tuple[list[Array], list[Array]]:
+    return [jnp.zeros_like(value) for value in traced], clip(cotangents, *traced)
 
 
-_clip_cotangent.defvjp(_forwards, _backwards)
+_identity.defvjp(_forwards, _backwards)

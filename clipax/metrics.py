@@ -1,5 +1,6 @@
 """What happened, as a flat dict of scalars for a logger."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -84,11 +85,14 @@ def _is_state(node: Any) -> bool:
 
 def _distinct(named: list[tuple[str, type]]) -> list[str]:
     """The names, numbered where a name and kind occur more than once."""
-    totals, seen, distinct = Counter(named), Counter[tuple[str, type]](), []
+    totals, distinct = Counter(named), []
+    taken = {(name, kind) for name, kind in named if totals[name, kind] == 1}
     for name, kind in named:
-        number = str(seen[name, kind]) if totals[name, kind] > 1 else ""
-        seen[name, kind] += 1
-        distinct.append("/".join(filter(None, (name, number))))
+        if totals[name, kind] > 1:
+            numbered = ("/".join(filter(None, (name, str(n)))) for n in itertools.count())
+            name = next(free for free in numbered if (free, kind) not in taken)
+            taken.add((name, kind))
+        distinct.append(name)
     return distinct
 
 

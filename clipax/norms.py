@@ -56,7 +56,8 @@ def global_norm(
       Array(19., dtype=float32)
     """
     order = _checks.order(ord)
-    leaves = _sharded_leaves(updates, axis_name)
+    wanted = _wanted(updates)
+    leaves = _sharded_leaves(updates, axis_name, wanted, [None] * len(wanted))
     if not leaves:
         return jnp.zeros((), jnp.float32)
     layouts = tuple(Layout(tuple(range(leaf.array.ndim)), leaf.shards) for leaf in leaves)
@@ -79,7 +80,8 @@ def leaf_norm(
       ord: The order `p > 0` of the norm; `inf` gives the largest modulus. None is 2.
       axes: The axes that are summed over, kept with size one, as in `tf.clip_by_norm`.
         None is all of them. One value for every leaf, a tree prefix of values, or a
-        function `(path, leaf) -> axes` with paths such as "encoder/kernel".
+        function `(path, leaf) -> axes` with paths such as "encoder/kernel". A tuple is
+        several axes of a leaf, and never a prefix.
       stack_axis: The axes along which layers are stacked, as by `scan`; each layer then
         has a norm of its own. Same forms as `axes`; None where nothing is stacked.
       mask: Which leaves are measured: True, a tree prefix of booleans, or a function
@@ -103,16 +105,19 @@ def leaf_norm(
              [2.]], dtype=float32)
     """
     _checks.static(axes=axes, stack_axis=stack_axis, mask=mask)
+    wanted = _wanted(updates, mask)
+    rows = zip(
+        jax.tree.leaves(updates),
+        wanted,
+        _leaves.per_leaf(updates, axes=axes),
+        _leaves.per_leaf(updates, stack_axis=stack_axis),
+        strict=True,
+    )
     summed = [
-        _summed_axes(leaf, leaf_axes, leaf_stack_axis)
-        for leaf, leaf_axes, leaf_stack_axis in zip(
-            jax.tree.leaves(updates),
-            _leaves.per_leaf(updates, axes=axes),
-            _leaves.per_leaf(updates, stack_axis=stack_axis),
-            strict=True,
-        )
+        _summed_axes(leaf, leaf_axes, leaf_stack_axis) if is_wanted else None
+        for leaf, is_wanted, leaf_axes, leaf_stack_axis in rows
     ]
-    return _leafwise(updates, summed, mask, ord=_checks.order(ord), axis_name=axis_name)
+    return _leafwise(updates, wanted, summed, ord=_checks.order(ord), axis_name=axis_name)
 
 
 def unit_norm(
@@ -149,12 +154,13 @@ def unit_norm(
     """
     _checks.static(unit_axis=unit_axis, mask=mask)
     rule = output_last if unit_axis is None else unit_axis
+    wanted = _wanted(updates, mask)
     units = _leaves.per_leaf(updates, unit_axis=rule)
     summed: list[tuple[int, ...] | None] = []
-    for leaf, unit in zip(jax.tree.leaves(updates), units, strict=True):
-        one_unit = unit is None or (not callable(rule) and jnp.ndim(leaf) <= 1)
-        summed.append(None if one_unit else _other_axes(leaf, unit))
-    return _leafwise(updates, summed, mask, ord=_checks.order(ord), axis_name=axis_name)
+    for leaf, is_wanted, unit in zip(jax.tree.leaves(updates), wanted, units, strict=True):
+        is_split = is_wanted and unit is not None and (callable(rule) or jnp.ndim(leaf) > 1)
+        summed.append(_other_axes(leaf, unit) if is_split else None)
+    return _leafwise(updates, wanted, summed, ord=_checks.order(ord), axis_name=axis_name)
 
 
 def block_rms(updates: Updates, *, axis_name: AxisName = None) -> Norms:
@@ -184,24 +190,30 @@ class _Leaf(NamedTuple):
     """The mapped axes over which this leaf's sum goes on."""
 
 
+def _wanted(updates: Updates, mask: LeafRule = True) -> list[bool]:
+    """Which leaves are measured and not masked out."""
+    rows = zip(jax.tree.leaves(updates), _leaves.per_leaf(updates, mask=mask), strict=True)
+    wanted = []
+    for leaf, is_unmasked in rows:
+        is_measured = _leaves.is_measured(leaf)
+        if is_measured and not isinstance(is_unmasked, bool | np.bool_):
+            raise ValueError(f"mask must say True or False of each leaf, got {is_unmasked!r}.")
+        wanted.append(is_measured and bool(is_unmasked))
+    return wanted
+
+
 def _sharded_leaves(
     updates: Updates,
     axis_name: AxisName,
-    mask: LeafRule = True,
-    summed: Sequence[tuple[int, ...] | None] | None = None,
+    wanted: Sequence[bool],
+    summed: Sequence[tuple[int, ...] | None],
 ) -> list[_Leaf]:
-    leaves = jax.tree.leaves(updates)
-    rows = zip(
-        leaves,
-        _leaves.per_leaf(updates, axis_name=axis_name),
-        _leaves.per_leaf(updates, mask=mask),
-        summed or [None] * len(leaves),
-        strict=True,
-    )
+    names = _leaves.per_leaf(updates, axis_name=axis_name)
+    rows = zip(jax.tree.leaves(updates), names, wanted, summed, strict=True)
     return [
         _Leaf(position, array, _sharding_axes(array, name, is_partial=axes is not None))
         for position, (leaf, name, is_wanted, axes) in enumerate(rows)
-        if is_wanted and _leaves.is_measured(leaf)
+        if is_wanted
         for array in [jnp.asarray(leaf)]
     ]
 
@@ -234,17 +246,17 @@ def _sharding_axes(array: Array, name: Any, *, is_partial: bool) -> tuple[Hashab
 
 def _leafwise(
     updates: Updates,
+    wanted: Sequence[bool] | None = None,
     summed: Sequence[tuple[int, ...] | None] | None = None,
-    mask: LeafRule = True,
     *,
     ord: float = 2.0,
     divisor: Callable[[int], float] = lambda _: 1.0,
     axis_name: AxisName,
 ) -> Norms:
-    """Measures each unmasked leaf over its summed axes, None being all of them."""
+    """Measures each wanted leaf over its summed axes, None being all of them."""
     every_leaf, treedef = jax.tree.flatten(updates)
     summed = summed or [None] * len(every_leaf)
-    leaves = _sharded_leaves(updates, axis_name, mask, summed)
+    leaves = _sharded_leaves(updates, axis_name, wanted or _wanted(updates), summed)
     layouts: list[Layout] = []
     for leaf in leaves:
         axes = summed[leaf.position]

@@ -60,7 +60,8 @@ def bounded(
     """
     ((name, value),) = bound.items()
     _checks.bound(requirement, **bound)
-    is_scheduled = any(map(_checks.is_schedule, jax.tree.leaves(value)))
+    leaves = jax.tree.leaves(value, is_leaf=_checks.is_bound_leaf)
+    is_scheduled = any(map(_checks.is_schedule, leaves))
 
     def init_fn(norms: Norms) -> Any:
         bounds_at(jnp.zeros((), jnp.int32), norms)  # a prefix that does not fit
@@ -78,7 +79,8 @@ def bounded(
             modulus = -now if is_lower else now
             return jax.tree.map(lambda norm: _bound_like(norm, modulus, name), subtree)
 
-        return _leaves.map_prefix(spread, value, norms, name=name)
+        is_leaf = _checks.is_bound_leaf
+        return _leaves.map_prefix(spread, value, norms, is_leaf=is_leaf, name=name)
 
     return Threshold(init_fn, update_fn)
 
@@ -102,7 +104,7 @@ def relative_to_params(ratio: Bound, eps: jax.typing.ArrayLike = 1e-3) -> Thresh
       Array(0.2, dtype=float32)
     """
     ratios = bounded(_checks.positive, ratio=ratio)
-    _checks.non_negative(eps=eps)
+    _checks.scalar(_checks.non_negative, eps=eps)
 
     def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
         del extra_args

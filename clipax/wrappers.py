@@ -38,7 +38,7 @@ def observe(
 
     Returns:
       The transformation, unchanged in what it does; its state is an `ObserveState` of
-      float32 scalars round the inner state.
+      scalars round the inner state, float32 or float64 (where a parameter is).
 
     | updates | cosine |
     |---|---|
@@ -56,8 +56,9 @@ def observe(
 
     def init_fn(params: Updates) -> ObserveState:
         norm = functools.partial(global_norm, axis_name=axis_name and ())
-        zero = _leaves.zero_norms(norm, params).astype(jnp.float32)
-        return ObserveState(zero, zero, zero, inner.init(params))
+        # Arrays of their own, since a buffer can be donated only once.
+        norm_in, norm_out, cosine = (_leaves.zero_norms(norm, params) for _ in range(3))
+        return ObserveState(norm_in, norm_out, cosine, inner.init(params))
 
     def update_fn(
         updates: Updates,
@@ -68,22 +69,30 @@ def observe(
         new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         norm_in = global_norm(updates, axis_name=axis_name)
         norm_out = global_norm(new_updates, axis_name=axis_name)
-        cosine = _cosine(updates, new_updates, norm_in, norm_out, axis_name)
-        norm_in, norm_out, cosine = (x.astype(jnp.float32) for x in (norm_in, norm_out, cosine))
+        cosine = _cosine(updates, new_updates, axis_name)
+        dtype = state.norm_in.dtype
+        norm_in, norm_out, cosine = (x.astype(dtype) for x in (norm_in, norm_out, cosine))
         return new_updates, ObserveState(norm_in, norm_out, cosine, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _cosine(
-    one: Updates, other: Updates, one_norm: Array, other_norm: Array, axis_name: AxisName
-) -> Array:
+def _cosine(one: Updates, other: Updates, axis_name: AxisName) -> Array:
     # By polarization, `4 <a, b> = |a + b|^2 - |a - b|^2` on unit vectors: it takes norms
     # alone, so that range and sharding stay the norm's business.
-    one, other = _unit_vector(one, one_norm), _unit_vector(other, other_norm)
-    total = global_norm(jax.tree.map(jnp.add, one, other), axis_name=axis_name)
-    difference = global_norm(jax.tree.map(jnp.subtract, one, other), axis_name=axis_name)
+    norm = functools.partial(global_norm, axis_name=axis_name)
+    one, other = _measured_in_both(one, other), _measured_in_both(other, one)
+    one, other = _unit_vector(one, norm(one)), _unit_vector(other, norm(other))
+    total = norm(jax.tree.map(jnp.add, one, other))
+    difference = norm(jax.tree.map(jnp.subtract, one, other))
     return (total - difference) * (total + difference) / 4
+
+
+def _measured_in_both(one: Updates, other: Updates) -> Updates:
+    def keep(leaf: Any, partner: Any) -> Any:
+        return leaf if _leaves.is_measured(leaf) and _leaves.is_measured(partner) else None
+
+    return jax.tree.map(keep, one, other)
 
 
 def _unit_vector(updates: Updates, norm: Array) -> Updates:
@@ -95,4 +104,4 @@ def _unit_vector(updates: Updates, norm: Array) -> Updates:
         wide = np.result_type(norm.dtype, kind)
         return leaf.astype(wide) / divisor.astype(wide)
 
-    return jax.tree.map(divide, _leaves.only_measured(updates))
+    return jax.tree.map(divide, updates)

@@ -110,9 +110,36 @@ def test_vmap_clips_each_sequence_by_itself() -> None:
     np.testing.assert_allclose(norms, [0.1 * np.sqrt(2), 1.0], rtol=1e-6)
 
 
-def test_a_traced_bound() -> None:
+def test_a_traced_bound_anywhere() -> None:
     def gradient(bound: Any) -> Any:
         method = clipax.clip_by_global_norm(bound)
         return jax.grad(lambda x: clipax.clip_cotangent(x, method).sum())(jnp.ones(4))
 
     np.testing.assert_allclose(jax.jit(gradient)(1.0), np.full(4, 0.5))
+    np.testing.assert_allclose(jax.vmap(gradient)(jnp.array([1.0, 0.5])).sum(axis=1), [2, 1])
+
+
+def test_a_traced_bound_in_scan_remat_and_jit() -> None:
+    def in_scan(weight: Any, bound: Any) -> Any:
+        return recurrent_loss(weight, clipax.clip_by_global_norm(bound))
+
+    for wrap in (jax.jit, jax.checkpoint):
+        gradient = jax.jit(jax.grad(wrap(in_scan)))(1.4, 1.0)
+        np.testing.assert_allclose(gradient, oracle(1.4, 1.0), rtol=1e-5)
+
+    def bounds_of_steps(weight: Any, bounds: Any) -> Any:
+        def step(hidden: Any, bound: Any) -> Any:
+            method = clipax.clip_by_global_norm(bound)
+            return clipax.clip_cotangent(hidden, method) * weight, None
+
+        return jax.lax.scan(step, jnp.ones(2), bounds)[0].sum()
+
+    gradient = jax.jit(jax.grad(bounds_of_steps))(1.4, jnp.ones(30))
+    np.testing.assert_allclose(gradient, oracle(1.4, 1.0), rtol=1e-5)
+
+
+def test_the_bound_has_no_gradient() -> None:
+    def loss(bound: Any) -> Any:
+        return clipax.clip_cotangent(jnp.ones(2), clipax.clip_by_global_norm(bound)).sum()
+
+    assert float(jax.grad(loss)(1.0)) == 0

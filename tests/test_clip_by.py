@@ -95,7 +95,9 @@ def test_a_frozen_leaf_keeps_the_structure_of_the_state() -> None:
 
 def test_updates_that_init_did_not_see_are_named() -> None:
     clip = clipax.clip_by_leaf_norm(1.0)
-    with pytest.raises(ValueError, match="norm must be one value or a tree prefix"):
+    with pytest.raises(
+        ValueError, match="updates since `init` must have the structure that `init` saw"
+    ):
         clip.update({"v": jnp.ones(2)}, clip.init({"w": jnp.ones(2)}))
 
 

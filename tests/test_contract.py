@@ -141,6 +141,16 @@ def test_explicit_sharding_on_eight_devices(name: str) -> None:
 
 
 @methods
+def test_a_fresh_state_can_be_donated(name: str) -> None:
+    method, (params, updates) = trees.build(name), trees.params_and_updates()
+    with jax.numpy_dtype_promotion("standard"):
+        optimizer = optax.apply_if_finite(method, 2)
+        step = jax.jit(optimizer.update, donate_argnums=1)
+        _, state = step(updates, optimizer.init(params), params)
+        step(updates, state, params)
+
+
+@methods
 def test_zero_stays_zero(name: str) -> None:
     method, (params, updates) = trees.build(name), trees.params_and_updates()
     zeros = jax.tree.map(jnp.zeros_like, updates)

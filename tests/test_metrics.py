@@ -103,6 +103,27 @@ def test_observe_and_clip_do_not_take_each_others_names() -> None:
     assert set(values) == KEYS | {"norm_in", "norm_out", "cosine"}
 
 
+def test_numbers_do_not_take_the_names_of_users() -> None:
+    first = optax.named_chain(("0", clipax.clip(1.0)))
+    optimizer = optax.chain(first, clipax.clip(2.0), clipax.clip(3.0))
+    values = metrics_after(optimizer)
+    assert {name.split("/")[0]: values[name] for name in values if name.endswith("max_norm")} == {
+        "0": 1,
+        "1": 2,
+        "2": 3,
+    }
+
+
+def test_both_sides_of_an_asymmetric_value_clip() -> None:
+    updates = jnp.array([3.0, -1.5])
+    clip = clipax.clip_by_value(1.0, -2.0)
+    values = clipax.metrics(clip.update(updates, clip.init(updates))[1])
+    expected = {"norm": 3, "clipped_norm": 1.5, "max_norm": 2, "coefficient": 1 / 3}
+    assert {name: float(value) for name, value in values.items()} == pytest.approx(
+        expected | {"clip_fraction": 0.5}
+    )
+
+
 def test_no_state_gives_an_empty_dict() -> None:
     assert clipax.metrics(optax.adam(0.1).init(PARAMS)) == {}
 

@@ -90,6 +90,15 @@ def test_nan_and_inf_reach_their_norm_and_no_other(bad: float, norm: float, ord:
     np.testing.assert_allclose(leaves["good"], p_norm([3.0, 4.0], ord), rtol=1e-6)
 
 
+@pytest.mark.parametrize("ord", [20, 64, 100, 1000])
+def test_a_high_order_is_nearly_the_largest_entry(ord: float) -> None:
+    values = np.array([3.0, -4.0, 4.0, 1e-3] * 8)
+    np.testing.assert_allclose(
+        clipax.global_norm(jnp.asarray(values, jnp.float32), ord), p_norm(values, ord), rtol=1e-5
+    )
+    assert bool(jnp.isfinite(jax.grad(clipax.global_norm)(jnp.asarray(values), ord)).all())
+
+
 def test_nan_beats_inf() -> None:
     assert bool(jnp.isnan(clipax.global_norm(jnp.array([jnp.inf, jnp.nan]))))
 
@@ -173,6 +182,51 @@ def test_rms_and_average_norm_divide_by_the_size() -> None:
     assert float(clipax.block_rms(jnp.zeros((0,)))) == 0
     # The sum of these squares leaves the range, their mean does not.
     np.testing.assert_allclose(clipax.block_rms(jnp.full((64,), 3e38)), 3e38, rtol=1e-6)
+
+
+def test_a_tuple_of_booleans_is_a_prefix() -> None:
+    x = jnp.array([3.0, 4.0])
+    first, second = clipax.leaf_norm((x, x), mask=(True, False))
+    assert (float(first), second) == (5, None)
+
+
+def test_rules_are_asked_of_measured_and_unmasked_leaves_alone() -> None:
+    updates = {"w": jnp.ones((2, 2)), "n": jnp.array(7), "b": jnp.ones(2), "f": "text"}
+    mask = {"w": True, "n": True, "b": False, "f": True}
+    norms = clipax.leaf_norm(updates, axes=1, mask=mask)
+    assert {name for name, norm in norms.items() if norm is not None} == {"w"}
+
+    def only_w(path: str, leaf: Any) -> int:
+        assert path in ("w", "b")
+        return -1
+
+    clipax.unit_norm(updates, unit_axis=only_w)
+
+
+def test_a_callable_tree_of_booleans_is_a_prefix() -> None:
+    @jax.tree_util.register_pytree_node_class
+    class Module:
+        def __init__(self, *weights: Any):
+            self.weights = weights
+
+        def __call__(self, x: Any) -> Any:
+            return x
+
+        def tree_flatten(self) -> Any:
+            return self.weights, None
+
+        @classmethod
+        def tree_unflatten(cls, _: None, weights: Any) -> Any:
+            return cls(*weights)
+
+    norms = clipax.leaf_norm(Module(jnp.ones(4), jnp.ones(4)), mask=Module(True, False))
+    assert (float(norms.weights[0]), norms.weights[1]) == (2, None)
+
+
+@pytest.mark.parametrize("mask", ["x", None, {"w": 1}, lambda path, leaf: None])
+def test_a_mask_must_be_of_booleans(mask: Any) -> None:
+    with pytest.raises(ValueError, match="mask must say True or False"):
+        clipax.leaf_norm({"w": jnp.ones(2)}, mask=mask)
 
 
 def test_mask_leaves_out_what_it_says() -> None:

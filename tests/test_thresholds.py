@@ -42,6 +42,14 @@ def test_a_bound_for_each_layer_of_a_stack() -> None:
     trees.assert_close(bounds["b"]["d"], np.array([[1.0], [2.0]]))
 
 
+def test_a_schedule_may_be_a_pytree() -> None:
+    schedule = jax.tree_util.Partial(lambda slope, count: slope * count, 2)
+    threshold = clipax.fixed(schedule)
+    bounds, state = threshold.update(NORMS, threshold.init(NORMS))
+    bounds, _ = threshold.update(NORMS, state)
+    assert float(bounds["a"]) == 2
+
+
 def test_a_traced_negative_bound_counts_as_zero() -> None:
     bounds = jax.jit(lambda bound: clipax.fixed(bound).update(NORMS, optax.EmptyState())[0])(-1.0)
     assert float(bounds["a"]) == 0

@@ -68,6 +68,15 @@ def test_nan_and_inf_have_no_cosine(bad: float) -> None:
     np.testing.assert_equal(np.asarray(state.norm_in), np.float32(bad))
 
 
+def test_leaves_that_the_inner_one_makes_floats_of() -> None:
+    observed = clipax.observe(optax.sgd(0.5))
+    updates = {"n": jnp.arange(2), "x": jnp.array([3.0, 4.0])}
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = observed.update(updates, observed.init(updates))
+    assert float(state.norm_in) == 5
+    np.testing.assert_allclose(state.cosine, -1, rtol=1e-6)
+
+
 def test_extra_arguments_reach_the_inner_one() -> None:
     observed = clipax.observe(clipax.clip_by_global_norm(1.0))
     updates = jnp.array([3.0, 4.0])

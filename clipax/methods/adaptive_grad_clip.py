@@ -79,7 +79,8 @@ def adaptive_grad_clip(
       normalization", 2021, https://arxiv.org/abs/2102.06171
     """
     threshold = relative_to_params(ratio, eps)
-    _checks.static(unit_axis=unit_axis, mask=mask)
+    _checks.axes(unit_axis=unit_axis)
+    _checks.static(mask=mask)
     rule = nfnets if unit_axis is None else unit_axis
     norm = functools.partial(unit_norm, unit_axis=rule, mask=mask)
     return clip_by(norm, threshold, axis_name=axis_name)

@@ -72,7 +72,7 @@ def clip_by_global_norm(
       2013, https://arxiv.org/abs/1211.5063
     """
     _checks.one_bound(_checks.non_negative, max_norm=max_norm)
-    _checks.non_negative(eps=eps)
+    _checks.scalar(_checks.non_negative, eps=eps)
     norm = functools.partial(global_norm, ord=_checks.order(ord))
     coefficient = functools.partial(hard, eps=eps)
     return clip_by(norm, max_norm, coefficient, known_norm=True, axis_name=axis_name)

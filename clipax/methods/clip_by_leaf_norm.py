@@ -66,7 +66,8 @@ def clip_by_leaf_norm(
     References:
       `tf.clip_by_norm`, https://www.tensorflow.org/api_docs/python/tf/clip_by_norm
     """
-    _checks.static(axes=axes, stack_axis=stack_axis, mask=mask)
+    _checks.axes(axes=axes, stack_axis=stack_axis)
+    _checks.static(mask=mask)
     norm = functools.partial(
         leaf_norm, ord=_checks.order(ord), axes=axes, stack_axis=stack_axis, mask=mask
     )

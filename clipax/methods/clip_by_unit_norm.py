@@ -64,6 +64,7 @@ def clip_by_unit_norm(
       Brock, De, Smith, Simonyan, "High-performance large-scale image recognition without
       normalization", 2021, https://arxiv.org/abs/2102.06171 (for what a unit is)
     """
-    _checks.static(unit_axis=unit_axis, mask=mask)
+    _checks.axes(unit_axis=unit_axis)
+    _checks.static(mask=mask)
     norm = functools.partial(unit_norm, ord=_checks.order(ord), unit_axis=unit_axis, mask=mask)
     return clip_by(norm, max_norm, axis_name=axis_name)

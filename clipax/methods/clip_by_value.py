@@ -1,6 +1,5 @@
 """Clipping each entry."""
 
-import functools
 import math
 from typing import Any
 
@@ -34,8 +33,9 @@ def clip_by_value(
 
     Returns:
       A transformation whose state is a `ClipState` of trees with a scalar a leaf: `norm`
-      is the largest modulus of an entry, `max_norm` the larger bound's, `coefficient` the
-      smallest factor that an entry was scaled by.
+      is the largest modulus of an entry, `max_norm` the bound's, `coefficient` the smallest
+      factor that an entry was scaled by. With `min_value` each is a pair of such trees, of
+      the positive entries and of the negative ones.
 
     Raises:
       ValueError: `max_value` is negative or `min_value` positive, or a number in them is
@@ -71,32 +71,29 @@ def clip_by_value(
             clip_by(_largest_negative, lower, axis_name=axis_name),
         ]
 
-    def merge(states: list[ClipState]) -> ClipState:
-        def fold(pick: Any, trees: list[Norms]) -> Norms:
-            return functools.reduce(lambda one, other: jax.tree.map(pick, one, other), trees)
+    def both(states: list[ClipState]) -> ClipState:
+        if len(states) == 1:
+            return states[0]
+        return ClipState(*(tuple(field) for field in zip(*states, strict=True)))
 
-        return ClipState(
-            fold(jnp.maximum, [state.norm for state in states]),
-            fold(jnp.maximum, [state.max_norm for state in states]),
-            fold(jnp.minimum, [state.coefficient for state in states]),
-            tuple(state.threshold for state in states),
-        )
+    def each(state: ClipState) -> list[ClipState]:
+        if len(sides) == 1:
+            return [state]
+        return [ClipState(*fields) for fields in zip(*state, strict=True)]
 
     def init_fn(params: Updates) -> ClipState:
-        return merge([side.init(params) for side in sides])
+        return both([side.init(params) for side in sides])
 
     def update_fn(
         updates: Updates, state: ClipState, params: Updates | None = None, **extra_args: Any
     ) -> tuple[Updates, ClipState]:
         del params, extra_args
-        states = [
-            # The sides say what happened; the updates they scale are never computed in jit.
-            side.update(updates, state._replace(threshold=threshold))[1]
-            for side, threshold in zip(sides, state.threshold, strict=True)
-        ]
+        # The sides say what happened; the updates they scale are never computed in jit.
+        pairs = zip(sides, each(state), strict=True)
+        states = [side.update(updates, side_state)[1] for side, side_state in pairs]
         tops, bottoms = states[0].max_norm, states[-1].max_norm
         clipped = jax.tree.map(_clip_subtree, tops, bottoms, updates, is_leaf=_leaves.is_none)
-        return clipped, merge(states)
+        return clipped, both(states)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

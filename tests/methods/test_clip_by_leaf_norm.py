@@ -230,9 +230,9 @@ def test_a_prefix_that_does_not_fit_is_refused(name: str, bad: Any) -> None:
         (1, r"shape \(2,\) has no axis 1"),
         (-2, "has no axis -2"),
         ((0, 2), "has no axis 2"),
-        (True, "must be an integer, got True"),
-        (0.0, "must be an integer, got 0.0"),
-        ("0", "must be an integer, got '0'"),
+        (True, "must be an integer or a tuple of them, got True"),
+        (0.0, "must be an integer or a tuple of them, got 0.0"),
+        ("0", "must be an integer or a tuple of them, got '0'"),
     ],
 )
 def test_axes_that_a_leaf_lacks_are_refused(name: str, bad: Any, message: str) -> None:

@@ -228,9 +228,9 @@ def test_a_prefix_that_does_not_fit_is_refused(name: str, bad: Any) -> None:
         (2, r"shape \(2, 2\) has no axis 2"),
         ((0, -3), "has no axis -3"),
         (lambda path, leaf: 1, r"shape \(2,\) has no axis 1"),
-        (True, "must be an integer, got True"),
-        (1.0, "must be an integer, got 1.0"),
-        ("last", "must be an integer, got 'l' in 'last'"),
+        (True, "must be an integer or a tuple of them, got True"),
+        (1.0, "must be an integer or a tuple of them, got 1.0"),
+        ("last", "must be an integer or a tuple of them, got 'last'"),
     ],
 )
 def test_axes_that_a_leaf_lacks_are_refused(bad: Any, message: str) -> None:
