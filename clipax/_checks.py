@@ -49,9 +49,9 @@ def one_bound(requirement: Callable[..., None], **arguments: Any) -> None:
                 f"{name} must be one number, array or schedule, got the tree {value!r}:"
                 " this method has one norm for all leaves."
             )
-        if not is_schedule(value) and np.ndim(value) != 0:
-            raise ValueError(f"{name} must be one number, got an array of shape {value.shape}.")
-    bound(requirement, **arguments)
+        if is_schedule(value):
+            continue
+        scalar(requirement, **{name: value})
 
 
 def scalar(requirement: Callable[..., None], **arguments: Any) -> None:

@@ -257,8 +257,8 @@ def test_a_tree_of_bounds_is_refused(bad: Any) -> None:
 
 
 def test_a_bound_that_is_no_scalar_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"max_norm of shape \(2,\) does not fit"):
-        clipax.clip_by_global_norm(jnp.ones(2)).init(GRADS)
+    with pytest.raises(ValueError, match=r"^max_norm must be one number, .* shape \(2,\)"):
+        clipax.clip_by_global_norm(jnp.ones(2))
 
 
 @pytest.mark.parametrize("bad", [0, -1, -math.inf, math.nan, True, "2", [2], 1j])
