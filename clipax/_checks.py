@@ -28,11 +28,6 @@ def non_positive(**arguments: Any) -> None:
     _require(arguments, lambda value: value <= 0, "a number <= 0")
 
 
-def in_unit_interval(**arguments: Any) -> None:
-    """Requires numbers in [0, 1), where a number is given."""
-    _require(arguments, lambda value: 0 <= value < 1, "a number in [0, 1)")
-
-
 def bound(requirement: Callable[..., None], **arguments: Any) -> None:
     """Checks every number in a bound: a number, a schedule or a tree of them."""
     for name, value in arguments.items():
@@ -49,9 +44,8 @@ def one_bound(requirement: Callable[..., None], **arguments: Any) -> None:
                 f"{name} must be one number, array or schedule, got the tree {value!r}:"
                 " this method has one norm for all leaves."
             )
-        if is_schedule(value):
-            continue
-        scalar(requirement, **{name: value})
+        if not is_schedule(value):
+            scalar(requirement, **{name: value})
 
 
 def scalar(requirement: Callable[..., None], **arguments: Any) -> None:

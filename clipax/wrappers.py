@@ -57,8 +57,8 @@ def observe(
     def init_fn(params: Updates) -> ObserveState:
         norm = functools.partial(global_norm, axis_name=axis_name and ())
         # Arrays of their own, since a buffer can be donated only once.
-        norm_in, norm_out, cosine = (_leaves.zero_norms(norm, params) for _ in range(3))
-        return ObserveState(norm_in, norm_out, cosine, inner.init(params))
+        zero = _leaves.zero_norms(norm, params)
+        return ObserveState(zero, zero + 0, zero + 0, inner.init(params))
 
     def update_fn(
         updates: Updates,
