@@ -28,6 +28,21 @@ def non_positive(**arguments: Any) -> None:
     _require(arguments, lambda value: value <= 0, "a number <= 0")
 
 
+def finite_positive(**arguments: Any) -> None:
+    """Requires finite numbers > 0, where a number is given."""
+    _require(arguments, lambda value: 0 < value < math.inf, "a finite number > 0")
+
+
+def inside_unit_interval(**arguments: Any) -> None:
+    """Requires numbers in (0, 1), where a number is given: quantiles."""
+    _require(arguments, lambda value: 0 < value < 1, "a number in (0, 1)")
+
+
+def decay_rate(**arguments: Any) -> None:
+    """Requires numbers in [0, 1), where a number is given: the EMA weight of the past."""
+    _require(arguments, lambda value: 0 <= value < 1, "a number in [0, 1)")
+
+
 def bound(requirement: Callable[..., None], **arguments: Any) -> None:
     """Checks every number in a bound: a number, a schedule or a tree of them."""
     for name, value in arguments.items():
@@ -93,6 +108,13 @@ def positive_integer(**arguments: Any) -> None:
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def flag(**arguments: Any) -> None:
+    """Requires True or False."""
+    for name, value in arguments.items():
+        if not isinstance(value, bool | np.bool_):
+            raise ValueError(f"{name} must be True or False, got {value!r}.")
 
 
 def _require(arguments: dict[str, Any], holds: Callable[[float], bool], wanted: str) -> None:

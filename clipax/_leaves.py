@@ -95,6 +95,12 @@ def filled_like(norm: Array, value: Any) -> Array:
     return jnp.where(jnp.isnan(norm), value, jnp.asarray(value).astype(norm.dtype))
 
 
+def choose(condition: Array, new: Any, old: Any) -> Any:
+    """The new tree where the condition holds, else the old one, bit for bit."""
+    # A product with 0 or 1 would not do: 0 * NaN is NaN.
+    return jax.tree.map(lambda one, other: jnp.where(condition, one, other), new, old)
+
+
 def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:
     """Zeros in the structure, type and sharding of the norms of `params`."""
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):

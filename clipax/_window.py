@@ -50,6 +50,24 @@ def quantile(window: WindowState, q: float | Array) -> Array:
     return (low + weight.astype(step.dtype) * step)[..., 0]
 
 
+def mean_and_std(window: WindowState, *, ddof: int = 0) -> tuple[Array, Array]:
+    """The mean and the standard deviation of the values in one window, 0 where there are none.
+
+    `ddof` is what is taken from the count in the divisor of the variance, as in NumPy.
+    """
+    size = window.values.shape[-1]
+    in_use = jnp.arange(size, dtype=jnp.int32) < window.count
+    values = jnp.where(in_use, window.values, 0)
+    largest = jnp.max(jnp.abs(values))
+    # In this unit neither a sum nor a square can overflow or vanish.
+    unit = jnp.where(largest > 0, largest, 1)
+    count = jnp.minimum(window.count, size).astype(values.dtype)
+    mean = jnp.sum(values / unit) / jnp.maximum(count, 1)
+    squares = jnp.where(in_use, jnp.square(values / unit - mean), 0)
+    variance = jnp.sum(squares) / jnp.maximum(count - ddof, 1)
+    return mean * unit, jnp.sqrt(variance) * unit
+
+
 def _position(last: Array, q: float | Array) -> tuple[Array, Array]:
     """`last * q`, in integer and fraction, to more digits than float32 has.
 

@@ -170,13 +170,25 @@ def per_norm(rule: optax.GradientTransformation) -> Threshold:
 
     def update_one(norm: Array, state: Any, param_norm: Array | None, last: Array) -> Any:
         max_norm, new_state = rule.update(norm, state, param_norm)
-        is_finite = jnp.isfinite(norm)
-
-        def remember(new: Array, old: Array) -> Array:
-            return jnp.where(is_finite, new, old)
-
         bound = jnp.maximum(jnp.asarray(max_norm, norm.dtype), 0)
-        return remember(bound, last), jax.tree.map(remember, new_state, state)
+        return _leaves.choose(jnp.isfinite(norm), (bound, new_state), (last, state))
+
+    return Threshold(init_fn, update_fn)
+
+
+def capped(threshold: Threshold, max_norm: Bound | None) -> Threshold:
+    """The smaller of a threshold's bound and a fixed one; None is no cap."""
+    if max_norm is None:
+        return threshold
+    cap = bounded(_checks.positive, max_norm=max_norm)
+
+    def init_fn(norms: Norms) -> Any:
+        return threshold.init(norms), cap.init(norms)
+
+    def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
+        bounds, inner = threshold.update(norms, state[0], params, **extra_args)
+        caps, outer = cap.update(norms, state[1])
+        return jax.tree.map(jnp.minimum, bounds, caps), (inner, outer)
 
     return Threshold(init_fn, update_fn)
 

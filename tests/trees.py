@@ -13,8 +13,8 @@ import optax
 
 import clipax
 
-# Arguments without a default, by name: what makes a method act on `params_and_updates()`,
-# and what keeps it from acting on anything.
+# Arguments by name: those without a default, for a method that acts on `params_and_updates()`,
+# and the bounds that keep it from acting on anything.
 ACTIVE: dict[str, Any] = {
     "max_norm": 0.1,
     "max_rms": 0.1,
@@ -26,7 +26,6 @@ ACTIVE: dict[str, Any] = {
 }
 HUGE: dict[str, Any] = {
     **dict.fromkeys(("max_norm", "max_rms", "max_value", "ratio", "threshold"), 1e30),
-    "norm": clipax.global_norm,
     "inner": clipax.clip_by_global_norm(1e30),
 }
 
@@ -59,9 +58,22 @@ def required(factory: Callable[..., Any], values: dict[str, Any]) -> dict[str, A
     }
 
 
-def build(name: str, values: dict[str, Any] = ACTIVE) -> optax.GradientTransformationExtraArgs:
+def build(name: str) -> optax.GradientTransformationExtraArgs:
     factory = public_factories()[name]
-    return factory(**required(factory, values))
+    return factory(**required(factory, ACTIVE))
+
+
+def has_a_bound(name: str) -> bool:
+    """Whether an argument can keep a method from acting: not where it sets its own bound."""
+    return bool(set(inspect.signature(public_factories()[name]).parameters) & set(HUGE))
+
+
+def build_huge(name: str) -> optax.GradientTransformationExtraArgs:
+    """With every bound that the method takes out of reach, also those with a default."""
+    factory = public_factories()[name]
+    taken = inspect.signature(factory).parameters
+    huge = {key: value for key, value in HUGE.items() if key in taken}
+    return factory(**(required(factory, ACTIVE) | huge))
 
 
 @functools.cache
