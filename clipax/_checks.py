@@ -117,6 +117,13 @@ def flag(**arguments: Any) -> None:
             raise ValueError(f"{name} must be True or False, got {value!r}.")
 
 
+def function(**arguments: Any) -> None:
+    """Requires functions."""
+    for name, value in arguments.items():
+        if not is_schedule(value):
+            raise ValueError(f"{name} must be a function, got {value!r}.")
+
+
 def _require(arguments: dict[str, Any], holds: Callable[[float], bool], wanted: str) -> None:
     for name, value in arguments.items():
         if isinstance(value, jax.Array):

@@ -95,6 +95,11 @@ def filled_like(norm: Array, value: Any) -> Array:
     return jnp.where(jnp.isnan(norm), value, jnp.asarray(value).astype(norm.dtype))
 
 
+def in_dtype_of(norm: Array, *values: Any) -> tuple[Array, ...]:
+    """Numbers, or arrays that were traced in another dtype, in the dtype of a norm."""
+    return tuple(jnp.asarray(value).astype(norm.dtype) for value in values)
+
+
 def choose(condition: Array, new: Any, old: Any) -> Any:
     """The new tree where the condition holds, else the old one, bit for bit."""
     # A product with 0 or 1 would not do: 0 * NaN is NaN.

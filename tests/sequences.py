@@ -47,6 +47,78 @@ def spiky(shapes: Any = SHAPES, dtype: Any = np.float32, seed: int = 0) -> Any:
     )
 
 
+LONG_COUNT = 400
+
+
+def long_run(seed: int = 0, spread: float = 0.5) -> dict[str, np.ndarray]:
+    """Updates of two leaves over 400 steps: spikes, plateaus, zeros, a new level, single NaNs.
+
+    Each leaf has norms of its own; the NaNs come to one leaf at a time.
+    """
+    rng = np.random.default_rng([seed, 400])
+    sequence = {}
+    for name, size in (("b", 2), ("w", 3)):
+        norms = rng.lognormal(sigma=spread, size=LONG_COUNT)
+        norms[[60, 61, 190, 301]] *= 50.0
+        norms[100:160] = norms[100]
+        norms[250:] *= 3.0
+        norms[[9, 40, 200, 201, 330]] = 0.0
+        directions = rng.normal(size=(LONG_COUNT, size))
+        directions[100:160] = directions[100]
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+        sequence[name] = (directions * norms[:, None]).astype(np.float32)
+    sequence["w"][[6, 45, 222], 1] = np.nan
+    sequence["b"][[46, 310], 0] = np.nan
+    return sequence
+
+
+def long_norms(sequence: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The global norm of every step in float64, and each leaf's."""
+    leaves = {
+        name: np.sqrt(np.sum(np.square(leaf.astype(np.float64)), axis=1))
+        for name, leaf in sequence.items()
+    }
+    return np.sqrt(sum(norm**2 for norm in leaves.values())), leaves
+
+
+def run_norms(method: Any, norms: Any) -> tuple[np.ndarray, Any]:
+    """The norms after clipping, and the states, of a run on vectors of one entry."""
+    clipped, states = scanned(method, np.asarray(norms, np.float32)[:, None])
+    return clipped[:, 0], states
+
+
+# Near one, with a spike: short enough to follow by hand.
+FEW_NORMS = [1.0, 1.2, 0.8, 1.1, 0.9, 1.0, 5.0, 1.0, 1.3, 0.7]
+
+
+def assert_bounded_by(
+    method: Any,
+    sequence: dict[str, np.ndarray],
+    norms: Any,
+    bounds: Any,
+    rtol: float = 1e-5,
+) -> None:
+    """Holds a run against the norms and bounds of every step, global or by leaf.
+
+    A bound of NaN is not compared: there the norm is none, and nothing is bounded.
+    """
+    clipped, states = scanned(method, sequence)
+    one_for_all = isinstance(norms, np.ndarray)
+    shares = []
+    for name, leaf in sequence.items():
+        norm, bound, got = (
+            (tree if one_for_all else tree[name])
+            for tree in (norms, bounds, states._asdict()["max_norm"])
+        )
+        is_known = ~np.isnan(bound)
+        np.testing.assert_allclose(got[is_known], bound[is_known], rtol=rtol)
+        with np.errstate(invalid="ignore"):
+            factor = np.where(np.isnan(norm), np.nan, hard(norm, bound))
+        np.testing.assert_allclose(clipped[name], leaf * factor[:, None], rtol=2 * rtol)
+        shares.append(np.mean(factor < 1))
+    assert 0.001 < max(shares) < 0.999, "the sequence tries only one side"
+
+
 def at(sequence: Any, step: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf[step]), sequence)
 

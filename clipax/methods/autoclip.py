@@ -1,0 +1,97 @@
+"""AutoClip: a quantile of the history of norms."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipax import _checks, _window
+from clipax._clip_by import clip_by
+from clipax._typing import Array, AxisName, Bound, Norm
+from clipax._window import WindowState
+from clipax.norms import global_norm
+from clipax.thresholds import capped, per_norm
+
+
+def autoclip(
+    quantile: jax.typing.ArrayLike = 0.1,
+    window_size: int = 1000,
+    *,
+    norm: Norm = global_norm,
+    count_current: bool = True,
+    warmup_steps: int = 1,
+    max_norm: Bound | None = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Bounds the norm by a quantile of the norms seen so far.
+
+    `max_norm_t = quantile_q(norm_{t-W+1}, ..., norm_t)` with linear interpolation, as
+    `numpy.quantile`, over a window of `W = window_size` norms.
+
+    The default clips: nine steps in ten end at the tenth percentile, which acts almost as
+    normalization. With 0.9, one step in ten is clipped.
+
+    Args:
+      quantile: The share of norms at or under the bound, in (0, 1). The paper has 0.1.
+      window_size: How many of the last norms are remembered, >= 1; one float each. The
+        paper has no window: it keeps them all.
+      norm: What is measured, and bounded by its own history: `global_norm`, `leaf_norm`
+        for each leaf by itself, `block_rms`, ..., or your own.
+      count_current: Whether the norm at hand counts among the history, as in the paper, or
+        only the past does.
+      warmup_steps: How many norms the history needs before it bounds, >= 1; until then
+        `max_norm` alone does.
+      max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
+      axis_name: As in `clip_by_global_norm`.
+
+    Returns:
+      A transformation whose state is a `ClipState` in the structure of the norms; its
+      threshold holds the window. `metrics` gives its quantiles 0.5, 0.9 and 0.99.
+
+    Raises:
+      ValueError: `quantile` is not in (0, 1), `window_size` or `warmup_steps` not an
+        integer >= 1, `max_norm` not > 0, or `count_current` not a boolean.
+
+    The history learns from raw norms, before clipping, so that it cannot collapse.
+
+    | norm | result |
+    |---|---|
+    | the first ones, fewer than `warmup_steps` | bounded by `max_norm` alone |
+    | all equal so far | the updates, bit for bit |
+    | zero | zeros; the zero enters the history, and zeros can make the bound zero |
+    | NaN or inf | as for a fixed bound; kept out of the history |
+    | only NaN or inf so far | bounded by `max_norm` alone |
+
+    Differences from the paper's code: a window, whose quantile is the paper's while the
+    norms fit; no 1e-6 beside the norm, so a clipped norm ends at the bound; norms that are
+    not finite are left out. For TRELLIS's clipper: `autoclip(0.95, count_current=False,
+    warmup_steps=1000, max_norm=1.0)`.
+
+    Example:
+      >>> clip = autoclip(0.5)
+      >>> state = clip.init(jnp.zeros(1))
+      >>> for norm in (1.0, 2.0, 9.0):
+      ...     clipped, state = clip.update(jnp.array([norm]), state)
+      >>> clipped, state.max_norm
+      (Array([2.], dtype=float32), Array(2., dtype=float32))
+
+    References:
+      Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: adaptive gradient clipping for source
+      separation networks", 2020, https://arxiv.org/abs/2007.14469
+    """
+    _checks.scalar(_checks.inside_unit_interval, quantile=quantile)
+    _checks.positive_integer(window_size=window_size, warmup_steps=warmup_steps)
+    _checks.flag(count_current=count_current)
+
+    def bound(norm: Array, past: WindowState, params: Any = None) -> tuple[Array, WindowState]:
+        del params
+        window = _window.push(past, norm)
+        history = window if count_current else past
+        is_warmed_up = history.count >= warmup_steps
+        return jnp.where(is_warmed_up, _window.quantile(history, quantile), jnp.inf), window
+
+    rule = optax.GradientTransformation(functools.partial(_window.empty, window_size), bound)
+    threshold = capped(per_norm(rule), max_norm)
+    return clip_by(norm, threshold, known_norm=norm is global_norm, axis_name=axis_name)

@@ -1,0 +1,95 @@
+"""The mean of the last norms and some standard deviations."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipax import _checks, _leaves, _window
+from clipax._clip_by import clip_by
+from clipax._typing import Array, AxisName, Bound, Norm
+from clipax._window import WindowState
+from clipax.norms import global_norm
+from clipax.thresholds import capped, per_norm
+
+# A share of the mean: less is the rounding of equal norms.
+_LEAST_STD = 1e-6
+
+
+def clip_by_mean_std(
+    k: jax.typing.ArrayLike = 3.0,
+    window_size: int = 128,
+    *,
+    norm: Norm = global_norm,
+    warmup_steps: int | None = None,
+    max_norm: Bound | None = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Bounds the norm by the mean of the last norms and k standard deviations.
+
+    `max_norm_t = mean + k * max(std, 1e-6 * mean)` over the window of
+    `norm_{t-W}, ..., norm_{t-1}` with `W = window_size`; `std` is the population's.
+
+    Args:
+      k: How many standard deviations above the mean a norm may lie, > 0. Levanter has 3.
+      window_size: How many of the last norms are remembered, >= 1; one float each.
+        Levanter has 128.
+      norm: What is measured, and bounded by its own history: `global_norm`, `leaf_norm`
+        for each leaf by itself, `block_rms`, ..., or your own.
+      warmup_steps: How many norms the history needs before it bounds, >= 1; until then
+        `max_norm` alone does. None is half the window, as in Levanter.
+      max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
+      axis_name: As in `clip_by_global_norm`.
+
+    Returns:
+      A transformation whose state is a `ClipState` in the structure of the norms; its
+      threshold holds the window. `metrics` gives its quantiles 0.5, 0.9 and 0.99.
+
+    Raises:
+      ValueError: `k` is not a finite number > 0, `window_size` or `warmup_steps` not an
+        integer >= 1, or `max_norm` not > 0.
+
+    The history learns from raw norms, before clipping, and the norm at hand does not count.
+    So a new level of norms becomes the usual one within a window; and one spike, until it
+    leaves the window, raises the bound.
+
+    | norm | result |
+    |---|---|
+    | the first `warmup_steps` | bounded by `max_norm` alone |
+    | all equal so far | the updates, bit for bit |
+    | the first after a window of zeros | bounded by 0; it enters the history |
+    | NaN or inf | as for a fixed bound; kept out of the history |
+    | only NaN or inf so far | bounded by `max_norm` alone |
+
+    Differences from Levanter's `clip_update_norm`: the least standard deviation is relative,
+    there 1e-6; norms that are not finite are left out, where one would make the bound NaN
+    for a window; it clips wherever it stands in the chain, there after the optimizer.
+
+    Example:
+      >>> clip = clip_by_mean_std(3.0, window_size=4)
+      >>> state = clip.init(jnp.zeros(1))
+      >>> for norm in (1.0, 3.0, 10.0):
+      ...     clipped, state = clip.update(jnp.array([norm]), state)
+      >>> clipped, state.max_norm
+      (Array([5.], dtype=float32), Array(5., dtype=float32))
+
+    References:
+      Levanter, https://github.com/stanford-crfm/levanter (`ClipUpdateNormConfig`)
+    """
+    _checks.scalar(_checks.finite_positive, k=k)
+    _checks.positive_integer(window_size=window_size)
+    needed = max(1, window_size // 2) if warmup_steps is None else warmup_steps
+    _checks.positive_integer(warmup_steps=needed)
+
+    def bound(norm: Array, past: WindowState, params: Any = None) -> tuple[Array, WindowState]:
+        del params
+        mean, std = _window.mean_and_std(past)
+        (times,) = _leaves.in_dtype_of(norm, k)
+        limit = mean + times * jnp.maximum(std, _LEAST_STD * mean)
+        return jnp.where(past.count >= needed, limit, jnp.inf), _window.push(past, norm)
+
+    rule = optax.GradientTransformation(functools.partial(_window.empty, window_size), bound)
+    threshold = capped(per_norm(rule), max_norm)
+    return clip_by(norm, threshold, known_norm=norm is global_norm, axis_name=axis_name)

@@ -1,0 +1,102 @@
+"""A quantile of the norms in constant memory: the geometric tracker."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipax import _checks, _leaves
+from clipax._clip_by import clip_by
+from clipax._typing import Array, AxisName, Bound, Norm
+from clipax.norms import global_norm
+from clipax.thresholds import capped, per_norm
+
+
+class QuantileState(NamedTuple):
+    max_norm: Array
+    """The estimate of the quantile; 0 before the first norm."""
+
+
+def clip_by_quantile(
+    quantile: jax.typing.ArrayLike = 0.5,
+    *,
+    learning_rate: jax.typing.ArrayLike = 0.2,
+    norm: Norm = global_norm,
+    max_norm: Bound | None = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Bounds the norm by a running estimate of a quantile of the norms.
+
+    `max_norm_{t+1} = max_norm_t * exp(-learning_rate * ([norm_t <= max_norm_t] - quantile))`
+    with `[...]` 1 or 0: the bound rises after a norm above it, else falls, and rests
+    where the share `quantile` of norms lies at or under it. It is `autoclip` in the memory
+    of one number: without a window, and forgetting as fast as `learning_rate` says.
+
+    Args:
+      quantile: The share of norms that pass unclipped, in (0, 1). The paper has 0.5; 0.9
+        clips one step in ten.
+      learning_rate: How far a step moves the logarithm of the bound, > 0. The paper has
+        0.2; with 0.01 it settles slower and closer.
+      norm: What is measured, and bounded by its own history: `global_norm`, `leaf_norm`
+        for each leaf by itself, `block_rms`, ..., or your own.
+      max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
+      axis_name: As in `clip_by_global_norm`.
+
+    Returns:
+      A transformation whose state is a `ClipState` in the structure of the norms; its
+      threshold holds the next bound.
+
+    Raises:
+      ValueError: `quantile` is not in (0, 1), `learning_rate` not a finite number > 0, or
+        `max_norm` not > 0.
+
+    The estimate learns from raw norms, before clipping.
+
+    | norm | result |
+    |---|---|
+    | the first one, finite and not zero | bounded by `max_norm` alone; starts the estimate |
+    | at or under the bound | the updates, bit for bit |
+    | zero | zeros; the estimate stays, since it could fall to zero and never rise again |
+    | NaN or inf | as for a fixed bound; the estimate stays |
+    | only NaN or inf so far | bounded by `max_norm` alone |
+
+    Differences from the paper: it has many clients' norms in a step, and here there is one,
+    without noise; it starts at 0.1, here at the first norm; zero norms do not count.
+
+    Example:
+      >>> clip = clip_by_quantile(0.5)
+      >>> state = clip.init(jnp.zeros(1))
+      >>> for norm in (1.0, 5.0):
+      ...     clipped, state = clip.update(jnp.array([norm]), state)
+      >>> clipped, state.max_norm
+      (Array([1.], dtype=float32), Array(1., dtype=float32))
+
+    References:
+      Andrew, Thakkar, McMahan, Ramaswamy, "Differentially private learning with adaptive
+      clipping", 2021, https://arxiv.org/abs/1905.03871
+    """
+    _checks.scalar(_checks.inside_unit_interval, quantile=quantile)
+    _checks.scalar(_checks.finite_positive, learning_rate=learning_rate)
+
+    def init_fn(zero: Array) -> QuantileState:
+        return QuantileState(zero + 0)
+
+    def bound(
+        norm: Array, state: QuantileState, params: Any = None
+    ) -> tuple[Array, QuantileState]:
+        del params
+        estimate = state.max_norm
+        is_first = estimate == 0
+        is_under = (norm <= estimate).astype(norm.dtype)
+        rate, share = _leaves.in_dtype_of(norm, learning_rate, quantile)
+        factor = jnp.exp(-rate * (is_under - share))
+        moved = jnp.minimum(estimate * factor, jnp.finfo(norm.dtype).max)
+        learned = jnp.where(is_first, norm, moved)
+        return (
+            jnp.where(is_first, jnp.inf, estimate),
+            QuantileState(jnp.where(norm > 0, learned, estimate)),
+        )
+
+    threshold = capped(per_norm(optax.GradientTransformation(init_fn, bound)), max_norm)
+    return clip_by(norm, threshold, known_norm=norm is global_norm, axis_name=axis_name)

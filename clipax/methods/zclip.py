@@ -1,0 +1,181 @@
+"""ZClip: a z-score against running statistics of the norms."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipax import _checks, _leaves
+from clipax._clip_by import clip_by
+from clipax._typing import Array, AxisName, Bound, Norm
+from clipax.norms import global_norm
+from clipax.thresholds import capped, per_norm
+
+
+class ZClipState(NamedTuple):
+    mean: Array
+    std: Array
+    count: Array  # type: ignore[assignment]
+    """The number of norms learned from; int32."""
+
+
+def reciprocal_bound(z: Array, mean: Array, std: Array, z_max: Array) -> Array:
+    """Computes `bound = mean + z_max^2 * std / z`, the less the farther the spike is out.
+
+    Example:
+      >>> z, mean, std, z_max = jnp.array([5.0, 1.0, 0.1, 2.0])
+      >>> reciprocal_bound(z, mean, std, z_max)
+      Array(1.08, dtype=float32)
+    """
+    return mean + z_max * (z_max / z) * std
+
+
+def mean_bound(z: Array, mean: Array, std: Array, z_max: Array) -> Array:
+    """Computes `bound = mean`: a spike shrinks to the usual norm.
+
+    Example:
+      >>> z, mean, std, z_max = jnp.array([5.0, 1.0, 0.1, 2.0])
+      >>> mean_bound(z, mean, std, z_max)
+      Array(1., dtype=float32)
+    """
+    del z, std, z_max
+    return mean
+
+
+def limit_bound(z: Array, mean: Array, std: Array, z_max: Array) -> Array:
+    """Computes `bound = mean + z_max * std`: a spike shrinks to the largest usual norm.
+
+    Example:
+      >>> z, mean, std, z_max = jnp.array([5.0, 1.0, 0.1, 2.0])
+      >>> limit_bound(z, mean, std, z_max)
+      Array(1.2, dtype=float32)
+    """
+    del z
+    return mean + z_max * std
+
+
+def zclip(
+    z_max: jax.typing.ArrayLike = 2.5,
+    *,
+    decay: jax.typing.ArrayLike = 0.97,
+    warmup_steps: int = 25,
+    max_norm: Bound | None = 1.0,
+    norm: Norm = global_norm,
+    spike_bound: Callable[[Array, Array, Array, Array], Array] = reciprocal_bound,
+    factor: jax.typing.ArrayLike = 1.0,
+    raw_history: bool = False,
+    learn_from_spikes: bool = True,
+    min_std: jax.typing.ArrayLike = 1e-3,
+    eps: jax.typing.ArrayLike = 1e-6,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips norms that are outliers against a running mean and standard deviation.
+
+    With `z = (norm - mean) / (std + eps)`, a norm is a spike if `z > z_max`, and then
+    `max_norm_t = factor * (mean + z_max^2 * std / z)`; whatever it is, it ends at or under
+    `max_norm`. What enters the history is `x = min(norm, max_norm_t)` for a spike, else the
+    norm: `mean <- decay * mean + (1 - decay) * x`, and then
+    `std^2 <- decay * std^2 + (1 - decay) * (x - mean)^2`. The first `warmup_steps` norms
+    give mean and (population) variance as they are.
+
+    Args:
+      z_max: How many standard deviations above the mean a norm may lie, > 0.
+      decay: The weight of the past in the averages, in [0, 1).
+      warmup_steps: How many norms the statistics start from, >= 1; until then `max_norm`
+        alone bounds.
+      max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
+      norm: What is measured, and bounded by its own history: `global_norm`, `leaf_norm`
+        for each leaf by itself, `block_rms`, ..., or your own.
+      spike_bound: What a spike shrinks to, `(z, mean, std, z_max) -> bound`:
+        `reciprocal_bound`, `mean_bound` (the reference's "mean") or `limit_bound` (its
+        "percentile").
+      factor: Multiplies the bound of a spike, > 0, the reference's `clip_factor`.
+      raw_history: Whether spikes enter the history as they were. A new level of norms then
+        soon becomes the usual one; of clipped spikes, under `mean_bound` above all, the
+        history may never learn it.
+      learn_from_spikes: Whether they enter it at all.
+      min_std: Which share of the mean counts as no spread, in [0, 1).
+      eps: Added to the standard deviation, a finite number > 0 in the unit of the norms.
+      axis_name: As in `clip_by_global_norm`.
+
+    Returns:
+      A transformation whose state is a `ClipState` in the structure of the norms; its
+      threshold holds mean, standard deviation and count of each. Where no spike is, the
+      state's `max_norm` is the norm from which one would be.
+
+    Raises:
+      ValueError: A number is out of its range, NaN, boolean, None or a string, or
+        `spike_bound` is no function.
+
+    The defaults are those of the paper's code.
+
+    | norm | result |
+    |---|---|
+    | the first `warmup_steps` | bounded by `max_norm` alone, and learned as they were |
+    | no spike, at or under `max_norm` | the updates, bit for bit |
+    | a spike after norms without spread | shrinks to their mean; the history learns it raw |
+    | zero | zeros; the zero enters the history |
+    | NaN or inf | as for a fixed bound; the statistics stay |
+    | only NaN or inf so far | bounded by `max_norm` alone |
+
+    Differences from the paper's code: without spread, it would learn the mean from every
+    spike and so clip any larger norm to it for ever; `min_std` ends that. A spike's bound
+    that `factor` lifts above the norm is not learned, the norm is. Norms that are not
+    finite are left out. No 1e-6 beside the norm: a clipped norm ends at the bound. The
+    standard deviation is kept, not its square, for range.
+
+    Example:
+      >>> clip = zclip(2.0, warmup_steps=2, max_norm=None)
+      >>> state = clip.init(jnp.zeros(1))
+      >>> for norm in (1.0, 3.0, 10.0):  # mean 2, std 1, z 8: the bound is 2 + 4 / 8
+      ...     clipped, state = clip.update(jnp.array([norm]), state)
+      >>> clipped.round(4)
+      Array([2.5], dtype=float32)
+
+    References:
+      Kumar, Owen, Roy Chowdhury, Güra, "ZClip: adaptive spike mitigation for LLM
+      pre-training", 2025, https://arxiv.org/abs/2504.02507
+    """
+    _checks.scalar(_checks.finite_positive, z_max=z_max, factor=factor, eps=eps)
+    _checks.scalar(_checks.decay_rate, decay=decay, min_std=min_std)
+    _checks.positive_integer(warmup_steps=warmup_steps)
+    _checks.flag(raw_history=raw_history, learn_from_spikes=learn_from_spikes)
+    _checks.function(spike_bound=spike_bound)
+
+    def init_fn(zero: Array) -> ZClipState:
+        return ZClipState(zero + 0, zero + 0, zero.astype(jnp.int32))
+
+    def bound(norm: Array, state: ZClipState, params: Any = None) -> tuple[Array, ZClipState]:
+        del params
+        mean, std, count = state
+        z_top, scale, least, guard = _leaves.in_dtype_of(norm, z_max, factor, min_std, eps)
+        is_warmed_up = count >= warmup_steps
+        limit = mean + z_top * (std + guard)
+        is_spike = is_warmed_up & (norm > limit)
+        # At least z_max, also where this is no spike: it will be divided by.
+        z = jnp.maximum((norm - mean) / (std + guard), z_top)
+        shrunk = scale * spike_bound(z, mean, std, z_top)
+        has_spread = std > least * mean
+        seen = norm if raw_history else jnp.where(has_spread, jnp.minimum(norm, shrunk), norm)
+        learned = learn(state, jnp.where(is_spike, seen, norm))
+        if not learn_from_spikes:
+            learned = _leaves.choose(is_spike & has_spread, state, learned)
+        return jnp.where(is_warmed_up, jnp.where(is_spike, shrunk, limit), jnp.inf), learned
+
+    def learn(state: ZClipState, value: Array) -> ZClipState:
+        mean, std, count = state
+        is_warmed_up = count >= warmup_steps
+        old, new = _leaves.in_dtype_of(value, decay, 1 - decay)
+        weight = jnp.where(is_warmed_up, new, 1 / (count + 1).astype(value.dtype))
+        past = jnp.where(is_warmed_up, old, 1 - weight)
+        deviation = value - mean
+        # The paper's average takes the deviation from the new mean, and Welford's variance
+        # the geometric mean of both: so the one has a factor more.
+        share = weight * past * jnp.where(is_warmed_up, past, 1)
+        new_std = jnp.hypot(jnp.sqrt(past) * std, jnp.sqrt(share) * deviation)
+        return ZClipState(mean + weight * deviation, new_std, optax.safe_increment(count))
+
+    threshold = capped(per_norm(optax.GradientTransformation(init_fn, bound)), max_norm)
+    return clip_by(norm, threshold, known_norm=norm is global_norm, axis_name=axis_name)

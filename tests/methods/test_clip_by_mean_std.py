@@ -1,0 +1,160 @@
+"""Mean and standard deviations over a window against NumPy, and at the edges."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sequences
+from sequences import FEW_NORMS, run_norms
+
+import clipax
+
+
+def oracle(
+    norms: np.ndarray, k: float = 3.0, window: int = 128, least: int | None = None
+) -> np.ndarray:
+    """The bound of every step; NaN where the norm is none."""
+    least = window // 2 if least is None else least
+    history: list[float] = []
+    bounds = []
+    for norm in norms:
+        past = np.array(history[-window:])
+        bound = np.inf
+        if len(past) >= least:
+            bound = past.mean() + k * max(past.std(), 1e-6 * past.mean())
+        bounds.append(bound if np.isfinite(norm) else np.nan)
+        if np.isfinite(norm):
+            history.append(norm)
+    return np.array(bounds)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"k": 1.0, "window": 16},
+    {"k": 0.1, "window": 5, "least": 5},
+    {"k": 6.0, "window": 64, "least": 10},
+    {"k": 2.0, "window": 2},
+]
+
+
+def build(setting: dict[str, Any], **more: Any) -> Any:
+    names = {"window": "window_size", "least": "warmup_steps"}
+    return clipax.clip_by_mean_std(
+        **{names.get(key, key): value for key, value in setting.items()}, **more
+    )
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_equals_the_oracle_globally(setting: dict[str, Any], seed: int) -> None:
+    sequence = sequences.long_run(seed)
+    norms, _ = sequences.long_norms(sequence)
+    sequences.assert_bounded_by(build(setting), sequence, norms, oracle(norms, **setting))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_equals_the_oracle_leaf_by_leaf(setting: dict[str, Any]) -> None:
+    sequence = sequences.long_run(2)
+    _, norms = sequences.long_norms(sequence)
+    bounds = {name: oracle(norm, **setting) for name, norm in norms.items()}
+    sequences.assert_bounded_by(build(setting, norm=clipax.leaf_norm), sequence, norms, bounds)
+
+
+def test_by_hand() -> None:
+    _, states = run_norms(clipax.clip_by_mean_std(3.0, 4), FEW_NORMS)
+    expected = [np.inf, np.inf, 1.4, 1.4899, 1.4687, 1.4743, 1.2854, 7.2005]
+    np.testing.assert_allclose(states.max_norm[:8], expected, rtol=5e-5)
+    np.testing.assert_allclose(states.coefficient[6], 1.2854 / 5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-6, 1e6, 1e30])
+def test_norms_of_any_size(size: float) -> None:
+    with np.errstate(over="ignore", under="ignore"):
+        naive = np.mean(np.square(np.float32(size) * np.array(FEW_NORMS, np.float32)))
+    assert size not in (1e-25, 1e30) or naive in (0, np.inf)
+    method = clipax.clip_by_mean_std(3.0, 4)
+    _, states = run_norms(method, np.float32(size) * np.array(FEW_NORMS))
+    _, usual = run_norms(method, FEW_NORMS)
+    np.testing.assert_allclose(states.coefficient, usual.coefficient, rtol=1e-5)
+
+
+def test_the_variance_never_goes_negative() -> None:
+    norms = (1000 + 1e-3 * np.random.default_rng(0).normal(size=60)).astype(np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(norms, 8)
+    assert np.min(np.mean(windows**2, axis=1) - np.mean(windows, axis=1) ** 2) < 0
+    _, states = run_norms(clipax.clip_by_mean_std(1.0, 8), norms)
+    np.testing.assert_allclose(states.max_norm[4:], oracle(norms, 1.0, 8)[4:], rtol=1e-6)
+
+
+def test_a_new_level_is_usual_within_a_window() -> None:
+    clipped, _ = run_norms(clipax.clip_by_mean_std(3.0, 16), [1.0] * 20 + [10.0] * 20)
+    assert clipped[20] < 1.001
+    np.testing.assert_array_equal(clipped[25:], 10.0)
+
+
+def test_edge_the_first_norms_are_bounded_by_the_cap_alone() -> None:
+    clipped, states = run_norms(clipax.clip_by_mean_std(3.0, 6, max_norm=2.0), [9, 1, 9, 1])
+    np.testing.assert_allclose(clipped, [2, 1, 2, 1], rtol=1e-6)
+    _, states = run_norms(clipax.clip_by_mean_std(3.0, 6), [9, 1, 9, 1])
+    np.testing.assert_array_equal(states.max_norm, [np.inf] * 3 + [states.max_norm[3]])
+
+
+def test_edge_equal_norms_are_the_identity() -> None:
+    updates = np.stack([np.array([0.3, -0.7, 0.1], np.float32)] * 12)
+    clipped, states = sequences.scanned(clipax.clip_by_mean_std(3.0, 4), updates)
+    np.testing.assert_array_equal(clipped, updates)
+    assert np.isfinite(states.max_norm[3:]).all()
+
+
+def test_edge_the_first_after_zeros() -> None:
+    clipped, states = run_norms(clipax.clip_by_mean_std(3.0, 4), [0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(clipped[:4], 0)
+    np.testing.assert_allclose(clipped[4], 1.0, rtol=1e-6)
+    assert states.max_norm[4] > 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_edge_what_is_no_norm_stays_out_of_the_history(value: float) -> None:
+    method = clipax.clip_by_mean_std(1.0, 4)
+    with_bad = [*FEW_NORMS[:4], value, *FEW_NORMS[4:]]
+    clipped, _ = run_norms(method, with_bad)
+    without, _ = run_norms(method, FEW_NORMS)
+    np.testing.assert_array_equal(np.delete(clipped, 4), without)
+    # The naive window has no mean while the bad one is in it.
+    assert not np.isfinite(np.mean(with_bad[2:6]))
+
+
+def test_edge_only_what_is_no_norm_so_far() -> None:
+    nothing = [np.nan, np.inf, -np.inf]
+    clipped, _ = run_norms(clipax.clip_by_mean_std(3.0, 2), [*nothing, 7.0])
+    assert clipped[3] == 7
+    clipped, _ = run_norms(clipax.clip_by_mean_std(3.0, 2, max_norm=2.0), [*nothing, 7.0])
+    np.testing.assert_allclose(clipped[3], 2, rtol=1e-6)
+
+
+def test_the_default_warm_up_is_half_a_window_and_never_nothing() -> None:
+    for window in (1, 2, 3, 9):
+        method = clipax.clip_by_mean_std(3.0, window)
+        _, states = run_norms(method, np.ones(12))
+        bounded = np.isfinite(states.max_norm)
+        assert bounded.argmax() == max(1, window // 2)
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, np.inf, jnp.ones(2), *sequences.NO_NUMBERS])
+def test_bad_k_is_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match="k must be"):
+        clipax.clip_by_mean_std(bad)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, True, "5"])
+@pytest.mark.parametrize("name", ["window_size", "warmup_steps"])
+def test_bad_lengths_are_refused(name: str, bad: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got"):
+        clipax.clip_by_mean_std(**{name: bad})
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, np.nan, True, "1"])
+def test_bad_caps_are_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match="max_norm must be a number > 0"):
+        clipax.clip_by_mean_std(max_norm=bad)
