@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""What clipping by the global norm costs: per step of Adam, and to compile.
+"""What clipping costs: per step of Adam, for bounds that set themselves, and to compile.
 
     python -m benchmarks.adam_step [--quick] [--output FILE.json]
 
@@ -28,6 +28,8 @@ import clipax
 
 Clips = dict[str, Callable[[float], optax.GradientTransformation]]
 _CLIPS: Clips = {"clipax": clipax.clip_by_global_norm, "optax": optax.clip_by_global_norm}
+_FIXED = "clip_by_global_norm"
+_HISTORIES = (clipax.autoclip, clipax.clip_by_quantile, clipax.zclip, clipax.clip_by_mean_std)
 
 
 def main() -> None:
@@ -39,11 +41,12 @@ def main() -> None:
     # The load is read before anything here adds to it.
     result: dict[str, Any] = {"machine": _machine()}
     print(" · ".join(f"{name}: {value}" for name, value in result["machine"].items()))
-    if arguments.quick:
-        result["step"] = _time_steps(leaves=4, side=100, rounds=5)
-    else:
-        result["step"] = _time_steps(leaves=25, side=1000, rounds=60)
-    _print_steps(result["step"])
+    for name, optimizers in (("step", _clipped_adams()), ("histories", _adams_with_a_history())):
+        if arguments.quick:
+            result[name] = _time_steps(optimizers, leaves=4, side=100, rounds=5)
+        else:
+            result[name] = _time_steps(optimizers, leaves=25, side=1000, rounds=60)
+        _print_steps(result[name])
     if arguments.quick:
         result["compile"] = _time_compilation(leaves=20, rounds=1)
     else:
@@ -79,12 +82,24 @@ def _processor() -> str:
 # -- A step ------------------------------------------------------------------------------------
 
 
-def _time_steps(leaves: int, side: int, rounds: int) -> dict[str, Any]:
-    gradients = _gradients(leaves, side)
-    optimizers = {"adam alone": optax.adam(1e-3)} | {
+def _clipped_adams() -> dict[str, optax.GradientTransformation]:
+    return {"adam alone": optax.adam(1e-3)} | {
         f"{name} clip + adam": optax.chain(clip(1.0), optax.adam(1e-3))
         for name, clip in _CLIPS.items()
     }
+
+
+def _adams_with_a_history() -> dict[str, optax.GradientTransformation]:
+    """Methods with one norm and its history, against a fixed bound on the same norm."""
+    clips = {_FIXED: clipax.clip_by_global_norm(1.0)}
+    clips |= {method.__name__: method() for method in _HISTORIES}
+    return {name: optax.chain(clip, optax.adam(1e-3)) for name, clip in clips.items()}
+
+
+def _time_steps(
+    optimizers: dict[str, optax.GradientTransformation], leaves: int, side: int, rounds: int
+) -> dict[str, Any]:
+    gradients = _gradients(leaves, side)
     steps = {name: _jitted_step(optimizer) for name, optimizer in optimizers.items()}
     carries = {
         name: _start(optimizer, gradients, steps[name]) for name, optimizer in optimizers.items()
@@ -103,8 +118,8 @@ def _time_steps(leaves: int, side: int, rounds: int) -> dict[str, Any]:
             carries[name] = jax.block_until_ready(steps[name](*carries[name], gradients))
             seconds[name].append(time.perf_counter() - start)
 
-    _require_same_params(*(carries[f"{name} clip + adam"][0] for name in _CLIPS))
-    alone = statistics.median(seconds["adam alone"])
+    _require_same_params([carries[name][0] for name in names if "clip + adam" in name])
+    baseline = statistics.median(seconds[names[0]])
     return {
         "megabytes": leaves * side * side * 4 / 1e6,
         "leaves": leaves,
@@ -117,7 +132,7 @@ def _time_steps(leaves: int, side: int, rounds: int) -> dict[str, Any]:
                 "median_ms": 1e3 * statistics.median(values),
                 "min_ms": 1e3 * min(values),
                 "max_ms": 1e3 * max(values),
-                "ratio": statistics.median(values) / alone,
+                "ratio": statistics.median(values) / baseline,
             }
             for name, values in seconds.items()
         ],
@@ -153,10 +168,11 @@ def _start(
     return carry
 
 
-def _require_same_params(one: Any, other: Any) -> None:
+def _require_same_params(results: list[Any]) -> None:
     """Both clips do the same work: a faster one that is wrong would be no news."""
-    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-7)
+    for one, other in itertools.pairwise(results):
+        for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(left, right, rtol=1e-3, atol=1e-7)
 
 
 def _print_steps(step: dict[str, Any]) -> None:
@@ -164,7 +180,7 @@ def _print_steps(step: dict[str, Any]) -> None:
         f"\nA step on a float32 tree of {step['megabytes']:g} MB in {step['leaves']} leaves,"
         f" {step['rounds']} runs each, interleaved; params and state donated"
     )
-    print(f"{'':20}{'median ms':>12}{'min ms':>12}{'max ms':>12}{'to adam':>12}")
+    print(f"{'':20}{'median ms':>12}{'min ms':>12}{'max ms':>12}{'ratio':>12}")
     for row in step["rows"]:
         print(
             f"{row['name']:20}{row['median_ms']:12.2f}{row['min_ms']:12.2f}"

@@ -7,12 +7,22 @@ an `optax.GradientTransformation` that chains with any optimizer:
 
 * methods: `clip_by_global_norm`, `clip_by_leaf_norm`, `clip_by_unit_norm`,
   `clip_by_block_rms`, `clip_by_average_norm`, `clip_by_value` (`clip`),
+  `clip_by_spectral_norm`,
   `adaptive_grad_clip`, and `measure`, which only records
+* methods whose bound sets itself: `autoclip`, `clip_by_quantile`, `zclip` (`reciprocal_bound`,
+  `mean_bound`, `limit_bound`), `adagc`, `clip_by_mean_std`
+* methods with a moment for each entry: `spam_clip`, `acclip`, `scale_by_stable_adam`
+* methods that never clip hard: `smooth_clip_by_global_norm`, `smooth_clip_by_value`, and
+  `delta_gclip`, which has a floor
+* methods that feed back what a clip takes off: `u_clip`, `clip21`; one that clips entries and
+  sets norms: `stable_spam`
+* round a whole optimizer: `skip_step`, which skips NaN and spikes
 * what happened: `metrics`, `observe`
 * without an optimizer: `global_norm`, `clip_tree`, `clip_cotangent`
 * to build your own: `clip_by` over a norm (`global_norm`, `leaf_norm`, `unit_norm`,
   `block_rms`, `average_norm`), a threshold (`fixed`, `relative_to_params`, `per_norm`) and
-  a coefficient (`hard`, `unclipped`); `scale_updates` for what does not decompose
+  a coefficient (`hard`, `unclipped`, the smooth `rational`, `square_root` and `tanh`,
+  `normalized`); `scale_updates` for what does not decompose
 """
 
 from clipax._clip_by import ClipState as ClipState
@@ -20,17 +30,41 @@ from clipax._clip_by import clip_by as clip_by
 from clipax.apply import clip_cotangent as clip_cotangent
 from clipax.apply import clip_tree as clip_tree
 from clipax.coefficients import hard as hard
+from clipax.coefficients import normalized as normalized
+from clipax.coefficients import rational as rational
 from clipax.coefficients import scale_updates as scale_updates
+from clipax.coefficients import square_root as square_root
+from clipax.coefficients import tanh as tanh
 from clipax.coefficients import unclipped as unclipped
+from clipax.methods.acclip import acclip as acclip
+from clipax.methods.adagc import adagc as adagc
 from clipax.methods.adaptive_grad_clip import adaptive_grad_clip as adaptive_grad_clip
+from clipax.methods.autoclip import autoclip as autoclip
+from clipax.methods.clip21 import clip21 as clip21
 from clipax.methods.clip_by_average_norm import clip_by_average_norm as clip_by_average_norm
 from clipax.methods.clip_by_block_rms import clip_by_block_rms as clip_by_block_rms
 from clipax.methods.clip_by_global_norm import clip_by_global_norm as clip_by_global_norm
 from clipax.methods.clip_by_leaf_norm import clip_by_leaf_norm as clip_by_leaf_norm
+from clipax.methods.clip_by_mean_std import clip_by_mean_std as clip_by_mean_std
+from clipax.methods.clip_by_quantile import clip_by_quantile as clip_by_quantile
+from clipax.methods.clip_by_spectral_norm import clip_by_spectral_norm as clip_by_spectral_norm
 from clipax.methods.clip_by_unit_norm import clip_by_unit_norm as clip_by_unit_norm
 from clipax.methods.clip_by_value import clip as clip
 from clipax.methods.clip_by_value import clip_by_value as clip_by_value
+from clipax.methods.delta_gclip import delta_gclip as delta_gclip
 from clipax.methods.measure import measure as measure
+from clipax.methods.scale_by_stable_adam import scale_by_stable_adam as scale_by_stable_adam
+from clipax.methods.smooth_clip_by_global_norm import (
+    smooth_clip_by_global_norm as smooth_clip_by_global_norm,
+)
+from clipax.methods.smooth_clip_by_value import smooth_clip_by_value as smooth_clip_by_value
+from clipax.methods.spam_clip import spam_clip as spam_clip
+from clipax.methods.stable_spam import stable_spam as stable_spam
+from clipax.methods.u_clip import u_clip as u_clip
+from clipax.methods.zclip import limit_bound as limit_bound
+from clipax.methods.zclip import mean_bound as mean_bound
+from clipax.methods.zclip import reciprocal_bound as reciprocal_bound
+from clipax.methods.zclip import zclip as zclip
 from clipax.metrics import metrics as metrics
 from clipax.norms import average_norm as average_norm
 from clipax.norms import block_rms as block_rms
@@ -45,6 +79,8 @@ from clipax.units import output_first as output_first
 from clipax.units import output_last as output_last
 from clipax.units import whole_leaf as whole_leaf
 from clipax.wrappers import ObserveState as ObserveState
+from clipax.wrappers import SkipState as SkipState
 from clipax.wrappers import observe as observe
+from clipax.wrappers import skip_step as skip_step
 
 __version__ = "0.1.0"

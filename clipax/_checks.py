@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 def is_schedule(value: Any) -> bool:
@@ -122,6 +123,13 @@ def function(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not is_schedule(value):
             raise ValueError(f"{name} must be a function, got {value!r}.")
+
+
+def transformation(**arguments: Any) -> None:
+    """Requires transformations of optax."""
+    for name, value in arguments.items():
+        if not isinstance(value, optax.GradientTransformation):
+            raise ValueError(f"{name} must be an optax.GradientTransformation, got {value!r}.")
 
 
 def _require(arguments: dict[str, Any], holds: Callable[[float], bool], wanted: str) -> None:

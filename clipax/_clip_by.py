@@ -25,7 +25,7 @@ class ClipState(NamedTuple):
     max_norm: Norms
     """The bound that it was held against."""
     coefficient: Norms
-    """The factor that was applied, in [0, 1]."""
+    """The factor that was applied: in [0, 1], but of `normalized`, which has no upper end."""
     threshold: Any
     """The state of the rule that gives the bound."""
 
@@ -48,7 +48,8 @@ def clip_by(
       threshold: What bounds the norms: a number, a schedule `count -> value`, a tree
         prefix of them, `relative_to_params(...)`, or any `optax.GradientTransformation`
         that turns one norm into its bound, as `optax.ema(0.9)` does.
-      coefficient: `(norm, max_norm) -> factor` in [0, 1], element by element.
+      coefficient: `(norm, max_norm) -> factor`, element by element: `hard`, the smooth
+        `rational`, `square_root` and `tanh`, `normalized`, or your own.
       known_norm: Whether `update` takes the norm, if it is known already, as the extra
         argument `norm=`, in the structure of the norms, and then does not measure.
       axis_name: As in `global_norm`; the norm is called with it if it is given.

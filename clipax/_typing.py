@@ -17,7 +17,7 @@ Norm: TypeAlias = Callable[..., Norms]
 """`(updates) -> norms`; takes `axis_name=` too if it is to work in `pmap`."""
 
 Coefficient: TypeAlias = Callable[[Array, Array], Array]
-"""`(norm, max_norm) -> factor in [0, 1]`, element by element."""
+"""`(norm, max_norm) -> factor`, element by element: in [0, 1] where it clips."""
 
 Bound: TypeAlias = jax.typing.ArrayLike | optax.Schedule | Any
 """A number, a scalar array, a schedule `count -> value`, or a tree prefix of them."""

@@ -60,6 +60,109 @@ def unclipped(norm: Array, max_norm: Array) -> Array:
     return jnp.ones_like(norm)
 
 
+def rational(norm: Array, max_norm: Array) -> Array:
+    """Computes `coefficient = 1 / (1 + norm / max_norm)`: a smooth bound, soon felt.
+
+    Args:
+      norm: Norms, of any shape.
+      max_norm: Bounds in the same shape, >= 0; scaled norms come close to them.
+
+    Returns:
+      Factors in [0, 1] in the shape of `norm`, with finite derivatives.
+
+    | norm | max_norm | coefficient |
+    |---|---|---|
+    | 0 | any, 0 too | 1 |
+    | below the precision of max_norm | > 0 | 1 |
+    | > 0 | 0 | 0 |
+    | inf | finite | 0 |
+    | any, inf too | inf | 1 |
+    | NaN | any | NaN |
+
+    Example:
+      >>> rational(jnp.array([0.0, 1.0, 3.0]), jnp.ones(3))
+      Array([1.  , 0.5 , 0.25], dtype=float32)
+    """
+    quotient, numerator = _smaller_over_larger(norm, max_norm)
+    return numerator / (1 + quotient)
+
+
+def square_root(norm: Array, max_norm: Array) -> Array:
+    """Computes `coefficient = 1 / sqrt(1 + (norm / max_norm)^2)`: a smooth bound.
+
+    Args and edge cases are those of `rational`.
+
+    Args:
+      norm: Norms, of any shape.
+      max_norm: Bounds in the same shape, >= 0; scaled norms come close to them.
+
+    Example:
+      >>> square_root(jnp.array([0.0, 0.75]), jnp.ones(2))
+      Array([1. , 0.8], dtype=float32)
+    """
+    quotient, numerator = _smaller_over_larger(norm, max_norm)
+    return numerator / jnp.sqrt(1 + jnp.square(quotient))
+
+
+def tanh(norm: Array, max_norm: Array) -> Array:
+    """Computes the hyperbolic tangent of `x = norm / max_norm`, over `x`: a smooth bound.
+
+    `coefficient = tanh(x) / x`.
+
+    Args and edge cases are those of `rational`. Of the three, it is nearest to `hard`.
+
+    Args:
+      norm: Norms, of any shape.
+      max_norm: Bounds in the same shape, >= 0; scaled norms come close to them.
+
+    Example:
+      >>> tanh(jnp.array([0.0, 20.0]), jnp.ones(2))
+      Array([1.  , 0.05], dtype=float32)
+    """
+    quotient, numerator = _smaller_over_larger(norm, max_norm)
+    is_small = numerator == 1
+    # Near zero the derivative of a quotient would cancel, and divide by a square that vanishes.
+    x = jnp.where(quotient > 0.01, quotient, 1.0)
+    square = jnp.square(jnp.where(quotient > 0.01, 0.0, quotient))
+    series = 1 - square / 3 * (1 - square * 2 / 5 * (1 - square * 17 / 42))
+    above_zero = jnp.where(quotient > 0.01, jnp.tanh(x) / x, series)
+    # Of 50 and of all beyond, tanh is one.
+    beyond = quotient * jnp.tanh(1 / jnp.maximum(quotient, 0.02))
+    return jnp.where(is_small, above_zero, beyond)
+
+
+def normalized(norm: Array, max_norm: Array) -> Array:
+    """Computes `coefficient = max_norm / norm`, which lengthens short updates too.
+
+    It sets a norm where the others bound it: `clip_by(global_norm, 1.0, normalized)` is
+    normalized descent, whose steps all have one length.
+
+    Args:
+      norm: Norms, of any shape.
+      max_norm: What they become, in the same shape, >= 0.
+
+    Returns:
+      Factors >= 0 in the shape of `norm`, more than one for norms below `max_norm`. They
+      stay finite: the largest number of their dtype stands for all beyond it.
+
+    | norm | max_norm | coefficient |
+    |---|---|---|
+    | 0 | any | 1: zero stays zero |
+    | > 0 | 0 | 0 |
+    | inf | finite | 0 |
+    | any, inf too | inf | 1: there is no norm to give |
+    | NaN | any | NaN |
+
+    Example:
+      >>> normalized(jnp.array([5.0, 0.5]), jnp.array([1.0, 1.0]))
+      Array([0.2, 2. ], dtype=float32)
+    """
+    is_kept = (norm == 0) | (jnp.isposinf(max_norm) & ~jnp.isnan(norm))
+    # The inner `where`s keep what is not taken out of the derivative.
+    quotient = jnp.where(is_kept, 1.0, max_norm) / jnp.where(is_kept, 1.0, norm)
+    return jnp.minimum(quotient, np.finfo(norm.dtype).max)
+
+
 def scale_updates(updates: Updates, coefficients: Norms) -> Updates:
     """Multiplies updates by a tree prefix of coefficients: `u <- c * u`.
 
@@ -83,6 +186,20 @@ def scale_updates(updates: Updates, coefficients: Norms) -> Updates:
         return jax.tree.map(lambda leaf: _scale_leaf(leaf, coefficient), subtree)
 
     return _leaves.map_prefix(scale_subtree, coefficients, updates, name="coefficients")
+
+
+def _smaller_over_larger(norm: Array, max_norm: Array) -> tuple[Array, Array]:
+    """`x = norm / max_norm` or its inverse, in [0, 1], and 1 or that inverse.
+
+    A coefficient `f(x)` that falls as `1 / x` is the second times a function of the first
+    with nothing that overflows.
+    """
+    within = norm <= max_norm
+    smaller, larger = jnp.where(within, norm, max_norm), jnp.where(within, max_norm, norm)
+    # Of zero and zero, and of inf and inf, the quotient counts as zero.
+    is_zero = ((max_norm == 0) & (norm >= 0)) | jnp.isposinf(larger)
+    quotient = jnp.where(is_zero, 0.0, smaller) / jnp.where(is_zero, 1.0, larger)
+    return quotient, jnp.where(within, 1.0, quotient)
 
 
 def _scale_leaf(leaf: Any, coefficient: Array) -> Any:

@@ -12,9 +12,10 @@ from clipax import _leaves, _window
 from clipax._clip_by import ClipState
 from clipax._typing import Array, Norms
 from clipax._window import WindowState
-from clipax.wrappers import ObserveState
+from clipax.wrappers import ObserveState, SkipState
 
 _QUANTILES = (0.5, 0.9, 0.99)
+_WRAPPERS = (ObserveState, SkipState)
 
 
 def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
@@ -40,8 +41,18 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       | `norm_q50`, `norm_q90`, `norm_q99` | `measure` alone: quantiles of its window |
 
       with `per_leaf`, also `norm/<path>`, `clipped_norm/<path>`, `max_norm/<path>` and
-      `coefficient/<path>`; an `observe` state gives `norm_in`, `norm_out`, `cosine`.
-      Names that lead to a state (of `optax.named_chain`, the labels of
+      `coefficient/<path>`; an `observe` state gives `norm_in`, `norm_out`, `cosine`. A
+      `skip_step` state gives
+
+      | key | value |
+      |---|---|
+      | `raw_norm` | the norm of what came in, NaN and inf too |
+      | `is_skipped` | 1 where the last step was skipped, else 0; its mean is the share |
+      | `skipped` | how many steps were skipped in all |
+      | `consecutive_skipped` | how many in a row up to the last one |
+
+      and what its inner state gives, which after a skipped step is that of the last one
+      taken. Names that lead to a state (of `optax.named_chain`, the labels of
       `optax.partition`) come before its keys, as `grads/norm`. States of one kind that no
       name tells apart are numbered in their order, as `0/norm`, `1/norm`.
 
@@ -62,7 +73,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
     names = _distinct([("/".join(path), type(state)) for path, state in states])
     result: dict[str, Array] = {}
     for name, (_, state) in zip(names, states, strict=True):
-        read = _observed(state) if isinstance(state, ObserveState) else _clipped(state, per_leaf)
+        read = _clipped(state, per_leaf) if isinstance(state, ClipState) else _wrapped(state)
         result.update({f"{name}/{key}" if name else key: value for key, value in read.items()})
     return result
 
@@ -75,12 +86,12 @@ def _find(tree: Any, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
         if _is_state(node):
             here = (*above, *names)
             yield here, node
-            if isinstance(node, ObserveState):
+            if isinstance(node, _WRAPPERS):
                 yield from _find(node.inner_state, here)
 
 
 def _is_state(node: Any) -> bool:
-    return isinstance(node, (ClipState, ObserveState))
+    return isinstance(node, (ClipState, *_WRAPPERS))
 
 
 def _distinct(named: list[tuple[str, type]]) -> list[str]:
@@ -96,8 +107,15 @@ def _distinct(named: list[tuple[str, type]]) -> list[str]:
     return distinct
 
 
-def _observed(state: ObserveState) -> dict[str, Array]:
-    return {"norm_in": state.norm_in, "norm_out": state.norm_out, "cosine": state.cosine}
+def _wrapped(state: ObserveState | SkipState) -> dict[str, Array]:
+    if isinstance(state, ObserveState):
+        return {"norm_in": state.norm_in, "norm_out": state.norm_out, "cosine": state.cosine}
+    return {
+        "raw_norm": state.norm,
+        "is_skipped": state.is_skipped.astype(jnp.float32),
+        "skipped": state.skipped_count,
+        "consecutive_skipped": state.consecutive_count,
+    }
 
 
 def _clipped(state: ClipState, per_leaf: bool) -> dict[str, Array]:

@@ -1,6 +1,7 @@
 """Transformations round other transformations."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -8,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipax import _leaves
-from clipax._typing import Array, AxisName, Updates
+from clipax import _checks, _leaves, _window
+from clipax._typing import Array, AxisName, Bound, Updates
 from clipax.norms import global_norm
+from clipax.thresholds import bounded
+
+# A share of the mean: less is the rounding of equal norms.
+_LEAST_STD = 1e-6
 
 
 class ObserveState(NamedTuple):
@@ -105,3 +110,219 @@ def _unit_vector(updates: Updates, norm: Array) -> Updates:
         return leaf.astype(wide) / divisor.astype(wide)
 
     return jax.tree.map(divide, updates)
+
+
+class SkipState(NamedTuple):
+    """What was skipped, and what the next steps are held against."""
+
+    norm: Array
+    """The global L2 norm of the last updates as they came in; it may be NaN or inf."""
+    is_skipped: Array
+    """Whether the last step was skipped; bool."""
+    skipped_count: Array
+    """How many steps were skipped in all; int32."""
+    consecutive_count: Array
+    """How many were skipped in a row up to the last one; int32."""
+    threshold: Any
+    """The state of the rule that gives `max_norm`."""
+    norm_window: Any
+    """The last finite norms, where there is a `z_max`."""
+    loss_window: Any
+    """The last losses, where there is a `loss_z_max`."""
+    inner_state: Any
+
+
+def skip_step(
+    inner: optax.GradientTransformation,
+    max_norm: Bound | None = None,
+    *,
+    z_max: jax.typing.ArrayLike | None = None,
+    loss_z_max: jax.typing.ArrayLike | None = None,
+    window_size: int = 128,
+    warmup_steps: int | None = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Skips a whole step of an optimizer whose gradient is not finite, or a spike.
+
+    A step is skipped if `norm`, the global L2 norm of the updates that come in, is NaN or
+    inf, if `norm > max_norm`, or if `norm - mean > z_max * max(std, 1e-6 * |mean|)` over the
+    window of the last finite norms before it; `std` is the sample's, over `n - 1`. With
+    `loss_z_max` the same rule holds for the losses too. Skipped means: the updates are zeros
+    and the inner state stays as it was.
+
+    It goes round the whole optimizer, the clip too:
+    `skip_step(optax.chain(clip_by_global_norm(1.0), optax.adam(1e-3)), z_max=6.0)`. Behind
+    a clip it would see clipped norms, and no spike. With `optax.MultiSteps` it goes outside
+    to skip single gradients before they are accumulated, which is what a NaN needs: the sum
+    inside `MultiSteps` never gets rid of it.
+
+    Args:
+      inner: Any transformation; to leave the parameters alone, a whole optimizer.
+      max_norm: Above it a step is skipped, > 0: a number, a scalar array or a schedule
+        `count -> value` that counts the steps with a finite norm, skipped or not. None is
+        never.
+      z_max: How many standard deviations above the mean a norm may lie, > 0. None leaves
+        out this rule and its window. OLMo-core has 6.
+      loss_z_max: The same for the loss, which then is the extra argument `loss=` of every
+        `update`, one number, the same on all devices.
+      window_size: How many of the last values are remembered, >= 2; one float each.
+        OLMo-core has 128.
+      warmup_steps: From which value on, the one at hand counted, the rules with a window
+        apply, >= 1; never before the third, as one value has no spread. None is half the
+        window: at 128 values, OLMo-core's 64.
+      axis_name: As in `clip_by_global_norm`.
+
+    Returns:
+      A transformation whose state is a `SkipState` round the inner state; its norms are
+      float32 or float64 (where a parameter is). `update` passes extra arguments on, `loss`
+      too.
+
+    Raises:
+      ValueError: `max_norm`, `z_max` or `loss_z_max` is not > 0, `window_size` not an
+        integer >= 2, `warmup_steps` not an integer >= 1; at `update`, there is no `loss`
+        and a `loss_z_max`, or it is no scalar.
+
+    The windows learn every value of a step whose norm and, with `loss_z_max`, loss are
+    finite, also of a skipped step: a new level becomes the usual one after a few steps, and
+    nothing is skipped for ever. A step that is not finite leaves no trace but in the counts.
+
+    | step | result |
+    |---|---|
+    | not skipped | what `inner` alone gives, bit for bit |
+    | skipped | -0.0 everywhere, which leaves a parameter as it is, -0.0 too |
+    | skipped, an integer or bool leaf | 0 or False |
+    | skipped, a None, MaskedNode or float0 leaf | as it is |
+    | a norm or watched loss of NaN or inf, however many in a row | skipped |
+    | the first, whatever its finite norm | taken, if it is not above `max_norm` |
+    | one above a window of equal norms | skipped, if by more than a share of `1e-6 * z_max` |
+    | one below the mean | taken |
+    | a bound that turns out NaN | skipped |
+
+    Differences from OLMo-core's `SkipStepOptimizer`: a value that is not finite is kept
+    out of the windows, where it makes every later comparison false and all steps skipped
+    until it leaves; the state is frozen by a choice, not by a product with zero, which NaN
+    survives; the spread of equal values has a floor; one past value judges nothing; and
+    norms can be watched without the loss.
+
+    MaxText's `skip_step_on_spikes` is that rule fed with norms after clipping, and it is off
+    without a word if there is no loss. Levanter's takes the population's deviation, begins
+    one step later and multiplies by zero. AXLearn's `skip_and_clip_by_global_norm` holds
+    norms against a running mean that starts at one and learns from no skipped step, so a
+    model whose first norms are too large for it never starts. `optax.apply_if_finite` gives
+    up after some steps, and lets the NaN through.
+
+    Example:
+      >>> optimizer = skip_step(optax.sgd(1.0), z_max=3.0, window_size=4)
+      >>> state = optimizer.init(jnp.zeros(1))
+      >>> for norm in (1.0, 2.0, 3.0, 6.0):
+      ...     updates, state = optimizer.update(jnp.array([norm]), state)
+      ...     print(updates, state.is_skipped)
+      [-1.] False
+      [-2.] False
+      [-3.] False
+      [-0.] True
+
+    References:
+      OLMo-core, https://github.com/allenai/OLMo-core (`SkipStepOptimizer`)
+    """
+    inner = optax.with_extra_args_support(inner)
+    max_norm = math.inf if max_norm is None else max_norm
+    _checks.one_bound(_checks.positive, max_norm=max_norm)
+    limit = bounded(_checks.positive, max_norm=max_norm)
+    if z_max is not None:
+        _checks.scalar(_checks.positive, z_max=z_max)
+    if loss_z_max is not None:
+        _checks.scalar(_checks.positive, loss_z_max=loss_z_max)
+    _checks.positive_integer(window_size=window_size)
+    if window_size < 2:
+        raise ValueError(f"window_size must be an integer >= 2, got {window_size!r}.")
+    first = max(1, window_size // 2) if warmup_steps is None else warmup_steps
+    _checks.positive_integer(warmup_steps=first)
+
+    def init_fn(params: Updates) -> SkipState:
+        norm = functools.partial(global_norm, axis_name=axis_name and ())
+        zero = _leaves.zero_norms(norm, params)
+
+        def window(z: jax.typing.ArrayLike | None) -> Any:
+            return optax.EmptyState() if z is None else _window.empty(window_size, zero)
+
+        # Arrays of their own, since a buffer can be donated only once.
+        counts = zero.astype(jnp.int32), zero.astype(jnp.int32)
+        windows = window(z_max), window(loss_z_max)
+        return SkipState(zero, zero != 0, *counts, limit.init(zero), *windows, inner.init(params))
+
+    def update_fn(
+        updates: Updates,
+        state: SkipState,
+        params: Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[Updates, SkipState]:
+        norm = global_norm(updates, axis_name=axis_name).astype(state.norm.dtype)
+        loss = None if loss_z_max is None else _given_loss(norm, extra_args.get("loss"))
+        is_finite = jnp.isfinite(norm) & (True if loss is None else jnp.isfinite(loss))
+        bound, threshold = limit.update(norm, state.threshold)
+        is_large, norm_window = _watch(state.norm_window, norm, z_max, first)
+        is_lost, loss_window = _watch(state.loss_window, loss, loss_z_max, first)
+        is_skipped = ~(is_finite & (norm <= bound)) | is_large | is_lost
+        history = _leaves.choose(
+            is_finite,
+            (threshold, norm_window, loss_window),
+            (state.threshold, state.norm_window, state.loss_window),
+        )
+        new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        return _choose(is_skipped, jax.tree.map(_neutral, new_updates), new_updates), SkipState(
+            norm,
+            is_skipped,
+            jnp.where(is_skipped, optax.safe_increment(state.skipped_count), state.skipped_count),
+            jnp.where(is_skipped, optax.safe_increment(state.consecutive_count), 0),
+            *history,
+            _choose(is_skipped, state.inner_state, inner_state),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _given_loss(norm: Array, loss: Any) -> Array:
+    if loss is None:
+        raise ValueError(
+            "loss_z_max needs the loss of every step:"
+            " call update(updates, state, params, loss=loss)."
+        )
+    if jnp.ndim(loss) != 0:
+        raise ValueError(f"loss must be one number, got an array of shape {jnp.shape(loss)}.")
+    return jnp.asarray(loss).astype(norm.dtype)
+
+
+def _watch(
+    window: Any, value: Array | None, z_max: jax.typing.ArrayLike | None, first: int
+) -> tuple[Array | bool, Any]:
+    """Whether a value is a spike over those in the window, and the window with it."""
+    if value is None or z_max is None:
+        return False, window
+    mean, std = _window.mean_and_std(window, ddof=1)
+    (times,) = _leaves.in_dtype_of(value, z_max)
+    limit = times * jnp.maximum(std, _LEAST_STD * jnp.abs(mean))
+    is_known = window.count >= max(first - 1, 2)
+    return is_known & (value - mean > limit), _window.push(window, value)
+
+
+def _neutral(leaf: Any) -> Any:
+    """What leaves a parameter as it is when it is added."""
+    if _is_float0(leaf):
+        return leaf
+    zero = np.zeros((), jnp.asarray(leaf).dtype)
+    # Of -0.0, adding 0.0 would make 0.0.
+    return -zero if _leaves.is_measured(leaf) else zero
+
+
+def _choose(condition: Array, new: Any, old: Any) -> Any:
+    """`_leaves.choose` that lets float0 pass: nothing can be done to it."""
+
+    def choose(one: Any, other: Any) -> Any:
+        return other if _is_float0(other) else _leaves.choose(condition, one, other)
+
+    return jax.tree.map(choose, new, old)
+
+
+def _is_float0(leaf: Any) -> bool:
+    return getattr(leaf, "dtype", None) == jax.dtypes.float0

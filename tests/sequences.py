@@ -119,6 +119,44 @@ def assert_bounded_by(
     assert 0.001 < max(shares) < 0.999, "the sequence tries only one side"
 
 
+def long_entries(seed: int = 0) -> dict[str, np.ndarray]:
+    """Updates for methods that know each entry, over 400 steps; `phase` is complex.
+
+    Entries of several sizes, spikes of one entry and of all, plateaus, zeros, a new level, an
+    entry that wakes late, one that falls asleep, single NaNs and one inf.
+    """
+    rng = np.random.default_rng([seed, 401])
+    sizes = rng.lognormal(sigma=0.5, size=(LONG_COUNT, 1))
+    sizes[[60, 61, 190, 301]] *= 300.0
+    sizes[250:] *= 5.0
+    sizes[[0, 9, 40, 200, 201, 330]] = 0.0
+    sequence = {}
+    for name, shape in {"grid": (4, 3), "phase": (3,), "scale": ()}.items():
+        values = rng.normal(size=(LONG_COUNT, math.prod(shape)))
+        if name == "phase":
+            values = values + 1j * rng.normal(size=values.shape)
+        values *= sizes * np.logspace(0, -4, values.shape[1])
+        values[100:160] = values[100]
+        for step in (30, 77, 130, 180, 260, 361):
+            values[step, step % values.shape[1]] *= 1e4
+        sequence[name] = values
+    sequence["grid"][:240, 4] = 0.0
+    sequence["grid"][170:, 5] = 0.0
+    sequence["grid"][[6, 45, 222], 1] = np.nan
+    sequence["grid"][270, 2] = -np.inf
+    sequence["phase"][[46, 310], 0] = np.nan
+    kinds = {"grid": np.float32, "phase": np.complex64, "scale": np.float32}
+    shapes = {"grid": (4, 3), "phase": (3,), "scale": ()}
+    return {
+        name: values.reshape(LONG_COUNT, *shapes[name]).astype(kinds[name])
+        for name, values in sequence.items()
+    }
+
+
+def is_finite_step(updates: dict[str, np.ndarray]) -> bool:
+    return all(bool(np.isfinite(leaf).all()) for leaf in updates.values())
+
+
 def at(sequence: Any, step: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf[step]), sequence)
 
@@ -135,6 +173,27 @@ def scanned(
     first = at(sequence, 0)
     run = jax.jit(lambda xs: jax.lax.scan(step, method.init(first), xs)[1])
     return jax.tree.map(np.asarray, run(sequence))
+
+
+def stepped(method: Any, steps: list[Any]) -> tuple[list[Any], Any]:
+    """What comes out of every step, and the last state."""
+    state, outputs, update = method.init(steps[0]), [], jax.jit(method.update)
+    for updates in steps:
+        clipped, state = update(updates, state)
+        outputs.append(clipped)
+    return outputs, state
+
+
+def followed(step: Any, sequence: dict[str, np.ndarray]) -> Any:
+    """What a rule in NumPy says of each step, stacked as by `scanned`."""
+    results = [
+        step({name: leaf[row] for name, leaf in sequence.items()}) for row in range(LONG_COUNT)
+    ]
+    return jax.tree.map(lambda *rows: np.stack(rows), *results)
+
+
+def vectors(*entries: Any) -> list[Any]:
+    return [jnp.atleast_1d(jnp.asarray(entry, jnp.float32)) for entry in entries]
 
 
 def p_norm(x: np.ndarray, ord: float = 2.0, axes: tuple[int, ...] | None = None) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Coefficients, and the one place where updates are scaled."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -45,6 +46,145 @@ def test_hard_with_eps_is_the_rule_of_torch_bit_for_bit() -> None:
 def test_derivatives_of_hard_are_finite(norm: float, max_norm: float) -> None:
     gradient = jax.grad(clipax.hard, argnums=(0, 1))(norm, max_norm)
     assert all(bool(jnp.isfinite(value)) for value in gradient)
+
+
+SMOOTH = {
+    clipax.rational: lambda x: 1 / (1 + x),
+    clipax.square_root: lambda x: 1 / np.sqrt(1 + x * x),
+    clipax.tanh: lambda x: np.tanh(x) / x,
+}
+smooth = pytest.mark.parametrize("coefficient", SMOOTH)
+
+
+@smooth
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_smooth_coefficients_equal_numpy(coefficient: Any, dtype: str) -> None:
+    sizes = [1e-30, 3e-9, 1e-4, 0.0099, 0.0101, 0.5, 1.0, 1.0001, 3.0, 19.0, 60.0, 1e4, 1e30]
+    norm, bound = (grid.astype(dtype) for grid in np.meshgrid(sizes, sizes))
+    with trees.double_precision(dtype == "float64"), np.errstate(over="ignore"):
+        factors = jax.jit(coefficient)(norm, bound)
+        assert factors.dtype == dtype
+        assert bool(((factors >= 0) & (factors <= 1)).all())
+        expected = SMOOTH[coefficient](norm.astype(np.longdouble) / bound.astype(np.longdouble))
+        info = jnp.finfo(dtype)
+        np.testing.assert_allclose(factors, expected, rtol=4 * info.eps, atol=float(info.tiny))
+
+
+@smooth
+@pytest.mark.parametrize(
+    ("norm", "max_norm", "factor"),
+    [
+        (0.0, 0.0, 1.0),
+        (0.0, 1e-30, 1.0),
+        (0.0, 1.0, 1.0),
+        (1e-9, 1.0, 1.0),
+        (1e-30, 1.0, 1.0),
+        (6e4, 1e30, 1.0),
+        (1e-30, 0.0, 0.0),
+        (5.0, 0.0, 0.0),
+        (3e38, 0.0, 0.0),
+        (np.inf, 0.0, 0.0),
+        (np.inf, 1.0, 0.0),
+        (np.inf, 3e38, 0.0),
+        (0.0, np.inf, 1.0),
+        (3e38, np.inf, 1.0),
+        (np.inf, np.inf, 1.0),
+        (np.nan, 0.0, np.nan),
+        (np.nan, 1.0, np.nan),
+        (np.nan, np.inf, np.nan),
+    ],
+)
+def test_edges_of_smooth_coefficients(
+    coefficient: Any, norm: float, max_norm: float, factor: float
+) -> None:
+    result = coefficient(jnp.float32(norm), jnp.float32(max_norm))
+    np.testing.assert_array_equal(result, np.float32(factor))
+    gradient = jax.grad(coefficient, argnums=(0, 1))(jnp.float32(norm), jnp.float32(max_norm))
+    # At the bottom of the range the inverse square of a bound is no number of this dtype.
+    if not np.isnan(norm) and max_norm != 1e-30:
+        assert all(bool(jnp.isfinite(value)) for value in gradient)
+
+
+@smooth
+def test_derivatives_of_smooth_coefficients(coefficient: Any) -> None:
+    norms = np.array([0.0, 1e-20, 1e-6, 1e-3, 0.02, 0.5, 0.999, 1.0, 1.001, 4.0, 60.0, 1e6])
+    derivative = jax.vmap(jax.grad(coefficient), in_axes=(0, None))
+    # Of 1 / (1 + x), of (1 + x^2)^(-1/2) and of tanh(x) / x, near zero from its series.
+    x = np.where(norms < 1e-2, 1.0, norms)
+    expected = {
+        clipax.rational: -1 / (1 + norms) ** 2,
+        clipax.square_root: -norms * (1 + norms**2) ** -1.5,
+        clipax.tanh: np.where(
+            norms < 1e-2,
+            -2 / 3 * norms + 8 / 15 * norms**3,
+            ((1 - np.tanh(x) ** 2) * x - np.tanh(x)) / x**2,
+        ),
+    }[coefficient]
+    got = derivative(jnp.asarray(norms, jnp.float32), jnp.float32(1))
+    np.testing.assert_allclose(got, expected, rtol=1e-3)
+    with trees.double_precision(True):
+        np.testing.assert_allclose(derivative(jnp.asarray(norms), 1.0), expected, rtol=1e-9)
+
+
+@smooth
+def test_the_norm_after_a_smooth_coefficient_grows_and_nears_the_bound(coefficient: Any) -> None:
+    norms = jnp.geomspace(1e-6, 1e6, 2000)
+    clipped = norms * coefficient(norms, jnp.full(2000, 2.0))
+    assert bool((jnp.diff(clipped) >= -5e-7).all())
+    np.testing.assert_allclose(clipped[-1], 2.0, rtol=1e-5)
+    assert bool((clipped <= jnp.minimum(norms, 2.0) * (1 + 3e-7)).all())
+
+
+def test_smooth_coefficients_are_ordered() -> None:
+    norms = jnp.geomspace(0.1, 10.0, 50)
+    by = {
+        f: f(norms, jnp.ones(50))
+        for f in (clipax.rational, clipax.square_root, clipax.tanh, clipax.hard)
+    }
+    ordered = list(by.values())
+    for lower, upper in itertools.pairwise(ordered):
+        assert bool((lower <= upper).all())
+
+
+@pytest.mark.parametrize(
+    ("norm", "max_norm", "factor"),
+    [
+        (5.0, 1.0, 0.2),
+        (0.5, 1.0, 2.0),
+        (1e-30, 1.0, 1e30),
+        (1e-30, 1e30, float(np.finfo(np.float32).max)),
+        (0.0, 0.0, 1.0),
+        (0.0, 1.0, 1.0),
+        (0.0, np.inf, 1.0),
+        (5.0, 0.0, 0.0),
+        (np.inf, 1.0, 0.0),
+        (5.0, np.inf, 1.0),
+        (np.inf, np.inf, 1.0),
+        (np.nan, 0.0, np.nan),
+        (np.nan, 1.0, np.nan),
+        (np.nan, np.inf, np.nan),
+    ],
+)
+def test_normalized(norm: float, max_norm: float, factor: float) -> None:
+    got = clipax.normalized(jnp.float32(norm), jnp.float32(max_norm))
+    np.testing.assert_allclose(got, factor, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("norm", "max_norm"), [(0.0, 0.0), (0.0, 1.0), (2.0, 1.0), (1.0, np.inf)])
+def test_derivatives_of_normalized_are_finite(norm: float, max_norm: float) -> None:
+    gradient = jax.grad(clipax.normalized, argnums=(0, 1))(norm, max_norm)
+    assert all(bool(jnp.isfinite(value)) for value in gradient)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e3, 1e30])
+def test_normalized_descent_has_steps_of_one_length(size: float) -> None:
+    method = clipax.clip_by(clipax.global_norm, 2.0, clipax.normalized)
+    updates = {"w": size * jnp.array([3.0, 0.0]), "b": size * jnp.array(-4.0)}
+    scaled, state = method.update(updates, method.init(updates))
+    trees.assert_close(scaled, {"w": np.array([1.2, 0.0]), "b": np.array(-1.6)}, rtol=1e-6)
+    np.testing.assert_allclose(state.coefficient, 0.4 / size, rtol=1e-6)
+    zeros = jax.tree.map(jnp.zeros_like, updates)
+    trees.assert_bitwise(method.update(zeros, state)[0], zeros)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -189,7 +189,8 @@ def test_one_bad_step_poisons_no_later_one(name: str, value: float) -> None:
     outputs, state = run(method, sequence, params)
     with_bad, state_with_bad = run(method, bad, params)
     trees.assert_close(with_bad[3:], outputs[2:])
-    trees.assert_close(state_with_bad, state)
+    # That a step was skipped is told on purpose; nothing else may differ.
+    trees.assert_close(*map(trees.without_skipped_counts, (state_with_bad, state)))
 
 
 @methods

@@ -109,6 +109,16 @@ def steps(count: int) -> list[Any]:
     ]
 
 
+def without_skipped_counts(state: Any) -> Any:
+    """The state with each field named `...skipped_count` at zero."""
+
+    def reset(path: Any, leaf: Any) -> Any:
+        is_count = path and getattr(path[-1], "name", "").endswith("skipped_count")
+        return jnp.zeros_like(leaf) if is_count else leaf
+
+    return jax.tree_util.tree_map_with_path(reset, state)
+
+
 def assert_same_type(one: Any, other: Any) -> None:
     """Same structure, shapes and dtypes."""
     assert jax.tree.structure(one) == jax.tree.structure(other)

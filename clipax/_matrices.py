@@ -1,0 +1,133 @@
+"""How a leaf is read as a matrix, or as a stack of them."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from clipax import _compat, _leaves
+from clipax._typing import Array, Axes, AxisName, LeafRule, Updates
+from clipax.norms import _axis_tuple
+from clipax.units import output_last
+
+# JAX gives these two no types.
+_reshard: Callable[..., Array] = jax.sharding.reshard
+_spec: Callable[..., PartitionSpec] = PartitionSpec
+
+
+class MatrixView(NamedTuple):
+    """Which axes of a leaf count matrices, rows and columns."""
+
+    stack: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    def matrices(self, leaf: Any) -> Array:
+        """The matrices, in the width of norms and with at least as many rows as columns."""
+        whole = _whole(jnp.asarray(leaf), self.stack)
+        if not jnp.iscomplexobj(whole):
+            whole = whole.astype(_leaves.wide_dtype(whole.dtype))
+        x = jnp.transpose(whole, self.stack + self.rows + self.columns)
+        x = x.reshape(*x.shape[: len(self.stack)], -1, _size(whole, self.columns))
+        return jnp.swapaxes(x, -2, -1) if x.shape[-2] < x.shape[-1] else x
+
+    def leaf(self, x: Array, like: Any) -> Array:
+        """Undoes `matrices`."""
+        like, order = jnp.asarray(like), self.stack + self.rows + self.columns
+        if _size(like, self.rows) < _size(like, self.columns):
+            x = jnp.swapaxes(x, -2, -1)
+        x = x.reshape([like.shape[axis] for axis in order])
+        return _sharded_as(
+            jnp.transpose(x, [order.index(axis) for axis in range(len(order))]).astype(like.dtype),
+            like,
+        )
+
+    def as_norm(self, values: Array) -> Array:
+        """One value a matrix, in the shape of the leaf's norms."""
+        return jnp.expand_dims(values, self.rows + self.columns) if self.stack else values
+
+    def per_matrix(self, norms: Array) -> Array:
+        """Undoes `as_norm`."""
+        return jnp.squeeze(norms, self.rows + self.columns) if self.stack else norms
+
+
+def matrix_views(
+    updates: Updates,
+    wanted: list[bool],
+    unit_axis: LeafRule,
+    stack_axis: LeafRule,
+    axis_name: AxisName,
+) -> dict[int, MatrixView]:
+    """The views of the leaves that hold matrices, by their rows in `jax.tree.leaves`."""
+    rule = output_last if unit_axis is None else unit_axis
+    columns = zip(
+        jax.tree.leaves(updates),
+        wanted,
+        _leaves.per_leaf(updates, unit_axis=rule),
+        _leaves.per_leaf(updates, stack_axis=stack_axis),
+        _leaves.per_leaf(updates, axis_name=axis_name),
+        strict=True,
+    )
+    views = {}
+    for row, (leaf, is_wanted, unit, stack, name) in enumerate(columns):
+        view = _view(leaf, unit, stack) if is_wanted else None
+        if view is not None:
+            _require_whole(leaf, name)
+            views[row] = view
+    return views
+
+
+def _view(leaf: Any, unit: Axes, stack: Axes) -> MatrixView | None:
+    """None where the leaf, or each part of its stack, is a vector."""
+    if unit is None or jnp.ndim(leaf) <= 1:
+        return None
+    layers = () if stack is None else _axis_tuple(leaf, stack)
+    columns = _axis_tuple(leaf, unit)
+    if set(layers) & set(columns):
+        raise ValueError(
+            f"unit_axis={unit!r} and stack_axis={stack!r} must name different axes of a leaf,"
+            f" here of shape {jnp.shape(leaf)}."
+        )
+    rows = tuple(axis for axis in range(jnp.ndim(leaf)) if axis not in layers + columns)
+    if jnp.size(leaf) == 0 or min(_size(leaf, rows), _size(leaf, columns)) == 1:
+        return None
+    return MatrixView(layers, rows, columns)
+
+
+def _size(leaf: Any, axes: tuple[int, ...]) -> int:
+    return math.prod(jnp.shape(leaf)[axis] for axis in axes)
+
+
+def _require_whole(leaf: Any, name: Any) -> None:
+    if name is None and (untyped := _compat.untyped_axes()):
+        raise ValueError(
+            f"Inside a program mapped over {untyped} without types that say over which axes a"
+            " matrix is sharded, its singular values cannot be known. Pass axis_name=() if"
+            " every matrix is whole."
+        )
+    axes = _compat.varying_axes(jnp.asarray(leaf)) if name is None else name
+    if axes not in ((), frozenset()):
+        raise ValueError(
+            f"A matrix in a leaf of shape {jnp.shape(leaf)} may be sharded over {axes!r}, and a"
+            " shard does not tell its singular values. Clip outside the mapped program, or pass"
+            " axis_name=() for this leaf if every matrix of it is whole."
+        )
+
+
+def _whole(leaf: Array, stack: tuple[int, ...]) -> Array:
+    """The array with no axis sharded but those of the stack, where its type says how it is."""
+    sharding = jax.typeof(leaf).sharding
+    kept = [part if axis in stack else None for axis, part in enumerate(sharding.spec)]
+    if tuple(kept) == tuple(sharding.spec):
+        return leaf
+    return _reshard(leaf, NamedSharding(sharding.mesh, _spec(*kept)))
+
+
+def _sharded_as(x: Array, like: Array) -> Array:
+    sharding = jax.typeof(like).sharding
+    if tuple(jax.typeof(x).sharding.spec) == tuple(sharding.spec):
+        return x
+    return _reshard(x, sharding)

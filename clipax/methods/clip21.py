@@ -1,0 +1,107 @@
+"""Clip21: the clip of how far the updates have moved away."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipax import _checks, _leaves, _moments
+from clipax._typing import Array, AxisName, Updates
+from clipax.norms import global_norm
+
+
+class Clip21State(NamedTuple):
+    estimate: Updates
+    """What came out last; float32 or float64, or complex."""
+    inner_state: Any
+
+
+def clip21(
+    inner: optax.GradientTransformation, *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
+    """Follows the updates in clipped steps.
+
+    `v <- v + clip(u - v)` from `v = 0`, and `v` is what comes out. Not the updates are
+    bounded but their change: for updates that settle, `v` arrives at them, and the clip
+    leaves no bias behind.
+
+    The paper has several workers. Each then has a state of its own, and the optimizer takes
+    the mean of what comes out of them:
+
+        clipped, states = jax.vmap(clip.update)(updates_of_workers, states)
+        updates = jax.tree.map(lambda leaf: leaf.mean(0), clipped)
+
+    One worker alone, with stochastic updates, gets a running estimate that no single update
+    moves by more than the bound.
+
+    Args:
+      inner: The clip of the difference: `clip_by_global_norm(1.0)`, as in the paper, or
+        another.
+      axis_name: As in `clip_by_global_norm`, for the check that the updates are finite;
+        `inner` has its own.
+
+    Returns:
+      A transformation whose state is a `Clip21State`: the estimate in the structure of the
+      parameters and the inner state, which `clipax.metrics` reads: its `norm` is that of
+      the difference. An extra argument `norm=` is not passed on, for it is not that norm.
+
+    Raises:
+      ValueError: `inner` is no transformation; at `update`, the updates have not the
+        structure that `init` saw.
+
+    | updates | result |
+    |---|---|
+    | difference within the bound | the updates, bit for bit |
+    | zero, after others | the estimate, on its way back to zero |
+    | a NaN or inf entry | the estimate plus what `inner` makes of it; the state stays |
+    | the difference overflows | as above |
+    | float16, bfloat16 | computed wide, then rounded; the estimate is not rounded |
+    | None, integer, bool, float0 leaf | as it was; nothing is kept |
+
+    Differences from the paper: an entry whose difference was not clipped comes out as it
+    went in, without the rounding of `v + (u - v)`; the estimate survives a step that is not
+    finite.
+
+    Example:
+      >>> clip = clip21(clip_by_global_norm(1.0))
+      >>> state = clip.init(jnp.zeros(1))
+      >>> for _ in range(4):
+      ...     clipped, state = clip.update(jnp.array([2.5]), state)
+      ...     print(clipped)
+      [1.]
+      [2.]
+      [2.5]
+      [2.5]
+
+    References:
+      Khirirat, Gorbunov, Horváth, Islamov, Karray, Richtárik, "Clip21: error feedback for
+      gradient clipping", 2023, https://arxiv.org/abs/2305.18929
+    """
+    _checks.transformation(inner=inner)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Updates) -> Clip21State:
+        return Clip21State(_moments.zeros(params), inner.init(_moments.zeros(params)))
+
+    def update_fn(
+        updates: Updates,
+        state: Clip21State,
+        params: Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[Updates, Clip21State]:
+        extra_args.pop("norm", None)
+        wide = _moments.widened(updates, state.estimate)
+        moves = jax.tree.map(jnp.subtract, wide, state.estimate)
+        clipped, inner_state = inner.update(moves, state.inner_state, params, **extra_args)
+        estimate = jax.tree.map(_moved, state.estimate, wide, moves, clipped)
+        is_finite = jnp.isfinite(global_norm(moves, axis_name=axis_name))
+        new_state = _leaves.choose(is_finite, Clip21State(estimate, inner_state), state)
+        return _moments.narrowed(estimate, updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _moved(estimate: Array, update: Array, move: Array, clipped: Array) -> Array:
+    # A whole move arrives exactly, which the rounded sum need not, nor at -0.0.
+    return jnp.where(clipped == move, update, estimate + clipped)

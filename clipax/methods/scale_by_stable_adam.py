@@ -1,0 +1,147 @@
+"""StableAdamW's step: Adam's, shortened where its second moment is out of date."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipax import _checks, _leaves, _moments
+from clipax._clip_by import ClipState, clip_by
+from clipax._typing import Array, AxisName, Updates
+from clipax.coefficients import scale_updates
+from clipax.norms import block_rms, global_norm
+
+
+class StableAdamState(NamedTuple):
+    clip: ClipState
+    mu: Updates
+    """The mean of the updates, bias-corrected."""
+    root_nu: Updates
+    """The root of the mean of their squares, bias-corrected."""
+    count: Array  # type: ignore[assignment]
+    """The number of steps that they have learned from; int32."""
+
+
+def scale_by_stable_adam(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.99,
+    eps: jax.typing.ArrayLike = 1e-6,
+    *,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales updates as Adam does, and each leaf by how well its second moment fits.
+
+    `mu <- (1 - w1) * mu + w1 * u` and `nu <- (1 - w2) * nu + w2 * |u|^2` with
+    `w = (1 - b) / (1 - b^count)`, which is Adam's bias correction. Then, for each leaf `l`,
+    `rms_l = sqrt(mean(|u|^2 / max(nu, eps^2)))` and
+    `u_l <- mu / (sqrt(nu) + eps) * min(1, 1 / rms_l)`.
+
+    It takes the place of `optax.scale_by_adam` in a chain, and the learning rate follows:
+    `optax.chain(scale_by_stable_adam(), optax.add_decayed_weights(0.01),
+    optax.scale_by_learning_rate(1e-3))`.
+
+    To bound what comes out of any optimizer,
+    `optax.chain(optax.scale_by_adam(), clip_by_block_rms(1.0), optax.scale(-1e-3))` does.
+    That measures `mu / sqrt(nu)`, the step itself, into which a spike enters with weight
+    `1 - b1`; `rms_l` measures `u / sqrt(nu)`, sees the spike in full, and forgets it at the
+    next step, when the momentum still holds it.
+
+    Args:
+      b1: The weight of the past in the mean, in [0, 1).
+      b2: The weight of the past in the mean of squares, in [0, 1).
+      eps: Added to the root of the mean of squares, > 0 and finite.
+      axis_name: As in `clip_by_global_norm`.
+
+    Returns:
+      A transformation whose state is a `StableAdamState`. Its `clip` is a `ClipState` of
+      trees with a scalar a leaf: `norm` is `rms_l`, `max_norm` is 1, `coefficient` is
+      `min(1, 1 / rms_l)`. `mu` and `root_nu` are float32 (float64 for float64 leaves; `mu` of
+      complex leaves is complex) in the shape of the parameters.
+
+    Raises:
+      ValueError: A number is out of its range, NaN, boolean, None or a string; at `update`,
+        the updates have another structure than at `init`.
+
+    The defaults are those of optimi, which has it for torch.
+
+    | leaf | result |
+    |---|---|
+    | the first step, far above eps | entries of modulus 1 |
+    | rms_l <= 1 | Adam's step |
+    | zero in every step so far | zeros |
+    | gradients far below eps | nearly zero |
+    | a NaN or inf entry | all NaN. No leaf is learned, no step counted |
+    | beside a leaf with such an entry | as ever |
+    | None, integer, bool, float0 | as it was, not measured |
+
+    Differences from the paper: there the learning rate is divided by `max(1, rms_l)`, which
+    for the step is the same, but also shortens the decay of the weights. In the chain above
+    the weights decay as ever. Differences from `optax.scale_by_adam`: the moments in the
+    state are bias-corrected, wide in every dtype, and of the second the root is kept, so that
+    neither 1e20 nor 1e-25 leaves the range of float32.
+
+    Example:
+      >>> adam = scale_by_stable_adam(0.5, 0.75, eps=1e-12)
+      >>> state = adam.init(jnp.zeros(2))
+      >>> for entry in (2.0, 5.0):
+      ...     step, state = adam.update(jnp.array([entry, entry]), state)
+      >>> # mu = (2 + 2 * 5) / 3 = 4, nu = (3 * 2^2 + 4 * 5^2) / 7 = 16, rms = 5 / 4
+      >>> state.clip.norm.round(6), step.round(6)
+      (Array(1.25, dtype=float32), Array([0.8, 0.8], dtype=float32))
+
+    References:
+      Wortsman, Dettmers, Zettlemoyer, Morcos, Farhadi, Schmidt, "Stable and low-precision
+      training for large-scale vision-language models", 2023, https://arxiv.org/abs/2304.13013
+    """
+    _checks.scalar(_checks.decay_rate, b1=b1, b2=b2)
+    _checks.scalar(_checks.finite_positive, eps=eps)
+    record = clip_by(block_rms, 1.0, axis_name=axis_name)
+
+    def init_fn(params: Updates) -> StableAdamState:
+        root_nu = _moments.zero_moduli(params)
+        zero = _leaves.zero_norms(functools.partial(global_norm, axis_name=()), root_nu)
+        clip, mu = record.init(root_nu), _moments.zeros(params)
+        return StableAdamState(clip, mu, root_nu, zero.astype(jnp.int32))
+
+    def update_fn(
+        updates: Updates,
+        state: StableAdamState,
+        params: Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[Updates, StableAdamState]:
+        del params, extra_args
+        count = optax.safe_increment(state.count)
+        wide = _moments.widened(updates, state.mu)
+
+        def average(old: Array, x: Array) -> Array:
+            return _moments.mean(old, x, _debiased(b1, count))
+
+        def average_square(old: Array, x: Array) -> Array:
+            return _moments.power_mean(old, jnp.abs(x), _debiased(b2, count))
+
+        def like(x: Array) -> Array:
+            return jnp.asarray(eps).astype(x.dtype)
+
+        mu = jax.tree.map(average, state.mu, wide)
+        root_nu = jax.tree.map(average_square, state.root_nu, wide)
+        relative = jax.tree.map(
+            lambda x, root: jnp.abs(x) / jnp.maximum(root, like(root)), wide, root_nu
+        )
+        _, clip = record.update(relative, state.clip)
+        steps = jax.tree.map(lambda m, root: _moments.divided(m, root + like(root)), mu, root_nu)
+        clipped = scale_updates(steps, clip.coefficient)
+        # A mean that overflows is no history either.
+        is_finite = _moments.all_finite(mu, axis_name=axis_name)
+        before = (state.mu, state.root_nu, state.count)
+        learned = _leaves.choose(is_finite, (mu, root_nu, count), before)
+        return _moments.narrowed(clipped, updates), StableAdamState(clip, *learned)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _debiased(decay: jax.typing.ArrayLike, count: Array) -> Array:
+    """`(1 - decay) / (1 - decay^count)`, also where the power is near one."""
+    weight = jnp.asarray(1 - decay, float)
+    return jnp.minimum(weight / -jnp.expm1(count.astype(weight.dtype) * jnp.log1p(-weight)), 1.0)

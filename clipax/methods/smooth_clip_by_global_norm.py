@@ -1,0 +1,67 @@
+"""Clipping by the global norm without a kink."""
+
+import optax
+
+from clipax import _checks
+from clipax._clip_by import clip_by
+from clipax._typing import AxisName, Bound, Coefficient
+from clipax.coefficients import square_root
+from clipax.norms import global_norm
+
+
+def smooth_clip_by_global_norm(
+    max_norm: Bound,
+    coefficient: Coefficient = square_root,
+    *,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales all updates by one factor that falls smoothly as their norm grows.
+
+    `u <- u * coefficient(norm, max_norm)` with the global L2 norm. With `n` for the norm
+    and `c` for the bound, the clipped norm is
+
+    * `n / sqrt(1 + (n / c)^2)` by `square_root`,
+    * `n / (1 + n / c)` by `rational`, which tames small updates the most,
+    * `c * tanh(n / c)` by `tanh`, which is nearest to `clip_by_global_norm`.
+
+    It always grows with `n`, and nears `c`; unlike a hard clip's, it has a derivative
+    everywhere. Every update is scaled, also one far below the bound.
+
+    Args:
+      max_norm: The bound, >= 0: a number, a scalar array or a schedule `count -> value`.
+      coefficient: `(norm, max_norm) -> factor`: one of the three, or your own.
+      axis_name: As in `clip_by_global_norm`.
+
+    Returns:
+      A transformation whose state is a `ClipState` of scalars. Its `update` takes a known
+      norm as the extra argument `norm=`.
+
+    Raises:
+      ValueError: `max_norm` is negative, NaN, boolean, None or a string; `coefficient` is
+        no function.
+
+    | updates | max_norm | result |
+    |---|---|---|
+    | norm below the precision of max_norm | any | the updates, bit for bit |
+    | zero | 0 | zeros |
+    | any finite | 0 | zeros |
+    | any finite | inf | the updates, bit for bit |
+    | an inf entry | finite | NaN there, zero elsewhere |
+    | a NaN entry | any | all NaN |
+    | finite, but the norm overflows its dtype | finite | zeros |
+    | None, integer, bool, float0 leaf | any | as it was, not measured |
+
+    Example:
+      >>> clip = smooth_clip_by_global_norm(10.0)
+      >>> updates = {"w": jnp.array([4.5, 6.0])}
+      >>> clip.update(updates, clip.init(updates))[0]
+      {'w': Array([3.6000001, 4.8      ], dtype=float32)}
+
+    References:
+      Bu, Wang, Zha, Karypis, "Automatic clipping: differentially private deep learning
+      made easier and stronger", 2022, https://arxiv.org/abs/2206.07136 (a relative of
+      `rational`, for the gradients of single examples)
+    """
+    _checks.one_bound(_checks.non_negative, max_norm=max_norm)
+    _checks.function(coefficient=coefficient)
+    return clip_by(global_norm, max_norm, coefficient, known_norm=True, axis_name=axis_name)

@@ -1,0 +1,105 @@
+"""Clipping each entry without a kink."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from clipax import _checks, _leaves
+from clipax._clip_by import ClipState, clip_by
+from clipax._typing import Array, AxisName, Bound, Coefficient, Updates
+from clipax.coefficients import scale_updates, tanh
+from clipax.norms import leaf_norm
+from clipax.thresholds import bounded
+
+# An entry so many times as large as its bound, and all beyond it, count as that many times:
+# their own factor would be subnormal, and is flushed to zero.
+_FARTHEST = 2.0**64
+
+
+def smooth_clip_by_value(
+    max_value: Bound, coefficient: Coefficient = tanh, *, axis_name: AxisName = None
+) -> optax.GradientTransformationExtraArgs:
+    """Draws each entry smoothly into `[-max_value, max_value]`.
+
+    `u_i <- u_i * coefficient(|u_i|, max_value)`. With `c` for the bound, that is
+
+    * `c * tanh(u_i / c)` by `tanh`, which is nearest to `clip_by_value`,
+    * `u_i / sqrt(1 + (u_i / c)^2)` by `square_root`,
+    * `u_i / (1 + |u_i| / c)` by `rational`, which tames small entries the most.
+
+    A complex entry is scaled by its modulus and keeps its phase. Every entry is scaled,
+    also one far below the bound.
+
+    Args:
+      max_value: The bound, >= 0: a number, a scalar array, a schedule `count -> value`, or
+        a tree prefix of them.
+      coefficient: `(modulus, max_value) -> factor`: one of the three, or your own.
+      axis_name: As in `clip_by_global_norm`; it matters to the recorded norm alone.
+
+    Returns:
+      A transformation whose state is a `ClipState` of trees with a scalar a leaf: `norm`
+      is the largest modulus of an entry, `max_norm` the bound, `coefficient` the factor
+      of that largest entry, which is the smallest.
+
+    Raises:
+      ValueError: A number in `max_value` is negative, NaN, boolean, None or a string;
+        `coefficient` is no function; at `init` and `update`, a prefix does not fit.
+
+    | entry | result |
+    |---|---|
+    | below the precision of the bound | as it was, bit for bit |
+    | 0 | 0 |
+    | inf, -inf | the bound |
+    | beyond 2^64 times the bound, for a coefficient of your own | as 2^64 times the bound |
+    | complex with an infinite part | NaN |
+    | NaN | NaN; other entries unharmed |
+    | any, with a bound of 0 | 0 |
+    | any, with a bound of inf | as it was, bit for bit |
+    | None, integer, bool, float0 leaf | as it was, not measured |
+
+    Example:
+      >>> clip = smooth_clip_by_value(1.0, rational)
+      >>> updates = jnp.array([3.0, -1.0, 0.0])
+      >>> clip.update(updates, clip.init(updates))[0]
+      Array([ 0.75, -0.5 ,  0.  ], dtype=float32)
+
+    References:
+      Williamson, Eisenmann, Stillfjord, "Analysis of a class of stochastic component-wise
+      soft-clipping schemes", 2024, https://arxiv.org/abs/2406.16640
+    """
+    bound = bounded(_checks.non_negative, max_value=max_value)
+    _checks.function(coefficient=coefficient)
+    largest = functools.partial(leaf_norm, ord=math.inf)
+    whole_leaves = clip_by(largest, bound, coefficient, axis_name=axis_name)
+
+    def draw(top: Array | None, subtree: Updates) -> Updates:
+        if top is None:
+            return subtree
+        return jax.tree.map(lambda leaf: _draw_leaf(leaf, top, coefficient), subtree)
+
+    def update_fn(
+        updates: Updates, state: ClipState, params: Updates | None = None, **extra_args: Any
+    ) -> tuple[Updates, ClipState]:
+        del params, extra_args
+        # It says what happened; the updates it scales are never computed in jit.
+        _, state = whole_leaves.update(updates, state)
+        return _leaves.map_prefix(draw, state.max_norm, updates, name="max_value"), state
+
+    return optax.GradientTransformationExtraArgs(whole_leaves.init, update_fn)
+
+
+def _draw_leaf(leaf: Any, top: Array, coefficient: Coefficient) -> Array:
+    leaf = jnp.asarray(leaf)
+    wide = _leaves.wide_dtype(leaf.dtype, top.dtype)
+    top = top.astype(wide)
+    bounds = jnp.broadcast_to(top, leaf.shape)
+    if jnp.iscomplexobj(leaf):
+        return scale_updates(leaf, coefficient(jnp.abs(leaf).astype(wide), bounds))
+    reach = jnp.where(jnp.isposinf(top), top, jnp.minimum(top * _FARTHEST, np.finfo(wide).max))
+    entries = jnp.clip(leaf.astype(wide), -reach, reach)
+    return scale_updates(entries, coefficient(jnp.abs(entries), bounds)).astype(leaf.dtype)

@@ -1,0 +1,160 @@
+"""SPAM's clipping: each entry against its own second moment."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipax import _checks, _leaves, _moments
+from clipax._clip_by import ClipState, clip_by
+from clipax._typing import Array, AxisName, Bound, Norms, Updates
+from clipax.coefficients import scale_updates
+from clipax.norms import global_norm, leaf_norm
+from clipax.thresholds import Threshold, bounded
+
+
+class SpamClipState(NamedTuple):
+    clip: ClipState
+    rms: Updates
+    """The root of each entry's running mean square, after clipping; 0 is no history."""
+    count: Array  # type: ignore[assignment]
+    """The number of steps that it has learned from; int32."""
+
+
+def spam_clip(
+    ratio: Bound = 5000.0,
+    *,
+    decay: jax.typing.ArrayLike = 0.999,
+    warmup_steps: int = 20,
+    reset_every: int | None = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips each entry whose square is far above the running mean of its squares.
+
+    `u_i <- u_i * min(1, sqrt(ratio * v_i) / |u_i|)` for entry `i`, and then
+    `v_i <- decay * v_i + (1 - decay) * |u_i|^2`: the history holds clipped entries, and not
+    the one that is held against it. `v_i` starts at zero and has no bias correction, as in
+    Adam's own state. A complex entry keeps its phase.
+
+    This is the clipping of SPAM alone. The momentum that SPAM resets and the learning rate
+    that it then warms up belong to the optimizer: this transformation goes before it in a
+    chain, keeps second moments of its own, and resets only these.
+
+    Args:
+      ratio: The bound on an entry's square over the mean of its squares, > 0: a number, a
+        scalar array, a schedule `count -> value`, or a tree prefix of them. At or under 1,
+        clipped entries would pull their own bound down to zero.
+      decay: The weight of the past in the mean of squares, in [0, 1).
+      warmup_steps: How many steps the means learn from before anything is clipped, >= 1, at
+        the start and after each reset.
+      reset_every: After how many steps the means start again at zero, > `warmup_steps`;
+        SPAM has 500. None is never.
+      axis_name: As in `clip_by_global_norm`.
+
+    Returns:
+      A transformation whose state is a `SpamClipState`. Its `clip` is a `ClipState` of trees
+      with a scalar a leaf: `norm` is the largest `|u_i| / sqrt(v_i)` of the entries that can
+      be clipped now, `max_norm` is `sqrt(ratio)`, `coefficient` the smallest factor that an
+      entry was scaled by, so that the `clip_fraction` of `metrics` is the share of leaves
+      with a clipped entry. `rms`, the root of `v`, is float32 (float64 for float64 leaves) in
+      the shape of the parameters.
+
+    Raises:
+      ValueError: A number is out of its range, NaN, boolean, None or a string, or
+        `reset_every` is not > `warmup_steps`; at `init`, a prefix does not fit; at `update`,
+        the updates have another structure than at `init`.
+
+    The defaults are those of the paper's code, apart from the reset.
+
+    | entry | result |
+    |---|---|
+    | in the first `warmup_steps`, and those after a reset | as it was, bit for bit |
+    | square <= ratio * v_i | as it was, bit for bit |
+    | zero | zero, which v_i learns |
+    | zero in every step so far | the first other one passes as it is |
+    | NaN or inf | NaN; in warm-up as it was. No entry of any leaf is learned, no step counted |
+    | beside a NaN or inf entry | clipped as ever |
+    | None, integer, bool, float0 leaf | as it was, not measured |
+
+    Differences from the paper: an entry that has had only zero gradients is not clipped;
+    there its bound is zero, and it is clipped to zero until the next reset. An infinite
+    entry is not turned into the bound. The root of `v` is kept, not `v`, so that neither 1e20
+    nor 1e-25 leaves the range of float32. Differences from the paper's code: the reset is off.
+
+    Example:
+      >>> clip = spam_clip(9.0, decay=0.75, warmup_steps=1)
+      >>> state = clip.init(jnp.zeros(2))
+      >>> for entry in (2.0, 10.0):  # the root of 0.25 * 2^2 is 1: the bound is 3
+      ...     clipped, state = clip.update(jnp.array([entry, 0.5]), state)
+      >>> clipped
+      Array([3. , 0.5], dtype=float32)
+
+    References:
+      Huang, Zhu, Jin, Liu, Wang, Liu, "SPAM: spike-aware Adam with momentum reset for stable
+      LLM training", 2025, https://arxiv.org/abs/2501.06842
+    """
+    _checks.scalar(_checks.decay_rate, decay=decay)
+    _checks.positive_integer(warmup_steps=warmup_steps)
+    if reset_every is not None:
+        _checks.positive_integer(reset_every=reset_every)
+        if reset_every <= warmup_steps:
+            raise ValueError(
+                f"reset_every must be > warmup_steps, or nothing would ever be clipped, got"
+                f" {reset_every!r} and warmup_steps={warmup_steps!r}."
+            )
+    roots = _root_of(bounded(_checks.positive, ratio=ratio))
+    record = clip_by(functools.partial(leaf_norm, ord=math.inf), roots, axis_name=axis_name)
+
+    def init_fn(params: Updates) -> SpamClipState:
+        rms = _moments.zero_moduli(params)
+        zero = _leaves.zero_norms(functools.partial(global_norm, axis_name=()), rms)
+        return SpamClipState(record.init(rms), rms, zero.astype(jnp.int32))
+
+    def update_fn(
+        updates: Updates,
+        state: SpamClipState,
+        params: Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[Updates, SpamClipState]:
+        del params, extra_args
+        rms, count = state.rms, state.count
+        if reset_every is not None:
+            start = jax.tree.map(jnp.zeros_like, (rms, count))
+            rms, count = _leaves.choose(count >= reset_every, start, (rms, count))
+        wide = _moments.widened(updates, rms)
+        is_on = count >= warmup_steps
+        usual = jax.tree.map(lambda size: jnp.where(is_on & (size > 0), size, jnp.inf), rms)
+        relative = jax.tree.map(lambda x, size: jnp.abs(x) / size, wide, usual)
+        _, clip = record.update(relative, state.clip)
+        clipped = jax.tree.map(_clip_leaf, wide, usual, clip.max_norm)
+
+        def learn(old: Array, x: Array) -> Array:
+            return _moments.power_mean(old, jnp.abs(x), 1 - decay)
+
+        learned = jax.tree.map(learn, rms, clipped), optax.safe_increment(count), clip.threshold
+        is_finite = _moments.all_finite(wide, axis_name=axis_name)
+        before = state.rms, state.count, state.clip.threshold
+        rms, count, threshold = _leaves.choose(is_finite, learned, before)
+        clip = clip._replace(threshold=threshold)
+        return _moments.narrowed(clipped, updates), SpamClipState(clip, rms, count)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _root_of(ratios: Threshold) -> Threshold:
+    def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
+        bounds, state = ratios.update(norms, state, params, **extra_args)
+        return jax.tree.map(jnp.sqrt, bounds), state
+
+    return Threshold(ratios.init, update_fn)
+
+
+def _clip_leaf(x: Array, usual: Array, root: Array) -> Array:
+    modulus, bound = jnp.abs(x), root * usual
+    exceeds = modulus > bound
+    # The direction first: the one factor to the bound can be too small for a float.
+    direction = _moments.divided(x, jnp.where(exceeds, modulus, 1.0))
+    return jnp.where(exceeds, scale_updates(direction, jnp.where(exceeds, bound, 1.0)), x)

@@ -1,0 +1,213 @@
+"""Stable-SPAM: a clip of spiking entries, then a norm for each leaf."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipax import _checks, _leaves, _moments
+from clipax._clip_by import ClipState, clip_by
+from clipax._typing import Array, AxisName, Norms, Updates
+from clipax.coefficients import normalized, scale_updates
+from clipax.norms import global_norm, leaf_norm
+from clipax.thresholds import Threshold, fixed, per_norm
+
+
+class StableSpamState(NamedTuple):
+    clip: ClipState
+    """What the clip of the entries did, with a scalar a leaf."""
+    moments: Any
+    """The moments of the leaves' norms, stacked as by `per_norm`."""
+
+
+class BoundState(NamedTuple):
+    mean: Array
+    """The bias-corrected average of the largest modulus."""
+    count: Array  # type: ignore[assignment]
+    """How many steps it has seen; int32."""
+
+
+class NormState(NamedTuple):
+    mean: Array
+    """The bias-corrected average of the norm."""
+    root_mean_square: Array
+    """The root of the bias-corrected average of its square."""
+    count: Array  # type: ignore[assignment]
+    """How many steps they have seen; int32."""
+
+
+def stable_spam(
+    decay_bound: jax.typing.ArrayLike = 0.999,
+    decay_norm: jax.typing.ArrayLike = 0.7,
+    decay_square: jax.typing.ArrayLike = 0.9,
+    *,
+    eps: jax.typing.ArrayLike = 1e-8,
+    clip_entries: bool = True,
+    normalize: bool = True,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips spiking entries, then gives each leaf a norm of about one.
+
+    For each leaf on its own, with bias-corrected running averages that count this step:
+
+    1. AdaClip. `max_norm = average(max_i |u_i|)`; entries with `|u_i| > max_norm` become
+       `u_i * max_norm / max_i |u_i|`.
+    2. AdaGN. `u <- u / |u|_2 * average(|u|_2) / (sqrt(average(|u|_2^2)) + eps)`.
+
+    It is made to stand before Adam. What comes out no longer knows how large the gradients
+    are: the norm of a leaf is about one where the gradients are steady, less in the wake of
+    a spike, and always below 1.41 with these decays. Before plain SGD that is another
+    method, with steps that do not shrink towards a minimum.
+
+    Args:
+      decay_bound: The weight of the past in the bound on entries, in [0, 1).
+      decay_norm: The weight of the past in the average norm, in [0, 1).
+      decay_square: The weight of the past in the average squared norm, in [0, 1).
+      eps: >= 0, what is added to the root; it matters to norms that are as small. The
+        defaults of the four are the paper's.
+      clip_entries: Whether the first half acts.
+      normalize: Whether the second half acts; alone, the first is a clip, and keeps the
+        size of what it does not clip.
+      axis_name: As in `clip_by_global_norm`.
+
+    Returns:
+      A transformation whose state is a `StableSpamState`. Its `clip` is a `ClipState` of
+      trees with a scalar a leaf: `norm` is the largest modulus of an entry, `max_norm` the
+      bound on entries (inf without `clip_entries`), `coefficient` the factor of the
+      entries above it. Its `moments` hold those of the leaves' norms, measured after the
+      first half.
+
+    Raises:
+      ValueError: A decay is not in [0, 1) or `eps` negative, NaN, boolean, None or a
+        string; `clip_entries` or `normalize` is no boolean.
+
+    | leaf | result |
+    |---|---|
+    | first step | no entry is clipped; the norm becomes `norm / (norm + eps)`, about 1 |
+    | an entry just above the bound, beside a spike | smaller than one just below the bound |
+    | zero | zeros; its averages and counts stay |
+    | zero in every step so far | the next other step is its first |
+    | norms down to 1e-25 or up to 1e20 | as the formula says |
+    | a NaN or inf entry | all NaN, or that entry without `normalize`; all averages stay |
+    | finite, but the norm overflows its dtype | all NaN; the averages of the norms stay |
+    | None, integer, bool, float0 leaf | as it was, not measured |
+
+    Differences from the paper: a zero leaf teaches nothing, or the bound of one that was
+    zero for long would hold it near zero. Only what comes before Adam is here, without the
+    resets of its moments and the cosine decay of the averages. Differences from the
+    authors' published code: the averages have counts of their own, where there the count
+    of Adam starts anew at each reset, takes too little off the bias and so lifts the bound
+    up to 500-fold, which ends the clip for hundreds of steps.
+
+    Example:
+      >>> clip = stable_spam(decay_bound=0.5, normalize=False)
+      >>> state = clip.init(jnp.zeros(2))
+      >>> for updates in (jnp.array([1.0, 1.0]), jnp.array([4.0, 2.0])):
+      ...     clipped, state = clip.update(updates, state)
+      >>> clipped, state.clip.max_norm
+      (Array([3., 2.], dtype=float32), Array(3., dtype=float32))
+      >>> clip = stable_spam()
+      >>> clip.update(jnp.array([3.0, 4.0]), clip.init(jnp.zeros(2)))[0].round(3)
+      Array([0.6, 0.8], dtype=float32)
+
+    References:
+      Huang et al., "Stable-SPAM: how to train in 4-bit more stably than 16-bit Adam",
+      2025, https://arxiv.org/abs/2502.17055
+    """
+    decays = {"decay_bound": decay_bound, "decay_norm": decay_norm, "decay_square": decay_square}
+    _checks.scalar(_checks.decay_rate, **decays)
+    _checks.scalar(_checks.non_negative, eps=eps)
+    _checks.flag(clip_entries=clip_entries, normalize=normalize)
+
+    def bound(norm: Array, state: BoundState, params: Any = None) -> tuple[Array, BoundState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mean = _moments.mean(state.mean, norm, _weight(decay_bound, count, norm))
+        state = _leaves.choose(norm > 0, BoundState(mean, count), state)
+        return state.mean, state
+
+    def size(norm: Array, state: NormState, params: Any = None) -> tuple[Array, NormState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mean = _moments.mean(state.mean, norm, _weight(decay_norm, count, norm))
+        weight = _weight(decay_square, count, norm)
+        root = _moments.power_mean(state.root_mean_square, norm, weight)
+        state = _leaves.choose(norm > 0, NormState(mean, root, count), state)
+        divisor = state.root_mean_square + _leaves.in_dtype_of(norm, eps)[0]
+        return state.mean / jnp.where(divisor > 0, divisor, 1), state
+
+    learn = functools.partial(_learned, is_mapped=axis_name is not None)
+    bounds = learn(bound, BoundState) if clip_entries else fixed(math.inf)
+    entries = clip_by(functools.partial(leaf_norm, ord=math.inf), bounds, axis_name=axis_name)
+    leaves = clip_by(leaf_norm, learn(size, NormState), _normalized, axis_name=axis_name)
+
+    def init_fn(params: Updates) -> StableSpamState:
+        moments = leaves.init(params).threshold if normalize else ()
+        return StableSpamState(entries.init(params), moments)
+
+    def update_fn(
+        updates: Updates,
+        state: StableSpamState,
+        params: Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[Updates, StableSpamState]:
+        del params, extra_args
+        wide = jax.tree.map(_widened, _leaves.only_measured(updates))
+        _, clip = entries.update(wide, state.clip)
+        clipped = jax.tree.map(_clip_leaf, clip.max_norm, clip.coefficient, wide)
+        moments = state.moments
+        if normalize:
+            # Both halves have a scalar a leaf, and one record of them is enough.
+            clipped, after = leaves.update(clipped, clip._replace(threshold=moments))
+            moments = after.threshold
+        return _moments.narrowed(clipped, updates), StableSpamState(clip, moments)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _learned(rule: Callable[..., Any], kind: type, *, is_mapped: bool) -> Threshold:
+    """The rule for each norm, which learns from no step that is not finite in all of them."""
+
+    def start(zero: Array) -> Any:
+        averages = [zero + 0 for _ in kind._fields[:-1]]  # type: ignore[attr-defined]
+        return kind(*averages, zero.astype(jnp.int32))
+
+    lifted = per_norm(optax.GradientTransformation(start, rule))
+
+    def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
+        results, learned = lifted.update(norms, state, params, **extra_args)
+        # Leaf norms are complete: no mapped axis is summed over again.
+        total = global_norm(norms, math.inf, axis_name=() if is_mapped else None)
+        return results, _leaves.choose(jnp.isfinite(total), learned, state)
+
+    return Threshold(lifted.init, update_fn)
+
+
+def _weight(decay: jax.typing.ArrayLike, count: Array, norm: Array) -> Array:
+    """The newest value's in a bias-corrected average: `(1 - decay) / (1 - decay^count)`."""
+    (new,) = _leaves.in_dtype_of(norm, 1 - decay)
+    # From a decay near one, a difference of rounded powers would keep few digits.
+    total = -jnp.expm1(count.astype(norm.dtype) * jnp.log1p(-new))
+    return jnp.where(count == 1, 1, new / total)
+
+
+def _normalized(norm: Array, max_norm: Array) -> Array:
+    # Of a leaf that has no norm, nothing may pass for normalized.
+    return jnp.where(jnp.isfinite(norm), normalized(norm, max_norm), jnp.nan)
+
+
+def _widened(leaf: Any) -> Array:
+    leaf = jnp.asarray(leaf)
+    return leaf if jnp.iscomplexobj(leaf) else leaf.astype(_leaves.wide_dtype(leaf.dtype))
+
+
+def _clip_leaf(bound: Array, factor: Array, leaf: Array | None) -> Array | None:
+    if leaf is None:
+        return None
+    moduli = jnp.abs(leaf)
+    bound, factor = _leaves.in_dtype_of(moduli, bound, factor)
+    return scale_updates(leaf, jnp.where(moduli > bound, factor, 1))

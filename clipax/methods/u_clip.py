@@ -1,0 +1,121 @@
+"""U-Clip: what was clipped off is added to the next update."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipax import _checks, _leaves, _moments
+from clipax._typing import Array, AxisName, Updates
+from clipax.coefficients import hard, scale_updates
+from clipax.norms import global_norm
+
+
+class UClipState(NamedTuple):
+    carry: Updates
+    """What was clipped off so far and is still to come; float32 or float64, or complex."""
+    carry_norm: Array
+    """The global L2 norm of the carry."""
+    inner_state: Any
+
+
+def u_clip(
+    inner: optax.GradientTransformation,
+    *,
+    max_carry: jax.typing.ArrayLike | None = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Carries what a clip takes off over to the next update.
+
+    `u <- clip(u + carry)` and `carry <- u + carry - clip(u + carry)`, from a carry of
+    zero. Over all steps, what came out is what went in less the last carry: as long as the
+    carry stays bounded, the clipped updates have no bias on average.
+
+    It is put before the optimizer. Where the mean of the updates is longer than the bound,
+    the carry grows with every step, and `max_carry` ends that.
+
+    Args:
+      inner: The clip: `clip_by_global_norm(1.0)`, `clip_by_value(1.0)` (the two of the
+        paper) or another. It measures the updates with the carry in them.
+      max_carry: The bound on the carry's global L2 norm, > 0, to which it is scaled. What
+        is cut off there is lost. None is no bound, as in the paper.
+      axis_name: As in `clip_by_global_norm`, for the norm of the carry; `inner` has its
+        own.
+
+    Returns:
+      A transformation whose state is a `UClipState`: the carry in the structure of the
+      parameters, its norm, and the inner state, which `clipax.metrics` reads. An extra
+      argument `norm=` is not passed on, for it is not the norm that `inner` needs.
+
+    Raises:
+      ValueError: `inner` is no transformation; `max_carry` is <= 0, NaN, boolean or a
+        string; at `update`, the updates have not the structure that `init` saw.
+
+    | updates | result |
+    |---|---|
+    | nothing carried and nothing clipped | the updates, bit for bit |
+    | zero, with something carried | the carry, clipped |
+    | longer than the bound in every step | clipped; the carry grows up to `max_carry` |
+    | a NaN or inf entry | what `inner` makes of it; the whole state stays |
+    | float16, bfloat16 | clipped wide, then rounded; the rounding is not carried |
+    | None, integer, bool, float0 leaf | as it was; nothing is carried |
+
+    Differences from the paper: `max_carry`, and that the carry survives a step that is not
+    finite.
+
+    Example:
+      >>> clip = u_clip(clip_by_global_norm(1.0))
+      >>> state = clip.init(jnp.zeros(1))
+      >>> for size in (2.5, 0.0, 0.0, 0.0):
+      ...     clipped, state = clip.update(jnp.array([size]), state)
+      ...     print(clipped, state.carry)
+      [1.] [1.5]
+      [1.] [0.5]
+      [0.5] [0.]
+      [0.] [0.]
+
+    References:
+      Elesedy, Hutter, "U-Clip: on-average unbiased stochastic gradient clipping", 2023,
+      https://arxiv.org/abs/2302.02971
+    """
+    _checks.transformation(inner=inner)
+    if max_carry is not None:
+        _checks.scalar(_checks.positive, max_carry=max_carry)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Updates) -> UClipState:
+        # Mapped axes are not bound outside a step.
+        norm = functools.partial(global_norm, axis_name=None if axis_name is None else ())
+        carry = _moments.zeros(params)
+        inner_state = inner.init(_moments.zeros(params))
+        return UClipState(carry, _leaves.zero_norms(norm, carry), inner_state)
+
+    def update_fn(
+        updates: Updates,
+        state: UClipState,
+        params: Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[Updates, UClipState]:
+        extra_args.pop("norm", None)
+        wide = _moments.widened(updates, state.carry)
+        totals = jax.tree.map(_with_carry, wide, state.carry)
+        clipped, inner_state = inner.update(totals, state.inner_state, params, **extra_args)
+        carry = jax.tree.map(jnp.subtract, totals, clipped)
+        norm = global_norm(carry, axis_name=axis_name)
+        # An entry that is not finite cannot leave a finite remainder.
+        is_finite = jnp.isfinite(norm)
+        if max_carry is not None:
+            (bound,) = _leaves.in_dtype_of(norm, max_carry)
+            factor = hard(norm, bound)
+            carry, norm = scale_updates(carry, factor), norm * factor
+        new_state = UClipState(carry, norm, inner_state)
+        return _moments.narrowed(clipped, updates), _leaves.choose(is_finite, new_state, state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _with_carry(update: Array, carry: Array) -> Array:
+    # The sum with a zero would lose the sign of -0.0.
+    return jnp.where(carry == 0, update, update + carry)

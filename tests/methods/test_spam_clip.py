@@ -1,0 +1,387 @@
+"""SPAM's clipping, against NumPy and worked cases."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import sequences
+import trees
+
+import clipax
+
+run, rows = sequences.stepped, sequences.vectors
+
+
+# The rule in NumPy float64, with the mean of squares itself.
+
+
+class Reference:
+    def __init__(self, ratio: Any, decay: float, warmup: int, reset: int | None = None):
+        self.ratio, self.decay, self.warmup, self.reset = ratio, decay, warmup, reset
+        self.v: dict[str, np.ndarray] = {}
+        self.count = self.total = 0
+
+    def step(self, updates: dict[str, np.ndarray]) -> Any:
+        zeros = {name: np.zeros(leaf.shape) for name, leaf in updates.items()}
+        v, count = self.v or zeros, self.count
+        if count == self.reset:
+            v, count = zeros, 0
+        clipped, learned, norms, factors = {}, {}, {}, {}
+        for name, leaf in updates.items():
+            wide = leaf.astype(np.result_type(leaf.dtype, np.float64))
+            ratio = self.ratio(name, self.total) if callable(self.ratio) else self.ratio
+            squares = np.abs(wide) ** 2
+            can = (v[name] > 0) & (count >= self.warmup)
+            with np.errstate(all="ignore"):
+                bounded = wide / np.abs(wide) * np.sqrt(ratio * v[name])
+                clipped[name] = np.where(can & (squares > ratio * v[name]), bounded, wide)
+                learned[name] = (
+                    self.decay * v[name] + (1 - self.decay) * np.abs(clipped[name]) ** 2
+                )
+                norms[name] = np.max(np.sqrt(np.where(can, squares / v[name], 0 * squares)))
+                factors[name] = np.where(norms[name] ** 2 > ratio, np.sqrt(ratio) / norms[name], 1)
+        if sequences.is_finite_step(updates):
+            self.v, self.count, self.total = learned, count + 1, self.total + 1
+        rms = {name: np.sqrt(x) for name, x in (self.v or zeros).items()}
+        return clipped, rms, self.count, norms, factors
+
+
+def assert_equals_numpy(method: Any, reference: Reference, seed: int = 0) -> None:
+    sequence = sequences.long_entries(seed)
+    clipped, states = sequences.scanned(method, sequence)
+    expected, rms, count, norms, factors = sequences.followed(reference.step, sequence)
+    np.testing.assert_array_equal(states.count, count)
+    for name, leaf in sequence.items():
+        np.testing.assert_allclose(clipped[name], expected[name], rtol=1e-5)
+        assert (clipped[name] == leaf)[expected[name] == leaf].all()
+        np.testing.assert_allclose(states.rms[name], rms[name], rtol=1e-5)
+        np.testing.assert_allclose(states.clip.norm[name], norms[name], rtol=1e-5)
+        known = ~np.isnan(norms[name])
+        got = states.clip.coefficient[name]
+        np.testing.assert_allclose(got[known], factors[name][known], rtol=1e-5)
+        assert np.isnan(got[~known]).all()
+    shares = np.stack(jax.tree.leaves(factors)) < 1
+    assert 0.005 < shares.mean() < 0.95, "the sequence tries only one side"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "decay", "warmup", "reset"),
+    [
+        (5000.0, 0.999, 20, None),
+        (5000.0, 0.999, 20, 97),
+        (40.0, 0.9, 1, None),
+        (12.0, 0.95, 7, 50),
+        (4.0, 0.0, 2, None),
+    ],
+)
+def test_equals_numpy_over_a_long_run(
+    ratio: float, decay: float, warmup: int, reset: int | None
+) -> None:
+    method = clipax.spam_clip(ratio, decay=decay, warmup_steps=warmup, reset_every=reset)
+    for seed in (0, 1):
+        assert_equals_numpy(method, Reference(ratio, decay, warmup, reset), seed)
+
+
+def test_equals_numpy_with_a_ratio_for_each_leaf_and_a_schedule() -> None:
+    ratio = {
+        "grid": lambda count: 10.0 + 0.25 * jnp.asarray(count, jnp.float32),
+        "phase": 30,
+        "scale": math.inf,
+    }
+
+    def now(name: str, step: int) -> float:
+        return 10.0 + 0.25 * step if name == "grid" else ratio[name]
+
+    method = clipax.spam_clip(ratio, decay=0.9, warmup_steps=5)
+    assert_equals_numpy(method, Reference(now, 0.9, 5))
+
+
+def test_the_defaults_are_those_of_the_docstring() -> None:
+    sequence = sequences.long_entries()
+    explicit = clipax.spam_clip(5000.0, decay=0.999, warmup_steps=20, reset_every=None)
+    trees.assert_bitwise(
+        sequences.scanned(clipax.spam_clip(), sequence), sequences.scanned(explicit, sequence)
+    )
+
+
+# Worked by hand.
+
+
+def test_worked_by_hand() -> None:
+    """After three steps of 1, v = 1 - 0.9^3 = 0.271, and the bound is sqrt(100 * 0.271)."""
+    method = clipax.spam_clip(100.0, decay=0.9, warmup_steps=3)
+    steps = [jnp.array([1.0, -0.1])] * 3 + [jnp.array([100.0, -10.0])]
+    outputs, state = run(method, steps)
+    np.testing.assert_allclose(outputs[-1], [5.20576603, -0.52057660], rtol=1e-6)
+    np.testing.assert_allclose(state.clip.norm, 100 / math.sqrt(0.271), rtol=1e-6)
+    assert state.clip.max_norm == 10
+    np.testing.assert_allclose(state.clip.coefficient, 0.0520576603, rtol=1e-6)
+    # v = 0.9 * 0.271 + 0.1 * 27.1: the history learns what came out.
+    np.testing.assert_allclose(state.rms[0], math.sqrt(2.9539), rtol=1e-6)
+
+
+def test_a_complex_entry_is_clipped_by_its_modulus() -> None:
+    method = clipax.spam_clip(4.0, decay=0.75, warmup_steps=1)
+    outputs, state = run(method, [jnp.array([2.0j, 2.0]), jnp.array([3 + 4j, -1.5])])
+    # The roots of the means are 1, and the bounds 2.
+    np.testing.assert_allclose(outputs[-1], [1.2 + 1.6j, -1.5], rtol=1e-6)
+    assert state.rms.dtype == np.float32
+
+
+def test_the_reset_starts_again_and_clips_nothing_for_a_while() -> None:
+    method = clipax.spam_clip(4.0, decay=0.5, warmup_steps=2, reset_every=4)
+    outputs, state = run(method, rows(2, 2, 2, 90, 90, 90, 1e6, 90, 90, 90))
+    bounded = [
+        bool(clipped[0] < entry)
+        for clipped, entry in zip(outputs, [2, 2, 2, 90, 90, 90, 1e6], strict=False)
+    ]
+    # Steps 3 and 4 can be clipped, then 7 and 8: the history starts again at 5 and at 9.
+    assert bounded == [False, False, False, True, False, False, True]
+    assert [float(clipped[0]) for clipped in outputs[-2:]] == [90, 90]
+    assert state.count == 2
+    np.testing.assert_allclose(state.rms, 90 * math.sqrt(0.75), rtol=1e-6)
+
+
+def test_metrics_say_what_was_clipped() -> None:
+    method = clipax.spam_clip(4.0, decay=0.75, warmup_steps=1)
+    usual = {"a": jnp.array([2.0, 2.0]), "b": jnp.array(2.0)}
+    spike = {"a": jnp.array([2.0, 8.0]), "b": jnp.array(2.0)}
+    _, state = run(method, [usual, spike])
+    values = clipax.metrics(state, per_leaf=True)
+    expected = {"norm/a": 8, "norm/b": 2, "max_norm": 2, "coefficient": 0.25, "clip_fraction": 0.5}
+    for name, value in expected.items():
+        np.testing.assert_allclose(values[name], value, rtol=1e-6)
+
+
+# What goes wrong elsewhere.
+
+
+def test_a_late_entry_is_not_held_at_zero() -> None:
+    """Without history the rule's bound is zero: such an entry would never wake."""
+    entries = np.zeros(60)
+    entries[40:] = 1.0
+    v, naive = 0.0, []
+    for entry in entries:
+        clipped = math.sqrt(5000 * v) if len(naive) >= 20 and entry**2 > 5000 * v else entry
+        v = 0.999 * v + 0.001 * clipped**2
+        naive.append(clipped)
+    assert not any(naive)
+    outputs, _ = run(clipax.spam_clip(), rows(*entries))
+    np.testing.assert_array_equal(np.concatenate(outputs), entries)
+
+
+def test_a_small_history_is_outgrown() -> None:
+    """After a whisper the entry is held down, but for less than sixty steps."""
+    outputs, _ = run(clipax.spam_clip(), rows(*[1e-12] * 30, *[1.0] * 60))
+    sizes = np.concatenate(outputs)
+    assert sizes[30] < 1e-9
+    assert sizes[-1] == 1
+
+
+def test_a_spike_is_really_clipped() -> None:
+    """Not on a copy, which leaves the spike as it was."""
+    outputs, _ = run(clipax.spam_clip(), rows(*[1.0] * 100, 1e4))
+    expected = math.sqrt(5000 * (1 - 0.999**100))
+    np.testing.assert_allclose(outputs[-1], [expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2.0**66, 2.0**-83])
+def test_the_range_is_that_of_float32(size: float) -> None:
+    """Near 1e20 and 1e-25, where the squares overflow and vanish."""
+    with np.errstate(over="ignore", under="ignore"):
+        assert np.float32(size) ** 2 in (0, np.inf)
+    steps = rows(*np.random.default_rng(0).normal(size=(40, 3)), [1e4, 3.0, -1e4])
+    scaled = [size * updates for updates in steps]
+    outputs, state = run(clipax.spam_clip(100.0), steps)
+    wide, wide_state = run(clipax.spam_clip(100.0), scaled)
+    trees.assert_bitwise(wide, [size * clipped for clipped in outputs])
+    trees.assert_bitwise(wide_state.clip[:3], state.clip[:3])
+    assert 0 < state.clip.coefficient < 0.5
+
+
+def test_a_leap_over_the_whole_range() -> None:
+    """One factor from 1e20 to 1e-24 would not be a float32."""
+    method = clipax.spam_clip(4.0, decay=0.75, warmup_steps=1)
+    outputs, _ = run(method, rows(2e-25, -1e20))
+    np.testing.assert_allclose(outputs[-1], [-2e-25], rtol=1e-5)
+
+
+def test_before_adam_a_spike_costs_little() -> None:
+    """One spike in the second moment stalls Adam for long after it; clipped, far less."""
+    gradients = np.where(np.arange(200) == 100, 1e4, 1.0)
+
+    def moved_after_the_spike(*clips: Any) -> float:
+        optimizer = optax.chain(*clips, optax.scale_by_adam())
+        with jax.numpy_dtype_promotion("standard"):
+            steps, _ = run(optimizer, rows(*gradients))
+        return float(jnp.sum(jnp.stack(steps[110:])))
+
+    assert moved_after_the_spike() < 5
+    assert moved_after_the_spike(clipax.spam_clip()) > 45
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_updates_have_a_wide_history(dtype: str) -> None:
+    steps = [jnp.asarray(x, dtype) for x in ([[1.0, -0.1]] * 3 + [[100.0, -10.0]])]
+    method = clipax.spam_clip(100.0, decay=0.9, warmup_steps=3)
+    outputs, state = run(method, steps)
+    wide, wide_state = run(method, [updates.astype(jnp.float32) for updates in steps])
+    trees.assert_bitwise(outputs[-1], wide[-1].astype(dtype))
+    trees.assert_bitwise(state.rms, wide_state.rms)
+
+
+def test_all_shards_know_of_a_bad_one() -> None:
+    method = clipax.spam_clip(4.0, decay=0.75, warmup_steps=1, axis_name="shards")
+    whole = clipax.spam_clip(4.0, decay=0.75, warmup_steps=1)
+    steps = rows([2, 2, 2, 2], [2, 2, np.nan, 90], [2, 8, 2, 2], [1, 1, 1, 1])
+    mapped = jax.jit(jax.vmap(method.update, axis_name="shards"))
+    state = jax.vmap(method.init, axis_name="shards")(jnp.zeros((2, 2)))
+    update, whole_state = jax.jit(whole.update), whole.init(jnp.zeros(4))
+    for updates in steps:
+        clipped, state = mapped(updates.reshape(2, 2), state)
+        expected, whole_state = update(updates, whole_state)
+        np.testing.assert_array_equal(clipped.ravel(), expected)
+        np.testing.assert_array_equal(state.rms.ravel(), whole_state.rms)
+        np.testing.assert_array_equal(state.clip.norm, [whole_state.clip.norm] * 2)
+        np.testing.assert_array_equal(state.count, [whole_state.count] * 2)
+    assert whole_state.count == 3
+
+
+def test_a_frozen_leaf_counts_as_zero() -> None:
+    method = clipax.spam_clip(4.0, decay=0.25, warmup_steps=1)
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    _, state = method.update(params, method.init(params))
+    clipped, new_state = method.update({"a": jnp.ones(2), "b": None}, state)
+    assert clipped["b"] is None
+    trees.assert_same_type(new_state, state)
+    np.testing.assert_allclose(new_state.rms["b"], state.rms["b"] / 2, rtol=1e-6)
+
+
+# Every row of the table of edge cases.
+
+
+def test_edge_warm_up_and_the_steps_after_a_reset() -> None:
+    entries = [1.0, 1e6, -3.0, 1e-6, 1e9, 7.0]
+    outputs, state = run(clipax.spam_clip(2.0, warmup_steps=6), rows(*entries))
+    trees.assert_bitwise(outputs, rows(*entries))
+    trees.assert_bitwise(state.clip[:3], (jnp.array(0.0), jnp.sqrt(2.0), jnp.array(1.0)))
+    method = clipax.spam_clip(2.0, warmup_steps=2, reset_every=3)
+    outputs, _ = run(method, rows(1.0, 1.0, 0.0, 1e6, 1e-6, 0.0, 1e9, 7.0))
+    trees.assert_bitwise(outputs, rows(1.0, 1.0, 0.0, 1e6, 1e-6, 0.0, 1e9, 7.0))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+def test_edge_at_or_under_the_bound(dtype: str) -> None:
+    # The root of the mean is 1, the bound 2.
+    method = clipax.spam_clip(4.0, decay=0.75, warmup_steps=1)
+    updates = jnp.asarray([2.0, -2.0, 1 / 3, 1e-4, 0.0, -0.0], dtype)
+    outputs, state = run(method, [jnp.full(6, 2, dtype), updates])
+    trees.assert_bitwise(outputs[-1], updates)
+    assert state.clip.coefficient == 1
+
+
+def test_edge_zero_is_learned() -> None:
+    method = clipax.spam_clip(4.0, decay=0.25, warmup_steps=1)
+    outputs, state = run(method, rows(2.0, 0.0))
+    trees.assert_bitwise(outputs[-1], jnp.zeros(1))
+    np.testing.assert_allclose(state.rms, math.sqrt(0.25 * 3), rtol=1e-6)
+
+
+def test_edge_the_first_entry_that_is_not_zero_passes() -> None:
+    outputs, state = run(clipax.spam_clip(warmup_steps=3), rows(*[[0.0, 1.0]] * 9, [1e9, 1.0]))
+    trees.assert_bitwise(outputs[-1], jnp.array([1e9, 1.0]))
+    assert state.rms[0] > 1e7
+    assert state.clip.coefficient == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_edge_bad_entries_are_loud_and_never_learned(value: float) -> None:
+    method = clipax.spam_clip(
+        lambda count: jnp.where(count < 100, 4.0, 9.0), decay=0.75, warmup_steps=2, reset_every=5
+    )
+    state = method.init({"a": jnp.zeros(2), "b": jnp.zeros(1)})
+    for step in range(9):
+        good = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])}
+        bad = {"a": jnp.array([value, 90.0]), "b": jnp.array([3.0])}
+        clipped, after = method.update(bad, state)
+        trees.assert_bitwise((after.rms, after.count), (state.rms, state.count))
+        trees.assert_bitwise(after.clip.threshold, state.clip.threshold)
+        assert not np.isfinite(after.clip.norm["a"])
+        is_on = step % 5 >= 2
+        np.testing.assert_array_equal(clipped["a"][0], np.nan if is_on else value)
+        # The entry beside it is clipped as ever, and the other leaf unharmed.
+        without, _ = method.update({**bad, "a": jnp.array([0.0, 90.0])}, state)
+        trees.assert_bitwise(clipped["a"][1], without["a"][1])
+        assert (clipped["a"][1] < 90) == is_on
+        trees.assert_bitwise(clipped["b"], good["b"])
+        _, state = method.update(good, state)
+    assert state.count == 4
+
+
+def test_edge_leaves_that_are_not_measured() -> None:
+    others = sequences.unmeasured()
+    method = clipax.spam_clip(4.0, decay=0.75, warmup_steps=1)
+    state = method.init({"float": jnp.zeros(1), **others})
+    for updates in rows(2.0, 8.0):
+        clipped, state = method.update({"float": updates, **others}, state)
+    trees.assert_bitwise(clipped["float"], jnp.array([2.0]))
+    sequences.assert_untouched(clipped, others)
+    assert len(jax.tree.leaves(state.rms)) == len(jax.tree.leaves(state.clip.norm)) == 1
+
+
+# Every bad argument.
+
+
+@pytest.mark.parametrize("bad", [0, -1, -math.inf, *sequences.NO_NUMBERS])
+def test_bad_ratios_are_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"^ratio must be a number > 0, got ") as caught:
+        clipax.spam_clip(bad)
+    assert repr(bad) in str(caught.value)
+    with pytest.raises(ValueError, match=r"^ratio\['w'\] must be a number > 0, got "):
+        clipax.spam_clip({"w": bad})
+
+
+@pytest.mark.parametrize("bad", [1, 1.5, -0.1, math.inf, *sequences.NO_NUMBERS])
+def test_bad_decays_are_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"^decay must be a number in \[0, 1\), got ") as caught:
+        clipax.spam_clip(decay=bad)
+    assert repr(bad) in str(caught.value)
+    with pytest.raises(ValueError, match=r"^decay must be one number, got an array of shape"):
+        clipax.spam_clip(decay=np.array([0.5, 0.5]))
+
+
+@pytest.mark.parametrize("name", ["warmup_steps", "reset_every"])
+@pytest.mark.parametrize("bad", [0, -3, 2.0, True, "20", math.nan])
+def test_bad_step_counts_are_refused(name: str, bad: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be an integer >= 1, got ") as caught:
+        clipax.spam_clip(**{name: bad})
+    assert repr(bad) in str(caught.value)
+    with pytest.raises(ValueError, match=f"^{name} must be known while tracing"):
+        clipax.spam_clip(**{name: jnp.array(30)})
+    with pytest.raises(ValueError, match=r"^warmup_steps must be an integer >= 1, got None"):
+        clipax.spam_clip(warmup_steps=None)
+
+
+@pytest.mark.parametrize("reset_every", [1, 19, 20])
+def test_a_reset_within_the_warm_up_is_refused(reset_every: int) -> None:
+    with pytest.raises(ValueError, match=r"^reset_every must be > warmup_steps") as caught:
+        clipax.spam_clip(reset_every=reset_every)
+    assert f"got {reset_every} and warmup_steps=20" in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [{"v": 9.0}, [9.0, 9.0]])
+def test_a_prefix_that_does_not_fit_is_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"^ratio must be one value or a tree prefix"):
+        clipax.spam_clip(bad).init({"w": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("updates", [{"v": jnp.ones(2)}, jnp.ones(2), {"w": 1.0, "n": 2.0}])
+def test_another_structure_than_at_init_is_refused(updates: Any) -> None:
+    method = clipax.spam_clip()
+    state = method.init({"w": jnp.ones(2), "n": jnp.array(3)})
+    with pytest.raises(ValueError, match=r"^updates must have the structure that `init` saw"):
+        method.update(updates, state)
