@@ -6,17 +6,16 @@ an `optax.GradientTransformation` that chains with any optimizer:
     optimizer = optax.chain(clipax.clip_by_global_norm(1.0), optax.adam(1e-3))
 
 * methods: `clip_by_global_norm`, `clip_by_leaf_norm`, `clip_by_unit_norm`,
-  `clip_by_block_rms`, `clip_by_average_norm`, `clip_by_value` (`clip`),
-  `clip_by_spectral_norm`,
-  `adaptive_grad_clip`, and `measure`, which only records
-* methods whose bound sets itself: `autoclip`, `clip_by_quantile`, `zclip` (`reciprocal_bound`,
-  `mean_bound`, `limit_bound`), `adagc`, `clip_by_mean_std`
-* methods with a moment for each entry: `spam_clip`, `acclip`, `scale_by_stable_adam`
-* methods that never clip hard: `smooth_clip_by_global_norm`, `smooth_clip_by_value`, and
-  `delta_gclip`, which has a floor
-* methods that feed back what a clip takes off: `u_clip`, `clip21`; one that clips entries and
-  sets norms: `stable_spam`
-* round a whole optimizer: `skip_step`, which skips NaN and spikes
+  `clip_by_block_rms`, `clip_by_average_norm`, `clip_by_spectral_norm`, `clip_by_value`
+  (`clip`), `adaptive_grad_clip`, and `measure`, which only records
+* without a corner, or with a floor: `smooth_clip_by_global_norm`, `smooth_clip_by_value`,
+  `delta_gclip`
+* methods whose bound sets itself: `autoclip`, `clip_by_quantile`, `clip_by_mean_std`, `adagc`,
+  `zclip` (with `reciprocal_bound`, `mean_bound`, `limit_bound`)
+* with a memory of each entry or leaf: `spam_clip`, `stable_spam`, `acclip`,
+  `scale_by_stable_adam`
+* round a clip, to feed back what it takes off: `u_clip`, `clip21`
+* round a whole optimizer, to leave out bad steps: `skip_step`
 * what happened: `metrics`, `observe`
 * without an optimizer: `global_norm`, `clip_tree`, `clip_cotangent`
 * to build your own: `clip_by` over a norm (`global_norm`, `leaf_norm`, `unit_norm`,

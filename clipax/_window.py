@@ -1,6 +1,6 @@
 """A window over the last values of a scalar, in memory of fixed size."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def push(window: WindowState, value: Array) -> WindowState:
     return WindowState(values, optax.safe_increment(window.count))
 
 
-def quantile(window: WindowState, q: float | Array) -> Array:
+def quantile(window: WindowState, q: jax.typing.ArrayLike) -> Array:
     """The quantile of the values in the window, interpolated as by `numpy.quantile`.
 
     Inf where there are none. Leading axes are those of several windows.
@@ -68,7 +68,7 @@ def mean_and_std(window: WindowState, *, ddof: int = 0) -> tuple[Array, Array]:
     return mean * unit, jnp.sqrt(variance) * unit
 
 
-def _position(last: Array, q: float | Array) -> tuple[Array, Array]:
+def _position(last: Array, q: Any) -> tuple[Array, Array]:
     """`last * q`, in integer and fraction, to more digits than float32 has.
 
     The product with the coarse part of `q` is exact for windows up to 4096, and the rest is

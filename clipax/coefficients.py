@@ -105,7 +105,7 @@ def square_root(norm: Array, max_norm: Array) -> Array:
 
 
 def tanh(norm: Array, max_norm: Array) -> Array:
-    """Computes the hyperbolic tangent of `x = norm / max_norm`, over `x`: a smooth bound.
+    """Computes `coefficient = tanh(x) / x` of `x = norm / max_norm`: a smooth bound.
 
     `coefficient = tanh(x) / x`.
 

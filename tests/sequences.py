@@ -196,6 +196,13 @@ def vectors(*entries: Any) -> list[Any]:
     return [jnp.atleast_1d(jnp.asarray(entry, jnp.float32)) for entry in entries]
 
 
+def over_devices(steps: list[Any]) -> list[Any]:
+    """The steps with the first axis of each leaf over four devices."""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    return [jax.device_put(updates, sharding) for updates in steps]
+
+
 def p_norm(x: np.ndarray, ord: float = 2.0, axes: tuple[int, ...] | None = None) -> np.ndarray:
     """The norm at each step, over all axes of a leaf or some, which keep size one."""
     modulus = np.abs(x.astype(np.result_type(x.dtype, np.float64)))

@@ -112,8 +112,8 @@ def test_the_corruption_is_reproduced(tmp_path):
     for share in map("{:g}".format, corruption["shares"]):
         _check_rows({name: row[share] for name, row in rows.items()}, corruption["seeds"], stdout)
         assert rows["none"][share]["share_of_steps_clipped"] == [0.0] * corruption["seeds"]
-        # The smaller a bound, the more steps it clips; at the start all are the same.
-        assert rows["clip_by_global_norm(0.1)"][share]["share_of_steps_clipped"] >= [0.5, 0.5]
+        # Under this bound 50 steps lead nowhere, and the gradients stay as long as at the start.
+        assert min(rows["clip_by_global_norm(0.1)"][share]["share_of_steps_clipped"]) > 0.9
 
 
 def test_the_histories_are_reproduced(tmp_path):

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clipax import _checks, _leaves
@@ -91,7 +92,7 @@ def clip_by_quantile(
         is_under = (norm <= estimate).astype(norm.dtype)
         rate, share = _leaves.in_dtype_of(norm, learning_rate, quantile)
         factor = jnp.exp(-rate * (is_under - share))
-        moved = jnp.minimum(estimate * factor, jnp.finfo(norm.dtype).max)
+        moved = jnp.minimum(estimate * factor, np.finfo(norm.dtype).max)
         learned = jnp.where(is_first, norm, moved)
         return (
             jnp.where(is_first, jnp.inf, estimate),

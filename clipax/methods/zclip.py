@@ -22,7 +22,7 @@ class ZClipState(NamedTuple):
 
 
 def reciprocal_bound(z: Array, mean: Array, std: Array, z_max: Array) -> Array:
-    """Computes `bound = mean + z_max^2 * std / z`, the less the farther the spike is out.
+    """Computes `bound = mean + z_max^2 * std / z`: a worse spike shrinks more.
 
     Example:
       >>> z, mean, std, z_max = jnp.array([5.0, 1.0, 0.1, 2.0])
@@ -45,7 +45,7 @@ def mean_bound(z: Array, mean: Array, std: Array, z_max: Array) -> Array:
 
 
 def limit_bound(z: Array, mean: Array, std: Array, z_max: Array) -> Array:
-    """Computes `bound = mean + z_max * std`: a spike shrinks to the largest usual norm.
+    """Computes `bound = mean + z_max * std`: a spike becomes the largest usual norm.
 
     Example:
       >>> z, mean, std, z_max = jnp.array([5.0, 1.0, 0.1, 2.0])

@@ -227,6 +227,17 @@ def test_all_shards_know_of_each_other() -> None:
     assert whole_state.count == 3
 
 
+def test_all_devices_know_of_a_bad_one() -> None:
+    method = clipax.scale_by_stable_adam()
+    for bad in (0, 3):
+        steps = rows([2, 1, 2, 2], [2, 2, 2, 2], [2, 80, 2, -2], [1, 1, 1, 1])
+        steps[1] = steps[1].at[bad].set(np.nan)
+        outputs, state = run(method, steps)
+        sharded, sharded_state = run(method, sequences.over_devices(steps))
+        trees.assert_close(jax.device_get(sharded), jax.device_get(outputs), rtol=1e-6)
+        trees.assert_close(jax.device_get(sharded_state), jax.device_get(state), rtol=1e-6)
+
+
 # In a chain.
 
 

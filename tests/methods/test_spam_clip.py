@@ -251,6 +251,17 @@ def test_all_shards_know_of_a_bad_one() -> None:
     assert whole_state.count == 3
 
 
+def test_all_devices_know_of_a_bad_one() -> None:
+    method = clipax.spam_clip(4.0, decay=0.75, warmup_steps=1)
+    for bad in (0, 3):
+        steps = rows([2, 1, 2, 2], [2, 2, 2, 2], [2, 80, 2, -2], [1, 1, 1, 1])
+        steps[1] = steps[1].at[bad].set(np.nan)
+        outputs, state = run(method, steps)
+        sharded, sharded_state = run(method, sequences.over_devices(steps))
+        trees.assert_close(jax.device_get(sharded), jax.device_get(outputs), rtol=1e-6)
+        trees.assert_close(jax.device_get(sharded_state), jax.device_get(state), rtol=1e-6)
+
+
 def test_a_frozen_leaf_counts_as_zero() -> None:
     method = clipax.spam_clip(4.0, decay=0.25, warmup_steps=1)
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
