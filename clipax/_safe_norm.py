@@ -41,9 +41,46 @@ _RANGES = {
 # of a thousand small leaves then compiles a few kernels, and little is copied to stack them.
 _LARGEST_STACKED = 2**14
 
+
+# An all-reduce can drop a NaN from a maximum of floats. As integers, the bits of numbers
+# >= 0 have the same order, and NaN comes last.
+def _as_bits(x: Array) -> Array:
+    integer = jnp.dtype(f"int{8 * x.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(x, integer) & jnp.iinfo(integer).max
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _largest(x: Array, axis: tuple[int, ...] | None, keepdims: bool) -> Array:
+    bits = jnp.max(_as_bits(x), axis=axis, keepdims=keepdims, initial=0)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+@_largest.defjvp
+def _largest_jvp(axis: Any, keepdims: bool, primals: Any, tangents: Any) -> Any:
+    derived = functools.partial(jnp.max, axis=axis, keepdims=keepdims, initial=0.0)
+    return _largest(*primals, axis, keepdims), jax.jvp(derived, primals, tangents)[1]
+
+
+def _largest_of(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+    return _largest(x, axis, keepdims)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _largest_across(parts: list[Array], axes: Any) -> list[Array]:
+    bits = jax.lax.pmax([_as_bits(part) for part in parts], axes)
+    pairs = zip(bits, parts, strict=True)
+    return [jax.lax.bitcast_convert_type(each, part.dtype) for each, part in pairs]
+
+
+@_largest_across.defjvp
+def _largest_across_jvp(axes: Any, primals: Any, tangents: Any) -> Any:
+    # Of a maximum over devices there is no derivative, and this says so.
+    return jax.jvp(lambda parts: jax.lax.pmax(parts, axes), primals, tangents)
+
+
 _Operation = tuple[Callable[..., Array], Callable[..., Any]]
 _SUM: _Operation = (jnp.sum, jax.lax.psum)
-_MAX: _Operation = (functools.partial(jnp.max, initial=0.0), jax.lax.pmax)
+_MAX: _Operation = (_largest_of, _largest_across)
 
 
 # Both are jitted so that eager calls are cached, and inlined under an outer jit.

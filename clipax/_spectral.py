@@ -46,14 +46,11 @@ class Measured(NamedTuple):
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def measure(x: Array, iterations: int | None) -> Measured:
     """Decomposes, or measures by matrix products if iterations are given."""
-    scaled, unit, largest = _in_units(jax.lax.stop_gradient(x))
+    x = jax.lax.stop_gradient(x)
     if iterations is None:
-        u, s, vh = jnp.linalg.svd(scaled, full_matrices=False)
-        parts, norm = Decomposition(u, s * unit[..., 0], vh), s[..., 0]
-    else:
-        parts, norm = None, _schatten_norm(scaled)
-    unit, largest = unit[..., 0, 0], largest[..., 0, 0]
-    return Measured(jnp.where(jnp.isfinite(largest), norm * unit, largest), parts)
+        parts = _decompose(x)
+        return Measured(parts.s[..., 0], parts)
+    return Measured(_schatten_norm(x), None)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), inline=True)
@@ -68,33 +65,42 @@ def clip(
     is_kept = coefficient(measured.norm, max_norm) == 1
     # The inner `where` keeps bounds that no product may see, as inf, out of the derivative.
     bound = jnp.where(is_kept, 0, max_norm)
-    if iterations is None:
-        clipped = _by_decomposition(coefficient, x, measured.parts, bound)
-    else:
-        clipped = _by_products(x, bound, coefficient is hard, iterations)
+    clipped = _clip(coefficient, iterations, x, measured.parts, bound)
     clipped = jnp.where(jnp.isfinite(measured.norm)[..., None, None], clipped, jnp.nan)
     return jnp.where(is_kept[..., None, None], x, clipped)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _by_decomposition(
-    coefficient: Coefficient, x: Array, parts: Decomposition, max_norm: Array
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _clip(
+    coefficient: Coefficient,
+    iterations: int | None,
+    x: Array,
+    parts: Decomposition | None,
+    max_norm: Array,
 ) -> Array:
-    """`u @ diag(f(s)) @ vh` with `f(s) = s * coefficient(s, max_norm)`; `parts` are those of x."""
-    del x
+    """`u @ diag(f(s)) @ vh` with `f(s) = s * coefficient(s, max_norm)`."""
+    if parts is None:
+        assert iterations is not None
+        return _by_products(x, max_norm, coefficient is hard, iterations)
     bound = jnp.broadcast_to(max_norm[..., None], parts.s.shape)
     return _product(parts, _clipped(coefficient, parts.s, bound))
 
 
-@_by_decomposition.defjvp
-def _jvp(
+@_clip.defjvp
+def _clip_jvp(
     coefficient: Coefficient,
-    primals: tuple[Array, Decomposition, Array],
+    iterations: int | None,
+    primals: tuple[Array, Decomposition | None, Array],
     tangents: tuple[Array, Any, Array],
 ) -> tuple[Array, Array]:
-    """The rule of the decomposition itself would divide by what two singular values differ."""
-    _, parts, max_norm = primals
+    """Differentiates the function of singular values, by whatever it was computed.
+
+    JAX's rule for the decomposition would divide by what two singular values differ, and
+    iterations on their way to the limit have a derivative far from the limit's.
+    """
+    x, given, max_norm = primals
     x_dot, _, max_norm_dot = tangents
+    parts = _decompose(x) if given is None else given
     (u, s, vh), bound = parts, jnp.broadcast_to(max_norm[..., None], parts.s.shape)
     bound_dot = jnp.broadcast_to(max_norm_dot[..., None], s.shape)
     function = functools.partial(_clipped, coefficient)
@@ -106,8 +112,8 @@ def _jvp(
     by_difference, by_sum = _quotients(function, s, f, bound)
     inside = even * by_difference.astype(u.dtype) + odd * by_sum.astype(u.dtype)
     outside = outside * coefficient(s, bound)[..., None, :].astype(u.dtype)
-    moved = _matmul(_matmul(u, inside) + outside, vh)
-    return _product(parts, f), moved + _product(parts, f_dot)
+    moved = _matmul(_matmul(u, inside) + outside, vh) + _product(parts, f_dot)
+    return _clip(coefficient, iterations, x, given, max_norm), moved
 
 
 def _quotients(
@@ -133,19 +139,26 @@ def _product(parts: Decomposition, s: Array) -> Array:
     return _matmul(parts.u * s[..., None, :].astype(parts.u.dtype), parts.vh)
 
 
+def _decompose(x: Array) -> Decomposition:
+    scaled, unit, largest = _in_units(x)
+    u, s, vh = jnp.linalg.svd(scaled, full_matrices=False)
+    return Decomposition(u, jnp.where(jnp.isfinite(largest), s * unit, largest), vh)
+
+
 def _schatten_norm(x: Array) -> Array:
     """`(sum_i s_i^2048)^(1/2048)`: at least the largest of n, and at most n^(1/2048) times it."""
+    scaled, unit, largest = _in_units(x)
 
     def square(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         power, norm = carry
-        trace = jnp.trace(power, axis1=-2, axis2=-1).real
-        divisor = jnp.where(trace > 0, trace, 1).astype(power.dtype)[..., None, None]
+        trace = jnp.trace(power, axis1=-2, axis2=-1).real[..., None]
+        divisor = jnp.where(trace > 0, trace, 1).astype(power.dtype)[..., None]
         power = power / divisor
         return _matmul(power, power), norm * trace ** (0.5 ** (step + 1).astype(trace.dtype))
 
-    gram = _matmul(_adjoint(x), x)
-    one = _leaves.filled_like(jnp.trace(gram, axis1=-2, axis2=-1).real, 1.0)
-    return jax.lax.fori_loop(0, _SQUARINGS + 1, square, (gram, one))[1]
+    start = _matmul(_adjoint(scaled), scaled), _leaves.filled_like(unit, 1.0)
+    _, norm = jax.lax.fori_loop(0, _SQUARINGS + 1, square, start)
+    return jnp.where(jnp.isfinite(largest), norm * unit, largest)[..., 0]
 
 
 def _by_products(x: Array, max_norm: Array, is_hard: bool, iterations: int) -> Array:
@@ -156,25 +169,24 @@ def _by_products(x: Array, max_norm: Array, is_hard: bool, iterations: int) -> A
     below: a sine and a cosine, whose quotient is s / c, at most one where the sine is less.
     """
     scaled, unit, _ = _in_units(x)
-    bound = max_norm[..., None, None]
-    relative = bound / unit
+    relative = (max_norm[..., None] / unit)[..., None]
+    bound = max_norm[..., None, None].astype(x.dtype)
     squares = jnp.sum(jnp.square(jnp.abs(scaled)), axis=(-2, -1), keepdims=True)
-    # What the iterations converge to does not depend on where they start.
-    size = jax.lax.stop_gradient(jnp.sqrt(squares + jnp.square(relative)))
+    size = jnp.sqrt(squares + jnp.square(relative))
     size = jnp.where(size > 0, size, 1)
     sine, cosine = _orthogonalized(
         [scaled / size.astype(x.dtype), (relative / size).astype(x.dtype) * _eye_for(x)],
-        jax.lax.stop_gradient(relative / size),
+        relative / size,
         iterations,
     )
     if not is_hard:
-        return bound.astype(x.dtype) * sine
+        return bound * sine
     below, above = _matmul(cosine, cosine), _matmul(_adjoint(sine), sine)
     # What is nearer to the bound than this has no sign yet, and needs none: both sides agree.
     nearest = _leaves.filled_like(relative, min(1.0, 2.5 ** (3 - iterations)))
     (sign,) = _orthogonalized([below - above], nearest, iterations)
     larger = (below + above + _matmul(below - above, sign)) / 2
-    return bound.astype(x.dtype) * _matmul(sine, _inverse_root(larger))
+    return bound * _matmul(sine, _inverse_root(larger))
 
 
 def _orthogonalized(blocks: Sequence[Array], least: Array, iterations: int) -> Sequence[Array]:
@@ -214,14 +226,12 @@ def _inverse_root(x: Array) -> Array:
 def _in_units(x: Array) -> tuple[Array, Array, Array]:
     """Matrices over their largest entry, that unit, and the entry, finite or not."""
     parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
-    largest = functools.reduce(
-        jnp.maximum, [jnp.max(jnp.abs(part), axis=(-2, -1), keepdims=True) for part in parts]
-    )
-    largest = jax.lax.stop_gradient(largest)
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(y), axis=(-2, -1)) for y in parts])
+    largest = largest[..., None]
     is_finite = jnp.isfinite(largest)
     unit = jnp.where(is_finite & (largest > 0), largest, 1)
     # Decompositions of NaN can hang, and part by part no complex quotient overflows.
-    parts = [jnp.where(is_finite, part, 0) / unit for part in parts]
+    parts = [jnp.where(is_finite[..., None], y, 0) / unit[..., None] for y in parts]
     return parts[0] if len(parts) == 1 else jax.lax.complex(*parts), unit, largest
 
 

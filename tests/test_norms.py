@@ -10,7 +10,7 @@ import pytest
 import trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import clipax
 
@@ -293,6 +293,22 @@ def test_shard_map_counts_replicated_leaves_once(ord: float) -> None:
     leaves = mapped(lambda u: clipax.leaf_norm(u, ord))
     np.testing.assert_allclose(leaves["sharded"], p_norm(SHARDED, ord), rtol=2e-6)
     np.testing.assert_allclose(leaves["replicated"], p_norm(REPLICATED, ord), rtol=2e-6)
+
+
+@pytest.mark.parametrize("ord", ORDERS)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_nan_on_one_of_many_devices_is_seen(kind: AxisType, ord: float | None) -> None:
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    spec = PartitionSpec("d")
+    values = jax.device_put(np.arange(64.0, dtype=np.float32), NamedSharding(mesh, spec))
+    bad = jnp.where(values == 5, jnp.nan, values)
+    for norm in (clipax.global_norm, clipax.leaf_norm):
+        assert np.isnan(jax.jit(lambda x, norm=norm: norm(x, ord))(bad))
+        mapped = jax.shard_map(
+            lambda x, norm=norm: norm(x, ord), mesh=mesh, in_specs=spec, out_specs=PartitionSpec()
+        )
+        assert np.isnan(jax.jit(mapped)(bad))
+        np.testing.assert_allclose(jax.jit(mapped)(values), p_norm(values, ord), rtol=1e-5)
 
 
 def test_shard_map_means_over_the_whole_leaf() -> None:

@@ -187,9 +187,7 @@ def test_edge_zero_leaves_the_average() -> None:
 
 
 def test_edge_the_first_norm_after_warm_up_is_bounded_as_in_it() -> None:
-    clipped, _ = run(
-        clipax.adagc(warmup_steps=2), a=[0.6, 0.6, 0.6, 0.6], b=[0.0, 0.0, 0.8, 4.0]
-    )
+    clipped, _ = run(clipax.adagc(warmup_steps=2), a=[0.6, 0.6, 0.6, 0.6], b=[0.0, 0.0, 0.8, 4.0])
     np.testing.assert_allclose(clipped["b"], [0, 0, 0.8, 1.05 * 0.8], rtol=1e-6)
 
 

@@ -253,9 +253,10 @@ def test_bounds_that_follow_the_largest_singular_value() -> None:
     updates = rng.normal(size=(60, 2, 4, 3)).astype(np.float32)
     updates[[20, 21, 40], 1] *= 30.0
     updates[30, 0, 0, 0] = np.nan
-    rule = optax.chain(optax.ema(0.9, debias=True), optax.scale(1.5))
+    rule = optax.chain(optax.ema(0.9), optax.scale(1.5))
     method = clipax.clip_by_spectral_norm(rule, stack_axis=0)
-    clipped, states = sequences.scanned(method, updates)
+    with jax.numpy_dtype_promotion("standard"):  # optax promotes its counters
+        clipped, states = sequences.scanned(method, updates)
     for layer in range(2):
         average, weight, last = 0.0, 0.0, 0.0
         for step in range(60):
@@ -504,35 +505,45 @@ def derivative_cases() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("iterations", [None, 24])
 @pytest.mark.parametrize("coefficient", [hard, square_root])
 @pytest.mark.parametrize("name", derivative_cases())
-def test_derivatives_equal_differences(
-    name: str, coefficient: Any, iterations: int | None
-) -> None:
+def test_derivatives_equal_differences(name: str, coefficient: Any) -> None:
     x = derivative_cases()[name]
     rng = np.random.default_rng(9)
     direction, weights = (rng.normal(size=x.shape) + 0 * x for _ in range(2))
     with trees.double_precision(True):
 
+        @jax.jit
         def clip(t: Any, max_norm: Any) -> Any:
             moved = jnp.asarray(x) + jnp.asarray(t, x.dtype) * direction
-            return clipped_by(max_norm, moved, coefficient, iterations=iterations)[0]
+            return clipped_by(max_norm, moved, coefficient)[0]
 
         step, bound, bound_dot = 1e-5, 1.1, 0.7
         _, got = jax.jvp(clip, (0.0, bound), (1.0, bound_dot))
         ahead = clip(step, bound + step * bound_dot)
         behind = clip(-step, bound - step * bound_dot)
-        by_difference = (ahead - behind) / (2 * step)
-        # Of both methods: rounding over the step, and the third derivative times its square.
-        np.testing.assert_allclose(got, by_difference, atol=3e-4 if iterations else 1e-7)
+        # Rounding over the step, and the third derivative times its square.
+        np.testing.assert_allclose(got, (ahead - behind) / (2 * step), atol=1e-8)
 
         def total(t: Any, max_norm: Any) -> Any:
             return jnp.sum((clip(t, max_norm) * weights).real)
 
         along, across = jax.grad(total, (0, 1))(0.0, bound)
         _, expected = jax.jvp(total, (0.0, bound), (1.0, bound_dot))
-        np.testing.assert_allclose(along + bound_dot * across, expected, atol=1e-9)
+        np.testing.assert_allclose(along + bound_dot * across, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("coefficient", [hard, square_root])
+def test_derivatives_are_the_same_by_iterations(coefficient: Any) -> None:
+    x = jnp.asarray(derivative_cases()["repeated"], jnp.float32)
+
+    def derivative(iterations: int | None) -> Any:
+        def clip(x: Any) -> Any:
+            return clipped_by(1.1, x, coefficient, iterations=iterations)[0]
+
+        return jax.jvp(clip, (x,), (jnp.ones_like(x),))
+
+    trees.assert_close(derivative(15), derivative(None), rtol=1e-5, atol=1e-5)
 
 
 @either_way
@@ -545,7 +556,7 @@ def test_derivatives_are_finite_everywhere(
 
     def naive(x: Any) -> Any:
         u, s, vh = jnp.linalg.svd(x, full_matrices=False)
-        return jnp.sum((u * jnp.minimum(s, 1.0)) @ vh)
+        return jnp.sum((u * jnp.minimum(s, 1.0)[None]) @ vh)
 
     assert not np.isfinite(jax.grad(naive)(jnp.zeros((3, 3)))).all()
 
@@ -762,7 +773,7 @@ def test_edge_complex_entries_change_their_phase_as_real_ones_their_sign(
     real = jnp.array([[4.0, 3.9], [3.9, 4.1]])
     clipped, _ = clipped_by(0.1, real, iterations=iterations)
     assert clipped[0, 1] < 0.1 * real[0, 1]
-    turned = jnp.exp(1j * jnp.array([[0.3], [1.2]])) * real.astype("complex64")
+    turned = jnp.asarray(np.exp(1j * np.array([[0.3], [1.2]])) * real, jnp.complex64)
     turned_clipped, _ = clipped_by(0.1, turned, iterations=iterations)
     expected = clip_matrix(turned, 0.1)
     np.testing.assert_allclose(turned_clipped, expected, atol=2e-5)
@@ -842,8 +853,8 @@ def test_squares_out_of_range_are_measured_right(
         expected,
         atol=unit * (2e-3 if dtype == "float16" else 1e-5),
     )
-    tiny, _ = clipped_by(1e-36, updates, square_root, iterations=iterations)
-    assert spectral_norm(tiny) <= 1e-36 * (1 + 1e-5)
+    tiny, _ = clipped_by(1e-34, updates, square_root, iterations=iterations)
+    assert spectral_norm(tiny) <= 1e-34 * (1 + 1e-5)
 
 
 # Every bad argument.
@@ -893,7 +904,7 @@ def test_a_prefix_that_does_not_fit_is_refused(name: str, bad: Any) -> None:
 
 @pytest.mark.parametrize("bad", [{"kernel": 1}, [1, 1]])
 def test_a_prefix_of_columns_that_does_not_fit_is_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match="^unit_axis must be one value or a tree prefix"):
+    with pytest.raises(ValueError, match=r"^unit_axis must be one value or a tree prefix"):
         clipped_by(1.0, GRADS, unit_axis=bad)
 
 
