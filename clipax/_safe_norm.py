@@ -46,7 +46,7 @@ _LARGEST_STACKED = 2**14
 # >= 0 have the same order, and NaN comes last.
 def _as_bits(x: Array) -> Array:
     integer = jnp.dtype(f"int{8 * x.dtype.itemsize}")
-    return jax.lax.bitcast_convert_type(x, integer) & jnp.iinfo(integer).max
+    return jax.lax.bitcast_convert_type(x, integer) & np.iinfo(integer).max
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -65,9 +65,12 @@ def _largest_of(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
     return _largest(x, axis, keepdims)
 
 
+_MAX_ACROSS: Callable[..., Any] = jax.lax.pmax
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _largest_across(parts: list[Array], axes: Any) -> list[Array]:
-    bits = jax.lax.pmax([_as_bits(part) for part in parts], axes)
+    bits = _MAX_ACROSS([_as_bits(part) for part in parts], axes)
     pairs = zip(bits, parts, strict=True)
     return [jax.lax.bitcast_convert_type(each, part.dtype) for each, part in pairs]
 
@@ -75,7 +78,7 @@ def _largest_across(parts: list[Array], axes: Any) -> list[Array]:
 @_largest_across.defjvp
 def _largest_across_jvp(axes: Any, primals: Any, tangents: Any) -> Any:
     # Of a maximum over devices there is no derivative, and this says so.
-    return jax.jvp(lambda parts: jax.lax.pmax(parts, axes), primals, tangents)
+    return jax.jvp(lambda parts: _MAX_ACROSS(parts, axes), primals, tangents)
 
 
 _Operation = tuple[Callable[..., Array], Callable[..., Any]]

@@ -105,9 +105,9 @@ def square_root(norm: Array, max_norm: Array) -> Array:
 
 
 def tanh(norm: Array, max_norm: Array) -> Array:
-    """Computes `coefficient = tanh(x) / x` of `x = norm / max_norm`: a smooth bound.
+    """Computes a smooth bound from the hyperbolic tangent.
 
-    `coefficient = tanh(x) / x`.
+    `coefficient = tanh(x) / x` of `x = norm / max_norm`.
 
     Args and edge cases are those of `rational`. Of the three, it is nearest to `hard`.
 

@@ -264,7 +264,7 @@ def skip_step(
         is_large, norm_window = _watch(state.norm_window, norm, z_max, first)
         is_lost, loss_window = _watch(state.loss_window, loss, loss_z_max, first)
         is_skipped = ~(is_finite & (norm <= bound)) | is_large | is_lost
-        history = _leaves.choose(
+        threshold, norm_window, loss_window = _leaves.choose(
             is_finite,
             (threshold, norm_window, loss_window),
             (state.threshold, state.norm_window, state.loss_window),
@@ -275,7 +275,9 @@ def skip_step(
             is_skipped,
             jnp.where(is_skipped, optax.safe_increment(state.skipped_count), state.skipped_count),
             jnp.where(is_skipped, optax.safe_increment(state.consecutive_count), 0),
-            *history,
+            threshold,
+            norm_window,
+            loss_window,
             _choose(is_skipped, state.inner_state, inner_state),
         )
 
