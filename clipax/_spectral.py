@@ -64,7 +64,7 @@ def clip(
     """Clips the singular values; a matrix that is not to be scaled stays as it is."""
     is_kept = coefficient(measured.norm, max_norm) == 1
     # The inner `where` keeps bounds that no product may see, as inf, out of the derivative.
-    bound = jnp.where(is_kept, 0, max_norm)
+    bound = jnp.where(is_kept, measured.norm, max_norm)
     clipped = _clip(coefficient, iterations, x, measured.parts, bound)
     clipped = jnp.where(jnp.isfinite(measured.norm)[..., None, None], clipped, jnp.nan)
     return jnp.where(is_kept[..., None, None], x, clipped)
@@ -101,7 +101,10 @@ def _clip_jvp(
     x, given, max_norm = primals
     x_dot, _, max_norm_dot = tangents
     parts = _decompose(x) if given is None else given
-    (u, s, vh), bound = parts, jnp.broadcast_to(max_norm[..., None], parts.s.shape)
+    u, s, vh = parts
+    # Under a bound of zero, singular values that are rounding alone have no finite slope.
+    least = np.finfo(s.dtype).eps * s[..., :1]
+    bound = jnp.broadcast_to(jnp.maximum(max_norm[..., None], least), s.shape)
     bound_dot = jnp.broadcast_to(max_norm_dot[..., None], s.shape)
     function = functools.partial(_clipped, coefficient)
     f, f_dot = jax.jvp(function, (s, bound), (jnp.zeros_like(s), bound_dot))

@@ -428,12 +428,11 @@ def unconverged(least: float, iterations: int) -> float:
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize("rows", [48, 64])
 @pytest.mark.parametrize("over", [1.0, 2.0, 30.0, 1e3, 1e4])
-def test_errors_of_both_ways(name: str, rows: int, over: float) -> None:
+def test_errors_of_both_ways(name: str, over: float) -> None:
     """In units of max_norm, `over` times which the largest singular value is."""
-    x = with_singular_values(SPECTRA[name] / SPECTRA[name].max(), rows)
-    c = float(np.float32(SPECTRA[name].max() ** 0 / over))
+    x = with_singular_values(SPECTRA[name] / SPECTRA[name].max(), 64)
+    c = float(np.float32(1 / over))
     frobenius = np.linalg.norm(x) / c
     wide = jnp.asarray(x, jnp.float32)
     for coefficient in (hard, square_root):
@@ -459,8 +458,8 @@ def test_how_many_iterations_are_enough() -> None:
     assert unconverged(1e-3, 8) > 0.1
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 3, 4, 5, 6, 8])
-@pytest.mark.parametrize("largest", [1.5, 10.0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("iterations", [1, 2, 4, 7])
+@pytest.mark.parametrize("largest", [1.5, 10.0, 1e2, 1e4])
 def test_with_too_few_iterations(iterations: int, largest: float) -> None:
     s = np.r_[largest, np.geomspace(1e-5, min(largest, 30.0), 60), np.linspace(0.9, 1.1, 19)]
     updates = jnp.diag(jnp.asarray(s, jnp.float32))
@@ -505,74 +504,76 @@ def derivative_cases() -> dict[str, np.ndarray]:
     }
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def derivatives(x: Any, direction: Any, weights: Any, coefficient: Any, iterations: Any) -> Any:
+    """Forwards, by differences, backwards and backwards again by the sum that forwards gives."""
+
+    def clip(t: Any, max_norm: Any) -> Any:
+        moved = jnp.asarray(x) + jnp.asarray(t, x.dtype) * direction
+        return clipped_by(max_norm, moved, coefficient, iterations=iterations)[0]
+
+    def total(t: Any, max_norm: Any) -> Any:
+        return jnp.sum((clip(t, max_norm) * weights).real)
+
+    width = x.real.dtype
+    zero, step, bound, bound_dot = (jnp.asarray(v, width) for v in (0.0, 1e-5, 1.1, 0.7))
+    _, forwards = jax.jvp(clip, (zero, bound), (zero + 1, bound_dot))
+    ahead = clip(step, bound + step * bound_dot)
+    behind = clip(-step, bound - step * bound_dot)
+    along, across = jax.grad(total, (0, 1))(zero, bound)
+    backwards = along + bound_dot * across
+    return forwards, (ahead - behind) / (2 * step), backwards, jnp.sum((forwards * weights).real)
+
+
 @pytest.mark.parametrize("coefficient", [hard, square_root])
 @pytest.mark.parametrize("name", derivative_cases())
 def test_derivatives_equal_differences(name: str, coefficient: Any) -> None:
     x = derivative_cases()[name]
     rng = np.random.default_rng(9)
-    direction, weights = (rng.normal(size=x.shape) + 0 * x for _ in range(2))
+    direction, weights = (rng.normal(size=x.shape).astype(x.dtype) for _ in range(2))
     with trees.double_precision(True):
-
-        @jax.jit
-        def clip(t: Any, max_norm: Any) -> Any:
-            moved = jnp.asarray(x) + jnp.asarray(t, x.dtype) * direction
-            return clipped_by(max_norm, moved, coefficient)[0]
-
-        step, bound, bound_dot = 1e-5, 1.1, 0.7
-        _, got = jax.jvp(clip, (0.0, bound), (1.0, bound_dot))
-        ahead = clip(step, bound + step * bound_dot)
-        behind = clip(-step, bound - step * bound_dot)
+        got, by_difference, backwards, expected = derivatives(
+            x, direction, weights, coefficient, None
+        )
         # Rounding over the step, and the third derivative times its square.
-        np.testing.assert_allclose(got, (ahead - behind) / (2 * step), atol=1e-8)
-
-        def total(t: Any, max_norm: Any) -> Any:
-            return jnp.sum((clip(t, max_norm) * weights).real)
-
-        along, across = jax.grad(total, (0, 1))(0.0, bound)
-        _, expected = jax.jvp(total, (0.0, bound), (1.0, bound_dot))
-        np.testing.assert_allclose(along + bound_dot * across, expected, atol=1e-12)
+        np.testing.assert_allclose(got, by_difference, atol=1e-8)
+        np.testing.assert_allclose(backwards, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("coefficient", [hard, square_root])
 def test_derivatives_are_the_same_by_iterations(coefficient: Any) -> None:
-    x = jnp.asarray(derivative_cases()["repeated"], jnp.float32)
+    x = derivative_cases()["repeated"].astype(np.float32)
+    direction = np.random.default_rng(9).normal(size=x.shape).astype(np.float32)
+    got, _, backwards, _ = derivatives(x, direction, direction, coefficient, 15)
+    exact, _, exact_backwards, _ = derivatives(x, direction, direction, coefficient, None)
+    trees.assert_bitwise((got, backwards), (exact, exact_backwards))
 
-    def derivative(iterations: int | None) -> Any:
-        def clip(x: Any) -> Any:
-            return clipped_by(1.1, x, coefficient, iterations=iterations)[0]
 
-        return jax.jvp(clip, (x,), (jnp.ones_like(x),))
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def gradients(x: Any, bound: Any, coefficient: Any, iterations: Any) -> Any:
+    def total(x: Any, bound: Any) -> Any:
+        return jnp.sum(clipped_by(bound, x, coefficient, iterations=iterations)[0])
 
-    trees.assert_close(derivative(15), derivative(None), rtol=1e-5, atol=1e-5)
+    return jax.grad(total, (0, 1))(x, bound)
 
 
 @either_way
 @pytest.mark.parametrize("coefficient", [hard, square_root])
-@pytest.mark.parametrize("max_norm", [0.0, 1.0, math.inf])
-def test_derivatives_are_finite_everywhere(
-    max_norm: float, coefficient: Any, iterations: int | None
-) -> None:
+def test_derivatives_are_finite_everywhere(coefficient: Any, iterations: int | None) -> None:
     """The rule of the decomposition itself gives NaN where two singular values are equal."""
 
     def naive(x: Any) -> Any:
         u, s, vh = jnp.linalg.svd(x, full_matrices=False)
         return jnp.sum((u * jnp.minimum(s, 1.0)[None]) @ vh)
 
-    assert not np.isfinite(jax.grad(naive)(jnp.zeros((3, 3)))).all()
-
-    def total(x: Any, bound: Any) -> Any:
-        return jnp.sum(clipped_by(bound, x, coefficient, iterations=iterations)[0])
-
-    for x in (
-        jnp.zeros((3, 3)),
-        jnp.eye(3),
-        jnp.diag(jnp.array([2.0, 1.0, 0.0])),
-        jnp.ones((4, 2)),
-    ):
-        grads = jax.grad(total, (0, 1))(x, jnp.float32(max_norm))
-        assert all(bool(jnp.isfinite(grad).all()) for grad in grads)
-        if max_norm == math.inf:
-            trees.assert_close(grads[0], jnp.ones_like(x))
+    zeros = jnp.zeros((3, 3))
+    assert not np.isfinite(jax.jit(jax.grad(naive))(zeros)).all()
+    for max_norm in (0.0, 1.0, math.inf):
+        for x in (zeros, jnp.eye(3), jnp.diag(jnp.array([2.0, 1.0, 0.0])), jnp.ones((3, 3))):
+            grads = gradients(x, jnp.float32(max_norm), coefficient, iterations)
+            assert all(bool(jnp.isfinite(grad).all()) for grad in grads)
+            if max_norm == math.inf:
+                trees.assert_bitwise(grads[0], jnp.ones_like(x))
 
 
 # By iterations too, what the contract asks.
@@ -583,22 +584,23 @@ def test_by_iterations_inside_transformations_of_jax(coefficient: Any) -> None:
     method = clipax.clip_by_spectral_norm(0.1, coefficient, iterations=10)
     params, updates = trees.params_and_updates()
     clipped, state = method.update(updates, method.init(params))
-    traced, traced_state = jax.jit(method.update)(updates, method.init(params))
-    trees.assert_close((traced, traced_state), (clipped, state), rtol=1e-5, atol=1e-7)
     trees.assert_same_type(state, method.init(params))
+    traced = jax.jit(method.update)(updates, method.init(params))
+    trees.assert_close(traced, (clipped, state), rtol=1e-5, atol=1e-7)
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), updates)
     states = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), state)
-    mapped, _ = jax.vmap(method.update)(stacked, states)
-    mapped = jax.tree.map(lambda leaf: leaf[0], mapped)
-    trees.assert_close(mapped, clipped, rtol=1e-5, atol=1e-7)
+    mapped, _ = jax.jit(jax.vmap(method.update))(stacked, states)
     scanned, _ = sequences.scanned(method, stacked)
-    scanned = jax.tree.map(lambda leaf: leaf[0], scanned)
-    trees.assert_close(scanned, clipped, rtol=1e-5, atol=1e-7)
+    for several in (mapped, scanned):
+        first = jax.tree.map(lambda leaf: leaf[0], several)
+        trees.assert_close(first, clipped, rtol=1e-5, atol=1e-7)
     with trees.double_precision(True):
         params, updates = trees.params_and_updates(jnp.float64)
-        double, _ = method.update(updates, method.init(params))
+        double, _ = jax.jit(method.update)(updates, method.init(params))
         trees.assert_same_type(double, updates)
-        trees.assert_close(double["conv"], np.asarray(clipped["conv"], np.float64), 1e-4, 1e-6)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(np.float32), jax.tree.map(np.asarray, double))
+    # Ten iterations leave the same at the bound, in any width.
+    trees.assert_close(narrow, clipped, rtol=1e-5, atol=1e-6)
 
 
 # Over several devices.
@@ -630,11 +632,10 @@ def test_sharded_matrices_come_out_as_they_were(axis_type: Any, iterations: int 
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
     shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
     sharded = jax.device_put(updates, shardings)
-    for update in (method.update, jax.jit(method.update)):
-        clipped, new_state = update(sharded, method.init(sharded))
-        trees.assert_close((clipped, new_state), (expected, state), rtol=1e-5, atol=1e-6)
-        for name, leaf in clipped.items():
-            assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim)
+    clipped, new_state = jax.jit(method.update)(sharded, method.init(sharded))
+    trees.assert_close((clipped, new_state), (expected, state), rtol=1e-5, atol=1e-6)
+    for name, leaf in clipped.items():
+        assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim)
 
 
 def mapped(method: Any, specs: Any, updates: Any, **check: Any) -> Any:
@@ -773,7 +774,7 @@ def test_edge_complex_entries_change_their_phase_as_real_ones_their_sign(
     real = jnp.array([[4.0, 3.9], [3.9, 4.1]])
     clipped, _ = clipped_by(0.1, real, iterations=iterations)
     assert clipped[0, 1] < 0.1 * real[0, 1]
-    turned = jnp.asarray(np.exp(1j * np.array([[0.3], [1.2]])) * real, jnp.complex64)
+    turned = jnp.asarray(np.exp(1j * np.array([[0.3], [1.2]])) * np.asarray(real), jnp.complex64)
     turned_clipped, _ = clipped_by(0.1, turned, iterations=iterations)
     expected = clip_matrix(turned, 0.1)
     np.testing.assert_allclose(turned_clipped, expected, atol=2e-5)
