@@ -103,6 +103,33 @@ def test_observe_and_clip_do_not_take_each_others_names() -> None:
     assert set(values) == KEYS | {"norm_in", "norm_out", "cosine"}
 
 
+def test_a_skipped_step_is_told_beside_the_last_one_taken() -> None:
+    optimizer = clipax.skip_step(
+        optax.chain(clipax.observe(clipax.clip_by_global_norm(1.0)), optax.sgd(1.0)), 20.0
+    )
+    state = optimizer.init(PARAMS)
+    rows = []
+    for size in (1.0, 2.0, jnp.nan, 1.0):
+        updates = jax.tree.map(lambda leaf, size=size: size * leaf, PARAMS)
+        _, state = optimizer.update(updates, state, PARAMS)
+        values = clipax.metrics(state)
+        trees.assert_close(jax.jit(clipax.metrics)(state), values)
+        rows.append({name: float(value) for name, value in values.items()})
+    skip_keys = ("raw_norm", "is_skipped", "skipped", "consecutive_skipped")
+    assert set(rows[0]) == KEYS | {"norm_in", "norm_out", "cosine", *skip_keys}
+    expected = [(13, 0, 0, 0), (26, 1, 1, 1), (np.nan, 1, 2, 2), (13, 0, 2, 0)]
+    for row, values in zip(rows, expected, strict=True):
+        np.testing.assert_allclose([row[key] for key in skip_keys], values, rtol=1e-6)
+        assert row["norm"] == row["norm_in"] == 13
+
+
+def test_several_guards_and_names() -> None:
+    inner = optax.named_chain(("grads", clipax.clip(1.0)), ("step", optax.sgd(1.0)))
+    optimizer = optax.chain(clipax.skip_step(inner), clipax.skip_step(optax.identity()))
+    values = metrics_after(optimizer)
+    assert {"0/raw_norm", "1/raw_norm", "grads/norm", "grads/max_norm"} <= set(values)
+
+
 def test_numbers_do_not_take_the_names_of_users() -> None:
     first = optax.named_chain(("0", clipax.clip(1.0)))
     optimizer = optax.chain(first, clipax.clip(2.0), clipax.clip(3.0))
