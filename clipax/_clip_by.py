@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _leaves, coefficients
+from clipax import _checks, _leaves, coefficients
 from clipax._typing import Array, AxisName, Bound, Coefficient, Norm, Norms, Updates
 from clipax.thresholds import as_threshold
 
@@ -77,6 +77,7 @@ def clip_by(
       >>> clip.update(updates, clip.init(updates))[0]
       {'w': Array([2.25, 3.  ], dtype=float32)}
     """
+    _checks.function(norm=norm, coefficient=coefficient)
     threshold = as_threshold(threshold)
     measure = norm if axis_name is None else functools.partial(norm, axis_name=axis_name)
 
@@ -84,10 +85,9 @@ def clip_by(
         # Mapped axes are not bound outside a step, and only its type is asked of the norm.
         unmapped = norm if axis_name is None else functools.partial(norm, axis_name=())
         zeros = _leaves.zero_norms(unmapped, _leaves.only_measured(params))
-        # Arrays of their own, since a buffer can be donated only once.
-        others = jax.tree.map(lambda zero: zero + 0, zeros)
+        nothing_bounds = jax.tree.map(lambda zero: zero + jnp.inf, zeros)
         ones = jax.tree.map(lambda zero: zero + 1, zeros)
-        return ClipState(zeros, others, ones, threshold.init(zeros))
+        return ClipState(zeros, nothing_bounds, ones, threshold.init(zeros))
 
     def update_fn(
         updates: Updates,

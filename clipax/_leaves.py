@@ -100,6 +100,13 @@ def in_dtype_of(norm: Array, *values: Any) -> tuple[Array, ...]:
     return tuple(jnp.asarray(value).astype(norm.dtype) for value in values)
 
 
+def unit_of(largest: Array) -> Array:
+    """What to divide by, so that numbers up to the largest are about one at most; 1 for 0."""
+    # XLA multiplies by the inverse, which for the largest floats is flushed to zero.
+    invertible = jnp.minimum(largest, np.finfo(largest.dtype).max / 16)
+    return jnp.where(largest > 0, invertible, 1)
+
+
 def choose(condition: Array, new: Any, old: Any) -> Any:
     """The new tree where the condition holds, else the old one, bit for bit."""
     # A product with 0 or 1 would not do: 0 * NaN is NaN.

@@ -185,7 +185,6 @@ def _powers(x: Array, width: Any, scale: Array | None, power: float) -> Array:
     modulus = jnp.abs(x).astype(width)
     if scale is None:
         return modulus
-    # By division: of the largest numbers the inverse is subnormal, and would be flushed.
     modulus = modulus / scale
     # The inner `where` keeps the derivative of x**p finite at zero for p < 1.
     return jnp.where(modulus > 0, jnp.where(modulus > 0, modulus, 1.0) ** power, modulus)
@@ -216,7 +215,7 @@ def _scale_for(sums: Array) -> Array:
 def _finite_or_one(largest: Array) -> Array:
     usable = (largest > 0) & jnp.isfinite(largest)
     # A norm does not depend on its unit, and neither does its derivative.
-    return jax.lax.stop_gradient(jnp.where(usable, largest, 1.0))
+    return jax.lax.stop_gradient(jnp.where(usable, _leaves.unit_of(largest), 1.0))
 
 
 def _root(sums: Array, power: float) -> Array:

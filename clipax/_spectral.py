@@ -232,7 +232,7 @@ def _in_units(x: Array) -> tuple[Array, Array, Array]:
     largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(y), axis=(-2, -1)) for y in parts])
     largest = largest[..., None]
     is_finite = jnp.isfinite(largest)
-    unit = jnp.where(is_finite & (largest > 0), largest, 1)
+    unit = jnp.where(is_finite, _leaves.unit_of(largest), 1)
     # Decompositions of NaN can hang, and part by part no complex quotient overflows.
     parts = [jnp.where(is_finite[..., None], y, 0) / unit[..., None] for y in parts]
     return parts[0] if len(parts) == 1 else jax.lax.complex(*parts), unit, largest

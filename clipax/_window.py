@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from clipax import _leaves
 from clipax._typing import Array
+
+# A rank and a quantile are split into so many parts; products of two stay in range of int32.
+_PARTS = 4096
 
 
 class WindowState(NamedTuple):
@@ -40,7 +44,7 @@ def quantile(window: WindowState, q: jax.typing.ArrayLike) -> Array:
     in_use = jnp.arange(size, dtype=jnp.int32).reshape((1,) * (filled.ndim - 1) + (size,)) < filled
     ordered = jnp.sort(jnp.where(in_use, window.values, jnp.inf), axis=-1)
     last = jnp.maximum(filled - 1, 0)
-    below, weight = _position(last, q)
+    below, weight = _position(last, q, ordered.dtype)
     low, high = (
         jnp.take_along_axis(ordered, jnp.minimum(index, last), axis=-1)
         for index in (below, below + 1)
@@ -58,9 +62,8 @@ def mean_and_std(window: WindowState, *, ddof: int = 0) -> tuple[Array, Array]:
     size = window.values.shape[-1]
     in_use = jnp.arange(size, dtype=jnp.int32) < window.count
     values = jnp.where(in_use, window.values, 0)
-    largest = jnp.max(jnp.abs(values))
     # In this unit neither a sum nor a square can overflow or vanish.
-    unit = jnp.where(largest > 0, largest, 1)
+    unit = _leaves.unit_of(jnp.max(jnp.abs(values)))
     count = jnp.minimum(window.count, size).astype(values.dtype)
     mean = jnp.sum(values / unit) / jnp.maximum(count, 1)
     squares = jnp.where(in_use, jnp.square(values / unit - mean), 0)
@@ -68,15 +71,17 @@ def mean_and_std(window: WindowState, *, ddof: int = 0) -> tuple[Array, Array]:
     return mean * unit, jnp.sqrt(variance) * unit
 
 
-def _position(last: Array, q: Any) -> tuple[Array, Array]:
-    """`last * q`, in integer and fraction, to more digits than float32 has.
+def _position(last: Array, q: Any, dtype: Any) -> tuple[Array, Array]:
+    """`last * q`, in integer and fraction, to more digits than the dtype has.
 
-    The product with the coarse part of `q` is exact for windows up to 4096, and the rest is
-    small: between a usual norm and a spike, a fraction rounded in its fifth digit would show.
+    The product with the coarse part of `q` is one of integers, and the rest is small:
+    between a usual norm and a spike, a fraction rounded in its fifth digit would show.
     """
-    coarse = (jnp if isinstance(q, jax.Array) else np).round(q * 4096) / 4096
-    whole = last.astype(jnp.float32) * jnp.asarray(coarse, jnp.float32)
-    rest = last.astype(jnp.float32) * jnp.asarray(q - coarse, jnp.float32)
-    fraction = (whole - jnp.floor(whole)) + rest
-    below = jnp.floor(whole) + jnp.floor(fraction)
-    return below.astype(jnp.int32), fraction - jnp.floor(fraction)
+    coarse = (jnp if isinstance(q, jax.Array) else np).round(q * _PARTS)
+    parts = jnp.asarray(coarse).astype(last.dtype)
+    thousands, ones = last // _PARTS, last % _PARTS
+    whole = thousands * parts + (ones * parts) // _PARTS
+    fraction = ((ones * parts) % _PARTS).astype(dtype) / _PARTS
+    fraction += last.astype(dtype) * jnp.asarray(q - coarse / _PARTS).astype(dtype)
+    carry = jnp.floor(fraction)
+    return whole + carry.astype(last.dtype), fraction - carry

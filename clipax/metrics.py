@@ -38,7 +38,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       | `max_norm` | the bound; of several, the largest |
       | `coefficient` | the factor; of several, the smallest |
       | `clip_fraction` | the share of norms whose factor is not one |
-      | `norm_q50`, `norm_q90`, `norm_q99` | `measure` alone: quantiles of its window |
+      | `norm_q50`, `norm_q90`, `norm_q99` | quantiles of a window of norms, where there is one |
 
       with `per_leaf`, also `norm/<path>`, `clipped_norm/<path>`, `max_norm/<path>` and
       `coefficient/<path>`; an `observe` state gives `norm_in`, `norm_out`, `cosine`. A
@@ -59,7 +59,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
     | opt_state | result |
     |---|---|
     | no clipax state | {} |
-    | no update so far | norm 0, max_norm 0, coefficient 1 |
+    | no update so far | norm 0, max_norm inf, coefficient 1; quantiles inf |
     | no measured leaf | norm 0, clip_fraction 0 |
 
     Example:

@@ -57,6 +57,7 @@ def observe(
       >>> state.norm_in.round(3), state.norm_out.round(3), state.cosine.round(3)
       (Array(7.071, dtype=float32), Array(1.414, dtype=float32), Array(0.8, dtype=float32))
     """
+    _checks.transformation(inner=inner)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Updates) -> ObserveState:
@@ -87,10 +88,10 @@ def _cosine(one: Updates, other: Updates, axis_name: AxisName) -> Array:
     # alone, so that range and sharding stay the norm's business.
     norm = functools.partial(global_norm, axis_name=axis_name)
     one, other = _measured_in_both(one, other), _measured_in_both(other, one)
-    one, other = _unit_vector(one, norm(one)), _unit_vector(other, norm(other))
+    (one, length), (other, other_length) = _in_units(one, norm(one)), _in_units(other, norm(other))
     total = norm(jax.tree.map(jnp.add, one, other))
     difference = norm(jax.tree.map(jnp.subtract, one, other))
-    return (total - difference) * (total + difference) / 4
+    return (total - difference) * (total + difference) / (4 * length * other_length)
 
 
 def _measured_in_both(one: Updates, other: Updates) -> Updates:
@@ -100,8 +101,9 @@ def _measured_in_both(one: Updates, other: Updates) -> Updates:
     return jax.tree.map(keep, one, other)
 
 
-def _unit_vector(updates: Updates, norm: Array) -> Updates:
-    divisor = jnp.where(norm == 0, 1.0, norm)
+def _in_units(updates: Updates, norm: Array) -> tuple[Updates, Array]:
+    """The updates over a unit near their norm, and what is then their length; 1 for zeros."""
+    divisor = _leaves.unit_of(norm)
 
     def divide(leaf: Any) -> Array:
         leaf = jnp.asarray(leaf)
@@ -109,7 +111,7 @@ def _unit_vector(updates: Updates, norm: Array) -> Updates:
         wide = np.result_type(norm.dtype, kind)
         return leaf.astype(wide) / divisor.astype(wide)
 
-    return jax.tree.map(divide, updates)
+    return jax.tree.map(divide, updates), jnp.where(norm == 0, 1, norm / divisor)
 
 
 class SkipState(NamedTuple):
@@ -188,7 +190,7 @@ def skip_step(
 
     | step | result |
     |---|---|
-    | not skipped | what `inner` alone gives, bit for bit |
+    | not skipped | what `inner` gives, bit for bit; compiled alone, it may round otherwise |
     | skipped | -0.0 everywhere, which leaves a parameter as it is, -0.0 too |
     | skipped, an integer or bool leaf | 0 or False |
     | skipped, a None, MaskedNode or float0 leaf | as it is |
@@ -225,6 +227,7 @@ def skip_step(
     References:
       OLMo-core, https://github.com/allenai/OLMo-core (`SkipStepOptimizer`)
     """
+    _checks.transformation(inner=inner)
     inner = optax.with_extra_args_support(inner)
     max_norm = math.inf if max_norm is None else max_norm
     _checks.one_bound(_checks.positive, max_norm=max_norm)
@@ -284,14 +287,18 @@ def skip_step(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+_NUMBERS = (int, float, np.generic, np.ndarray, jax.Array)
+
+
 def _given_loss(norm: Array, loss: Any) -> Array:
     if loss is None:
         raise ValueError(
             "loss_z_max needs the loss of every step:"
             " call update(updates, state, params, loss=loss)."
         )
-    if jnp.ndim(loss) != 0:
-        raise ValueError(f"loss must be one number, got an array of shape {jnp.shape(loss)}.")
+    is_real = isinstance(loss, _NUMBERS) and not jnp.iscomplexobj(loss)
+    if not is_real or jnp.ndim(loss) != 0:
+        raise ValueError(f"loss must be one real number, got {loss!r}.")
     return jnp.asarray(loss).astype(norm.dtype)
 
 

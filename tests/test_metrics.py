@@ -157,7 +157,13 @@ def test_no_state_gives_an_empty_dict() -> None:
 
 def test_before_the_first_update() -> None:
     values = clipax.metrics(clipax.clip_by_leaf_norm(1.0).init(PARAMS))
-    expected = {"norm": 0, "clipped_norm": 0, "max_norm": 0, "coefficient": 1, "clip_fraction": 0}
+    expected = {
+        "norm": 0,
+        "clipped_norm": 0,
+        "max_norm": np.inf,
+        "coefficient": 1,
+        "clip_fraction": 0,
+    }
     assert {name: float(value) for name, value in values.items()} == expected
 
 

@@ -235,21 +235,24 @@ def gradients(step: int) -> Any:
 
 
 @promotes
-@pytest.mark.parametrize(
-    ("name", "compiled"), [*((name, True) for name in sorted(optimizers())), ("momentum", False)]
-)
+@every_optimizer
+@pytest.mark.parametrize("compiled", [False, True])
 def test_steps_that_are_taken_are_those_of_the_inner_one(name: str, compiled: bool) -> None:
+    """Compiled, two programs may fuse a product and a sum differently, and so round."""
     alone = optimizers()[name]()
     guarded = clipax.skip_step(optimizers()[name](), 1e6, z_max=6.0, loss_z_max=6.0)
     with_jit = jax.jit if compiled else lambda function: function
     update, guarded_update = with_jit(alone.update), with_jit(guarded.update)
     state, guarded_state = alone.init(PARAMS), guarded.init(PARAMS)
-    for step in range(6):
+    for step in range(6 if compiled else 3):
         updates, state = update(gradients(step), state, PARAMS)
         loss = jnp.array(1.0 + step)
         out, guarded_state = guarded_update(gradients(step), guarded_state, PARAMS, loss=loss)
-        assert_bitwise(out, updates)
-        assert_bitwise(guarded_state.inner_state, state)
+        results = unkeyed((out, guarded_state.inner_state)), unkeyed((updates, state))
+        if compiled:
+            trees.assert_close(*results)
+        else:
+            trees.assert_bitwise(*results)
 
 
 @promotes
@@ -754,5 +757,5 @@ def test_a_window_of_one_is_refused() -> None:
 
 def test_a_loss_that_is_no_scalar_is_refused() -> None:
     method = clipax.skip_step(optax.sgd(1.0), loss_z_max=6.0)
-    with pytest.raises(ValueError, match=r"^loss must be one number, got an array of shape \(2,"):
+    with pytest.raises(ValueError, match=r"^loss must be one real number, got"):
         once(method, GRADS, loss=jnp.ones(2))

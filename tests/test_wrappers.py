@@ -84,3 +84,19 @@ def test_extra_arguments_reach_the_inner_one() -> None:
     np.testing.assert_allclose(out, [0.3, 0.4], rtol=1e-6)
     assert float(state.inner_state.norm) == 10
     np.testing.assert_allclose(state.norm_in, 5.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e38])
+def test_the_cosine_of_updates_of_any_size(size: float) -> None:
+    observer = clipax.observe(optax.identity())
+    updates = jnp.array([size, -size])
+    for update in (observer.update, jax.jit(observer.update)):
+        _, state = update(updates, observer.init(updates))
+        np.testing.assert_allclose(state.cosine, 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrapper", [clipax.observe, clipax.skip_step])
+@pytest.mark.parametrize("bad", [None, 1.0, optax.sgd])
+def test_what_is_no_transformation_is_refused(wrapper: Any, bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"inner must be an optax\.GradientTransformation, got"):
+        wrapper(bad)

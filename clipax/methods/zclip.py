@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _leaves
+from clipax import _checks, _leaves, _moments
 from clipax._clip_by import clip_by
 from clipax._typing import Array, AxisName, Bound, Norm
 from clipax.norms import global_norm
@@ -175,7 +175,8 @@ def zclip(
         # the geometric mean of both: so the one has a factor more.
         share = weight * past * jnp.where(is_warmed_up, past, 1)
         new_std = jnp.hypot(jnp.sqrt(past) * std, jnp.sqrt(share) * deviation)
-        return ZClipState(mean + weight * deviation, new_std, optax.safe_increment(count))
+        new_mean = _moments.mean(mean, value, weight)
+        return ZClipState(new_mean, new_std, optax.safe_increment(count))
 
     threshold = capped(per_norm(optax.GradientTransformation(init_fn, bound)), max_norm)
     return clip_by(norm, threshold, known_norm=norm is global_norm, axis_name=axis_name)

@@ -180,3 +180,32 @@ def test_bad_caps_are_refused(bad: Any) -> None:
 def test_bad_flags_are_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match="count_current must be True or False"):
         clipax.autoclip(count_current=bad)
+
+
+@pytest.mark.parametrize("size", [5000, 100_000])
+@pytest.mark.parametrize("q", [0.5, 0.9, 0.99, 0.999])
+def test_ranks_in_long_windows_are_exact(size: int, q: float) -> None:
+    rng = np.random.default_rng(9)
+    norms = np.exp(0.1 * rng.normal(size=size)).astype(np.float32)
+    norms[rng.permutation(size)[: size // 100]] *= 1000
+    method = clipax.autoclip(q, size)
+    state = method.init(jnp.zeros(1))
+    (window,) = state.threshold
+    filled = window._replace(values=jnp.asarray(norms)[None], count=window.count + size)
+    _, state = method.update(jnp.array([norms[0]]), state._replace(threshold=(filled,)))
+    expected = np.quantile(norms.astype(np.float64), q)
+    np.testing.assert_allclose(state.max_norm, expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("bad", [None, 2.0, "leaf"])
+def test_bad_norms_are_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match="norm must be a function, got"):
+        clipax.autoclip(norm=bad)
+
+
+def test_an_infinite_first_norm_is_not_held_against_nothing() -> None:
+    method = clipax.autoclip()
+    updates = jnp.array([jnp.inf, 1.0])
+    clipped, state = method.update(updates, method.init(updates))
+    np.testing.assert_array_equal(clipped, updates)
+    assert np.isinf(state.max_norm)

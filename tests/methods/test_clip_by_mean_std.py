@@ -158,3 +158,18 @@ def test_bad_lengths_are_refused(name: str, bad: Any) -> None:
 def test_bad_caps_are_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match="max_norm must be a number > 0"):
         clipax.clip_by_mean_std(max_norm=bad)
+
+
+def test_a_spike_of_the_largest_floats_leaves_a_bound() -> None:
+    norms = [1.0, 1.1, 1e38, 1.0, 1.1, 1.0]
+    for run in (run_norms, run_norms_eagerly):
+        clipped = run(clipax.clip_by_mean_std(3.0, 6, warmup_steps=1), norms)[0]
+        np.testing.assert_array_equal(clipped[3:], np.float32(norms[3:]))
+
+
+def run_norms_eagerly(method: Any, norms: list[float]) -> tuple[np.ndarray, Any]:
+    state, clipped = method.init(jnp.zeros(1)), []
+    for norm in norms:
+        update, state = method.update(jnp.array([norm]), state)
+        clipped.append(update[0])
+    return np.array(clipped), state

@@ -928,3 +928,13 @@ def test_an_axis_that_is_both_stacked_and_a_column_is_refused() -> None:
     message = r"^unit_axis=-1 and stack_axis=2 must name different axes .* \(2, 3, 4\)"
     with pytest.raises(ValueError, match=message):
         clipped_by(1.0, jnp.ones((2, 3, 4)), stack_axis=2)
+
+
+@pytest.mark.parametrize("size", [8e37, 1e38, 3e38])
+@pytest.mark.parametrize("iterations", [None, 10])
+def test_the_largest_floats_are_clipped(size: float, iterations: int | None) -> None:
+    method = clipax.clip_by_spectral_norm(size / 2, iterations=iterations)
+    updates = jnp.diag(jnp.array([size, size / 4]))
+    for update in (method.update, jax.jit(method.update)):
+        clipped, _ = update(updates, method.init(updates))
+        np.testing.assert_allclose(np.diag(clipped), [size / 2, size / 4], rtol=2e-4)

@@ -301,3 +301,10 @@ def test_bad_flags_are_refused(name: str) -> None:
 def test_bad_spike_bounds_are_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match="spike_bound must be a function"):
         clipax.zclip(spike_bound=bad)
+
+
+def test_without_a_past_the_mean_is_the_last_norm() -> None:
+    method = clipax.zclip(decay=0.0, warmup_steps=1, max_norm=None)
+    clipped, states = run_norms(method, [1, 1e8, 1, 1, 1])
+    np.testing.assert_array_equal(clipped, [1, 1, 1, 1, 1])
+    np.testing.assert_array_equal(learned(states).mean[:, 0], [1, 1e8, 1, 1, 1])
