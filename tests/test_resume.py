@@ -29,7 +29,8 @@ def build(name: str) -> Any:
 
 def updates_at(step: int) -> Any:
     _, updates = trees.params_and_updates(seed=step % 5)
-    size = {4: 0.0, 5: jnp.nan, 9: 300.0}.get(step, 1.0 + 0.1 * step)
+    # No NaN: the accumulator of MultiSteps would keep it for ever.
+    size = {4: 0.0, 9: 300.0}.get(step, 1.0 + 0.1 * step)
     return jax.tree.map(lambda leaf: leaf * size, updates)
 
 
@@ -67,4 +68,5 @@ def test_goes_on_bit_for_bit(name: str, tmp_path: pathlib.Path) -> None:
     trees.assert_bitwise(end_again, end)
     trees.assert_bitwise(outputs_again, outputs)
     assert any(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(outputs))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(outputs))
     assert clipax.metrics(end)
