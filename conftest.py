@@ -1,4 +1,16 @@
-"""Names that the examples in docstrings use without an import."""
+"""One cache of compiled programs for a run, and names that the examples in docstrings use."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# Before jax is imported, here and in the workers of the run, which find what another compiled.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="clipax-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import jax.numpy as jnp
