@@ -343,7 +343,7 @@ def _write_png(runs: dict[str, Record], args: argparse.Namespace, figures: Any) 
 
 def _plot_method(name: str, runs: dict[str, Record], panel: Sequence[Any]) -> None:
     run = runs[name]
-    panel[0].set_title(name, loc="left", fontsize="small")
+    panel[0].set_title(name, loc="left", fontsize="small" if len(name) <= 22 else "x-small")
     panel[0].set_title(f"{run['test_accuracy'].mean():.0%}", loc="right", fontsize="small")
     for axes, key in zip(panel, ("loss", "norm"), strict=True):
         if "none" in runs:
