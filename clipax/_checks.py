@@ -111,6 +111,13 @@ def positive_integer(**arguments: Any) -> None:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
 
 
+def warmup(warmup_steps: int | None, window_size: int) -> int:
+    """How many values a window needs before it counts: half of it where nothing is given."""
+    steps = max(1, window_size // 2) if warmup_steps is None else warmup_steps
+    positive_integer(warmup_steps=steps)
+    return steps
+
+
 def flag(**arguments: Any) -> None:
     """Requires True or False."""
     for name, value in arguments.items():

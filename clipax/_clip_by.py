@@ -1,6 +1,7 @@
 """The one place where updates are measured, scaled and remembered."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,8 @@ import optax
 
 from clipax import _checks, _leaves, coefficients
 from clipax._typing import Array, AxisName, Bound, Coefficient, Norm, Norms, Updates
-from clipax.thresholds import as_threshold
+from clipax.norms import global_norm
+from clipax.thresholds import as_threshold, capped, per_norm
 
 
 class ClipState(NamedTuple):
@@ -112,6 +114,23 @@ def clip_by(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def clip_by_history(
+    init: Callable[[Array], Any],
+    bound: Callable[..., tuple[Array, Any]],
+    *,
+    norm: Norm,
+    max_norm: Bound | None,
+    axis_name: AxisName,
+) -> optax.GradientTransformationExtraArgs:
+    """`clip_by` with a bound that each norm's own history gives, and `max_norm` caps.
+
+    `init(zero)` is the history before the first norm, `bound(norm, history)` the bound and
+    the history after it.
+    """
+    threshold = capped(per_norm(optax.GradientTransformation(init, bound)), max_norm)
+    return clip_by(norm, threshold, known_norm=norm is global_norm, axis_name=axis_name)
 
 
 def _like(template: Norms, norms: Norms, name: str = "updates since `init`") -> Norms:

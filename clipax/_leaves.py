@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax._typing import Array, LeafRule, Updates
+from clipax._typing import Array, Axes, LeafRule, Updates
 
 
 def is_measured(leaf: Any) -> bool:
@@ -22,6 +22,12 @@ def wide_dtype(*dtypes: Any) -> Any:
     """The real dtype in which leaves of these dtypes are measured and scaled."""
     double = any(np.dtype(dtype) in (np.float64, np.complex128) for dtype in dtypes)
     return jnp.dtype(np.float64 if double else np.float32)
+
+
+def widened(leaf: Array, *dtypes: Any) -> Array:
+    """The leaf in the width of its dtype, or of the given ones; complex if it is."""
+    kind = np.complex64 if jnp.iscomplexobj(leaf) else np.float32
+    return leaf.astype(np.result_type(wide_dtype(*(dtypes or (leaf.dtype,))), kind))
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -89,6 +95,33 @@ def _is_rule_value(node: Any) -> bool:
     )
 
 
+def wanted(updates: Updates, mask: LeafRule = True) -> list[bool]:
+    """Which leaves are measured and not masked out."""
+    rows = zip(jax.tree.leaves(updates), per_leaf(updates, mask=mask), strict=True)
+    answers = []
+    for leaf, is_unmasked in rows:
+        measured = is_measured(leaf)
+        if measured and not isinstance(is_unmasked, bool | np.bool_):
+            raise ValueError(f"mask must say True or False of each leaf, got {is_unmasked!r}.")
+        answers.append(measured and bool(is_unmasked))
+    return answers
+
+
+def axis_tuple(leaf: Any, axes: Axes) -> tuple[int, ...]:
+    """Axes counted from the front, in order."""
+    rank = jnp.ndim(leaf)
+    given: tuple[Any, ...] = axes if isinstance(axes, tuple) else (axes,)
+    for axis in given:
+        if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
+            raise ValueError(f"An axis must be an integer, got {axis!r} in {axes!r}.")
+        if not -rank <= axis < rank:
+            raise ValueError(
+                f"A leaf of shape {jnp.shape(leaf)} has no axis {axis}. Give the axes leaf"
+                " by leaf, as a tree prefix or a function (path, leaf) -> axes."
+            )
+    return tuple(sorted({int(axis) % rank for axis in given}))
+
+
 def filled_like(norm: Array, value: Any) -> Array:
     """An array of a value in the shape, dtype and sharding of a norm."""
     # Chosen by the norm: a constant would not have its sharding.
@@ -109,8 +142,17 @@ def unit_of(largest: Array) -> Array:
 
 def choose(condition: Array, new: Any, old: Any) -> Any:
     """The new tree where the condition holds, else the old one, bit for bit."""
-    # A product with 0 or 1 would not do: 0 * NaN is NaN.
-    return jax.tree.map(lambda one, other: jnp.where(condition, one, other), new, old)
+
+    def choose_leaf(one: Any, other: Any) -> Any:
+        # A product with 0 or 1 would not do: 0 * NaN is NaN.
+        return other if is_float0(other) else jnp.where(condition, one, other)
+
+    return jax.tree.map(choose_leaf, new, old)
+
+
+def is_float0(leaf: Any) -> bool:
+    """Such a leaf has no values, and nothing can be done to it."""
+    return getattr(leaf, "dtype", None) == jax.dtypes.float0
 
 
 def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:

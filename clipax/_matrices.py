@@ -10,7 +10,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from clipax import _compat, _leaves
 from clipax._typing import Array, Axes, AxisName, LeafRule, Updates
-from clipax.norms import _axis_tuple
 from clipax.units import output_last
 
 # JAX gives these two no types.
@@ -27,9 +26,7 @@ class MatrixView(NamedTuple):
 
     def matrices(self, leaf: Any) -> Array:
         """The matrices, in the width of norms and with at least as many rows as columns."""
-        whole = _whole(jnp.asarray(leaf), self.stack)
-        if not jnp.iscomplexobj(whole):
-            whole = whole.astype(_leaves.wide_dtype(whole.dtype))
+        whole = _leaves.widened(_whole(jnp.asarray(leaf), self.stack))
         x = jnp.transpose(whole, self.stack + self.rows + self.columns)
         x = x.reshape(*x.shape[: len(self.stack)], -1, _size(whole, self.columns))
         return jnp.swapaxes(x, -2, -1) if x.shape[-2] < x.shape[-1] else x
@@ -84,8 +81,8 @@ def _view(leaf: Any, unit: Axes, stack: Axes) -> MatrixView | None:
     """None where the leaf, or each part of its stack, is a vector."""
     if unit is None or jnp.ndim(leaf) <= 1:
         return None
-    layers = () if stack is None else _axis_tuple(leaf, stack)
-    columns = _axis_tuple(leaf, unit)
+    layers = () if stack is None else _leaves.axis_tuple(leaf, stack)
+    columns = _leaves.axis_tuple(leaf, unit)
     if set(layers) & set(columns):
         raise ValueError(
             f"unit_axis={unit!r} and stack_axis={stack!r} must name different axes of a leaf,"

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from clipax import _leaves
 from clipax._typing import Array, AxisName, Updates
@@ -19,8 +18,7 @@ def zeros(params: Updates) -> Updates:
     """Moments before the first step, complex where a leaf is; None where none is measured."""
 
     def zero(leaf: Any) -> Array:
-        narrow = jnp.zeros_like(leaf)
-        return narrow.astype(_wide_kind(narrow, narrow.dtype))
+        return _leaves.widened(jnp.zeros_like(leaf))
 
     return jax.tree.map(zero, _leaves.only_measured(params))
 
@@ -36,8 +34,7 @@ def widened(updates: Updates, moments: Updates) -> Updates:
     def widen(moment: Array, leaf: Any) -> Array:
         if leaf is None:
             return jnp.zeros_like(moment)
-        leaf = jnp.asarray(leaf)
-        return leaf.astype(_wide_kind(leaf, moment.dtype))
+        return _leaves.widened(jnp.asarray(leaf), moment.dtype)
 
     kept, treedef = jax.tree.flatten(moments)
     try:
@@ -114,8 +111,3 @@ def divided(x: Array, divisor: Array) -> Array:
         return x / divisor
     # A complex quotient would square the divisor.
     return jax.lax.complex(x.real / divisor, x.imag / divisor)
-
-
-def _wide_kind(leaf: Array, dtype: Any) -> Any:
-    kind = np.complex64 if jnp.iscomplexobj(leaf) else np.float32
-    return np.result_type(_leaves.wide_dtype(dtype), kind)

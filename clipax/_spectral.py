@@ -176,10 +176,12 @@ def _by_products(x: Array, max_norm: Array, is_hard: bool, iterations: int) -> A
     bound = max_norm[..., None, None].astype(x.dtype)
     squares = jnp.sum(jnp.square(jnp.abs(scaled)), axis=(-2, -1), keepdims=True)
     size = jnp.sqrt(squares + jnp.square(relative))
-    size = jnp.where(size > 0, size, 1)
+    # No second division: XLA would divide by the product of the divisors, which overflows.
+    inverse = 1 / jnp.where(size > 0, size, 1)
+    least = relative * inverse
     sine, cosine = _orthogonalized(
-        [scaled / size.astype(x.dtype), (relative / size).astype(x.dtype) * _eye_for(x)],
-        relative / size,
+        [scaled * inverse.astype(x.dtype), least.astype(x.dtype) * _eye_for(x)],
+        least,
         iterations,
     )
     if not is_hard:

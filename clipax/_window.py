@@ -10,6 +10,9 @@ import optax
 from clipax import _leaves
 from clipax._typing import Array
 
+# A share of the mean: a standard deviation below it is the rounding of equal values.
+_LEAST_STD = 1e-6
+
 # A rank and a quantile are split into so many parts; products of two stay in range of int32.
 _PARTS = 4096
 
@@ -57,7 +60,8 @@ def quantile(window: WindowState, q: jax.typing.ArrayLike) -> Array:
 def mean_and_std(window: WindowState, *, ddof: int = 0) -> tuple[Array, Array]:
     """The mean and the standard deviation of the values in one window, 0 where there are none.
 
-    `ddof` is what is taken from the count in the divisor of the variance, as in NumPy.
+    `ddof` is what is taken from the count in the divisor of the variance, as in NumPy. The
+    deviation is no less than 1e-6 of the mean.
     """
     size = window.values.shape[-1]
     in_use = jnp.arange(size, dtype=jnp.int32) < window.count
@@ -68,7 +72,8 @@ def mean_and_std(window: WindowState, *, ddof: int = 0) -> tuple[Array, Array]:
     mean = jnp.sum(values / unit) / jnp.maximum(count, 1)
     squares = jnp.where(in_use, jnp.square(values / unit - mean), 0)
     variance = jnp.sum(squares) / jnp.maximum(count - ddof, 1)
-    return mean * unit, jnp.sqrt(variance) * unit
+    mean = mean * unit
+    return mean, jnp.maximum(jnp.sqrt(variance) * unit, _LEAST_STD * jnp.abs(mean))
 
 
 def _position(last: Array, q: Any, dtype: Any) -> tuple[Array, Array]:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from clipax import _checks, _compat, _leaves
 from clipax._safe_norm import Layout, separate_norms, total_norm
@@ -56,7 +55,7 @@ def global_norm(
       Array(19., dtype=float32)
     """
     order = _checks.order(ord)
-    wanted = _wanted(updates)
+    wanted = _leaves.wanted(updates)
     leaves = _sharded_leaves(updates, axis_name, wanted, [None] * len(wanted))
     if not leaves:
         return jnp.zeros((), jnp.float32)
@@ -105,7 +104,7 @@ def leaf_norm(
              [2.]], dtype=float32)
     """
     _checks.static(axes=axes, stack_axis=stack_axis, mask=mask)
-    wanted = _wanted(updates, mask)
+    wanted = _leaves.wanted(updates, mask)
     rows = zip(
         jax.tree.leaves(updates),
         wanted,
@@ -154,7 +153,7 @@ def unit_norm(
     """
     _checks.static(unit_axis=unit_axis, mask=mask)
     rule = output_last if unit_axis is None else unit_axis
-    wanted = _wanted(updates, mask)
+    wanted = _leaves.wanted(updates, mask)
     units = _leaves.per_leaf(updates, unit_axis=rule)
     summed: list[tuple[int, ...] | None] = []
     for leaf, is_wanted, unit in zip(jax.tree.leaves(updates), wanted, units, strict=True):
@@ -188,18 +187,6 @@ class _Leaf(NamedTuple):
     array: Array
     shards: tuple[Hashable, ...]
     """The mapped axes over which this leaf's sum goes on."""
-
-
-def _wanted(updates: Updates, mask: LeafRule = True) -> list[bool]:
-    """Which leaves are measured and not masked out."""
-    rows = zip(jax.tree.leaves(updates), _leaves.per_leaf(updates, mask=mask), strict=True)
-    wanted = []
-    for leaf, is_unmasked in rows:
-        is_measured = _leaves.is_measured(leaf)
-        if is_measured and not isinstance(is_unmasked, bool | np.bool_):
-            raise ValueError(f"mask must say True or False of each leaf, got {is_unmasked!r}.")
-        wanted.append(is_measured and bool(is_unmasked))
-    return wanted
 
 
 def _sharded_leaves(
@@ -256,7 +243,7 @@ def _leafwise(
     """Measures each wanted leaf over its summed axes, None being all of them."""
     every_leaf, treedef = jax.tree.flatten(updates)
     summed = summed or [None] * len(every_leaf)
-    leaves = _sharded_leaves(updates, axis_name, wanted or _wanted(updates), summed)
+    leaves = _sharded_leaves(updates, axis_name, wanted or _leaves.wanted(updates), summed)
     layouts: list[Layout] = []
     for leaf in leaves:
         axes = summed[leaf.position]
@@ -273,7 +260,7 @@ def _leafwise(
 
 def _summed_axes(leaf: Any, axes: Axes, stack_axis: Axes) -> tuple[int, ...] | None:
     if stack_axis is None:
-        return None if axes is None else _axis_tuple(leaf, axes)
+        return None if axes is None else _leaves.axis_tuple(leaf, axes)
     if axes is not None:
         raise ValueError(
             f"Give a leaf either axes or stack_axis, got axes={axes!r} and"
@@ -282,20 +269,6 @@ def _summed_axes(leaf: Any, axes: Axes, stack_axis: Axes) -> tuple[int, ...] | N
     return _other_axes(leaf, stack_axis)
 
 
-def _axis_tuple(leaf: Any, axes: Axes) -> tuple[int, ...]:
-    rank = jnp.ndim(leaf)
-    given: tuple[Any, ...] = axes if isinstance(axes, tuple) else (axes,)
-    for axis in given:
-        if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
-            raise ValueError(f"An axis must be an integer, got {axis!r} in {axes!r}.")
-        if not -rank <= axis < rank:
-            raise ValueError(
-                f"A leaf of shape {jnp.shape(leaf)} has no axis {axis}. Give the axes leaf"
-                " by leaf, as a tree prefix or a function (path, leaf) -> axes."
-            )
-    return tuple(sorted({int(axis) % rank for axis in given}))
-
-
 def _other_axes(leaf: Any, axes: Axes) -> tuple[int, ...]:
-    kept = _axis_tuple(leaf, axes)
+    kept = _leaves.axis_tuple(leaf, axes)
     return tuple(axis for axis in range(jnp.ndim(leaf)) if axis not in kept)

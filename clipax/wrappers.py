@@ -14,9 +14,6 @@ from clipax._typing import Array, AxisName, Bound, Updates
 from clipax.norms import global_norm
 from clipax.thresholds import bounded
 
-# A share of the mean: less is the rounding of equal norms.
-_LEAST_STD = 1e-6
-
 
 class ObserveState(NamedTuple):
     """What the wrapped transformation did at its last update."""
@@ -106,10 +103,8 @@ def _in_units(updates: Updates, norm: Array) -> tuple[Updates, Array]:
     divisor = _leaves.unit_of(norm)
 
     def divide(leaf: Any) -> Array:
-        leaf = jnp.asarray(leaf)
-        kind = np.complex64 if jnp.iscomplexobj(leaf) else np.float32
-        wide = np.result_type(norm.dtype, kind)
-        return leaf.astype(wide) / divisor.astype(wide)
+        wide = _leaves.widened(jnp.asarray(leaf), norm.dtype)
+        return wide / divisor.astype(wide.dtype)
 
     return jax.tree.map(divide, updates), jnp.where(norm == 0, 1, norm / divisor)
 
@@ -239,8 +234,7 @@ def skip_step(
     _checks.positive_integer(window_size=window_size)
     if window_size < 2:
         raise ValueError(f"window_size must be an integer >= 2, got {window_size!r}.")
-    first = max(1, window_size // 2) if warmup_steps is None else warmup_steps
-    _checks.positive_integer(warmup_steps=first)
+    first = _checks.warmup(warmup_steps, window_size)
 
     def init_fn(params: Updates) -> SkipState:
         norm = functools.partial(global_norm, axis_name=axis_name and ())
@@ -273,7 +267,9 @@ def skip_step(
             (state.threshold, state.norm_window, state.loss_window),
         )
         new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        return _choose(is_skipped, jax.tree.map(_neutral, new_updates), new_updates), SkipState(
+        return _leaves.choose(
+            is_skipped, jax.tree.map(_neutral, new_updates), new_updates
+        ), SkipState(
             norm,
             is_skipped,
             jnp.where(is_skipped, optax.safe_increment(state.skipped_count), state.skipped_count),
@@ -281,7 +277,7 @@ def skip_step(
             threshold,
             norm_window,
             loss_window,
-            _choose(is_skipped, state.inner_state, inner_state),
+            _leaves.choose(is_skipped, state.inner_state, inner_state),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -310,28 +306,14 @@ def _watch(
         return False, window
     mean, std = _window.mean_and_std(window, ddof=1)
     (times,) = _leaves.in_dtype_of(value, z_max)
-    limit = times * jnp.maximum(std, _LEAST_STD * jnp.abs(mean))
     is_known = window.count >= max(first - 1, 2)
-    return is_known & (value - mean > limit), _window.push(window, value)
+    return is_known & (value - mean > times * std), _window.push(window, value)
 
 
 def _neutral(leaf: Any) -> Any:
     """What leaves a parameter as it is when it is added."""
-    if _is_float0(leaf):
+    if _leaves.is_float0(leaf):
         return leaf
     zero = np.zeros((), jnp.asarray(leaf).dtype)
     # Of -0.0, adding 0.0 would make 0.0.
     return -zero if _leaves.is_measured(leaf) else zero
-
-
-def _choose(condition: Array, new: Any, old: Any) -> Any:
-    """`_leaves.choose` that lets float0 pass: nothing can be done to it."""
-
-    def choose(one: Any, other: Any) -> Any:
-        return other if _is_float0(other) else _leaves.choose(condition, one, other)
-
-    return jax.tree.map(choose, new, old)
-
-
-def _is_float0(leaf: Any) -> bool:
-    return getattr(leaf, "dtype", None) == jax.dtypes.float0

@@ -11,6 +11,8 @@ import optax
 import pytest
 import trees
 
+import clipax
+
 COUNT = 60
 SHAPES = {
     "conv": (2, 3, 2, 4),
@@ -155,6 +157,21 @@ def long_entries(seed: int = 0) -> dict[str, np.ndarray]:
 
 def is_finite_step(updates: dict[str, np.ndarray]) -> bool:
     return all(bool(np.isfinite(leaf).all()) for leaf in updates.values())
+
+
+def assert_follows(build: Callable[..., Any], oracle: Callable[..., Any], seed: int) -> None:
+    """Holds `build()` against `oracle(norms)`, the bounds of every step, on global norms."""
+    sequence = long_run(seed)
+    norms, _ = long_norms(sequence)
+    assert_bounded_by(build(), sequence, norms, oracle(norms))
+
+
+def assert_follows_leaf_by_leaf(build: Callable[..., Any], oracle: Callable[..., Any]) -> None:
+    """The same with a history for each leaf."""
+    sequence = long_run(2)
+    _, norms = long_norms(sequence)
+    bounds = {name: oracle(norm) for name, norm in norms.items()}
+    assert_bounded_by(build(norm=clipax.leaf_norm), sequence, norms, bounds)
 
 
 def at(sequence: Any, step: int) -> Any:

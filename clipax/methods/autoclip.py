@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from clipax import _checks, _window
-from clipax._clip_by import clip_by
+from clipax._clip_by import clip_by_history
 from clipax._typing import Array, AxisName, Bound, Norm
 from clipax._window import WindowState
 from clipax.norms import global_norm
-from clipax.thresholds import capped, per_norm
 
 
 def autoclip(
@@ -92,6 +91,5 @@ def autoclip(
         is_warmed_up = history.count >= warmup_steps
         return jnp.where(is_warmed_up, _window.quantile(history, quantile), jnp.inf), window
 
-    rule = optax.GradientTransformation(functools.partial(_window.empty, window_size), bound)
-    threshold = capped(per_norm(rule), max_norm)
-    return clip_by(norm, threshold, known_norm=norm is global_norm, axis_name=axis_name)
+    start = functools.partial(_window.empty, window_size)
+    return clip_by_history(start, bound, norm=norm, max_norm=max_norm, axis_name=axis_name)

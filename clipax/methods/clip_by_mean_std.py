@@ -8,14 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from clipax import _checks, _leaves, _window
-from clipax._clip_by import clip_by
+from clipax._clip_by import clip_by_history
 from clipax._typing import Array, AxisName, Bound, Norm
 from clipax._window import WindowState
 from clipax.norms import global_norm
-from clipax.thresholds import capped, per_norm
-
-# A share of the mean: less is the rounding of equal norms.
-_LEAST_STD = 1e-6
 
 
 def clip_by_mean_std(
@@ -80,16 +76,14 @@ def clip_by_mean_std(
     """
     _checks.scalar(_checks.finite_positive, k=k)
     _checks.positive_integer(window_size=window_size)
-    needed = max(1, window_size // 2) if warmup_steps is None else warmup_steps
-    _checks.positive_integer(warmup_steps=needed)
+    needed = _checks.warmup(warmup_steps, window_size)
 
     def bound(norm: Array, past: WindowState, params: Any = None) -> tuple[Array, WindowState]:
         del params
         mean, std = _window.mean_and_std(past)
         (times,) = _leaves.in_dtype_of(norm, k)
-        limit = mean + times * jnp.maximum(std, _LEAST_STD * mean)
+        limit = mean + times * std
         return jnp.where(past.count >= needed, limit, jnp.inf), _window.push(past, norm)
 
-    rule = optax.GradientTransformation(functools.partial(_window.empty, window_size), bound)
-    threshold = capped(per_norm(rule), max_norm)
-    return clip_by(norm, threshold, known_norm=norm is global_norm, axis_name=axis_name)
+    start = functools.partial(_window.empty, window_size)
+    return clip_by_history(start, bound, norm=norm, max_norm=max_norm, axis_name=axis_name)

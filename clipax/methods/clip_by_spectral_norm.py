@@ -10,7 +10,7 @@ from clipax import _checks, _leaves, _matrices, _spectral
 from clipax._clip_by import ClipState, clip_by
 from clipax._typing import AxisName, Bound, Coefficient, LeafRule, Norms, Updates
 from clipax.coefficients import hard, square_root
-from clipax.norms import _wanted, leaf_norm
+from clipax.norms import leaf_norm
 
 
 def clip_by_spectral_norm(
@@ -134,7 +134,7 @@ def clip_by_spectral_norm(
     ) -> tuple[Updates, ClipState]:
         del params, extra_args
         leaves, treedef = jax.tree.flatten(updates)
-        wanted = _wanted(updates, mask)
+        wanted = _leaves.wanted(updates, mask)
         views = _matrices.matrix_views(updates, wanted, unit_axis, stack_axis, axis_name)
         matrices = {row: view.matrices(leaves[row]) for row, view in views.items()}
         measured = {row: _spectral.measure(x, iterations) for row, x in matrices.items()}

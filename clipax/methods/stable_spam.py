@@ -156,7 +156,9 @@ def stable_spam(
         **extra_args: Any,
     ) -> tuple[Updates, StableSpamState]:
         del params, extra_args
-        wide = jax.tree.map(_widened, _leaves.only_measured(updates))
+        wide = jax.tree.map(
+            lambda leaf: _leaves.widened(jnp.asarray(leaf)), _leaves.only_measured(updates)
+        )
         _, clip = entries.update(wide, state.clip)
         clipped = jax.tree.map(_clip_leaf, clip.max_norm, clip.coefficient, wide)
         moments = state.moments
@@ -198,11 +200,6 @@ def _weight(decay: jax.typing.ArrayLike, count: Array, norm: Array) -> Array:
 def _normalized(norm: Array, max_norm: Array) -> Array:
     # Of a leaf that has no norm, nothing may pass for normalized.
     return jnp.where(jnp.isfinite(norm), normalized(norm, max_norm), jnp.nan)
-
-
-def _widened(leaf: Any) -> Array:
-    leaf = jnp.asarray(leaf)
-    return leaf if jnp.iscomplexobj(leaf) else leaf.astype(_leaves.wide_dtype(leaf.dtype))
 
 
 def _clip_leaf(bound: Array, factor: Array, leaf: Array | None) -> Array | None:

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from clipax import _checks, _leaves, _moments
-from clipax._clip_by import clip_by
+from clipax._clip_by import clip_by_history
 from clipax._typing import Array, AxisName, Bound, Norm
 from clipax.norms import global_norm
-from clipax.thresholds import capped, per_norm
 
 
 class ZClipState(NamedTuple):
@@ -178,5 +177,4 @@ def zclip(
         new_mean = _moments.mean(mean, value, weight)
         return ZClipState(new_mean, new_std, optax.safe_increment(count))
 
-    threshold = capped(per_norm(optax.GradientTransformation(init_fn, bound)), max_norm)
-    return clip_by(norm, threshold, known_norm=norm is global_norm, axis_name=axis_name)
+    return clip_by_history(init_fn, bound, norm=norm, max_norm=max_norm, axis_name=axis_name)

@@ -1,5 +1,6 @@
 """AutoClip against NumPy's quantile of the growing history, and at its edges."""
 
+import functools
 from typing import Any
 
 import jax
@@ -53,18 +54,14 @@ def build(setting: dict[str, Any], **more: Any) -> Any:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_the_oracle_globally(setting: dict[str, Any], seed: int) -> None:
-    sequence = sequences.long_run(seed)
-    norms, _ = sequences.long_norms(sequence)
-    sequences.assert_bounded_by(build(setting), sequence, norms, oracle(norms, **setting))
+    method, bounds = functools.partial(build, setting), functools.partial(oracle, **setting)
+    sequences.assert_follows(method, bounds, seed)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_equals_the_oracle_leaf_by_leaf(setting: dict[str, Any]) -> None:
-    sequence = sequences.long_run(2)
-    _, norms = sequences.long_norms(sequence)
-    bounds = {name: oracle(norm, **setting) for name, norm in norms.items()}
-    method = build(setting, norm=clipax.leaf_norm)
-    sequences.assert_bounded_by(method, sequence, norms, bounds)
+    method, bounds = functools.partial(build, setting), functools.partial(oracle, **setting)
+    sequences.assert_follows_leaf_by_leaf(method, bounds)
 
 
 def test_by_hand_at_the_median() -> None:

@@ -1,5 +1,6 @@
 """Mean and standard deviations over a window against NumPy, and at the edges."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -48,17 +49,14 @@ def build(setting: dict[str, Any], **more: Any) -> Any:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_the_oracle_globally(setting: dict[str, Any], seed: int) -> None:
-    sequence = sequences.long_run(seed)
-    norms, _ = sequences.long_norms(sequence)
-    sequences.assert_bounded_by(build(setting), sequence, norms, oracle(norms, **setting))
+    method, bounds = functools.partial(build, setting), functools.partial(oracle, **setting)
+    sequences.assert_follows(method, bounds, seed)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_equals_the_oracle_leaf_by_leaf(setting: dict[str, Any]) -> None:
-    sequence = sequences.long_run(2)
-    _, norms = sequences.long_norms(sequence)
-    bounds = {name: oracle(norm, **setting) for name, norm in norms.items()}
-    sequences.assert_bounded_by(build(setting, norm=clipax.leaf_norm), sequence, norms, bounds)
+    method, bounds = functools.partial(build, setting), functools.partial(oracle, **setting)
+    sequences.assert_follows_leaf_by_leaf(method, bounds)
 
 
 def test_by_hand() -> None:
