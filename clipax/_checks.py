@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from clipax import _leaves
+
 
 def is_schedule(value: Any) -> bool:
     return callable(value) and not isinstance(value, jax.Array)
@@ -123,6 +125,16 @@ def flag(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, bool | np.bool_):
             raise ValueError(f"{name} must be True or False, got {value!r}.")
+
+
+def axis_name(**arguments: Any) -> None:
+    """Requires that no leaf's mapped axes are named twice."""
+    for name, value in arguments.items():
+        for leaf in jax.tree.leaves(value, is_leaf=_leaves.is_rule_value):
+            names = _leaves.names_of(leaf)
+            twice = {axis for axis in names if names.count(axis) > 1}
+            if twice:
+                raise ValueError(f"{name} must name {twice.pop()!r} once, got {leaf!r}.")
 
 
 def function(**arguments: Any) -> None:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _leaves, coefficients
+from clipax import _checks, _compat, _leaves, coefficients
+from clipax._transformation import transformation
 from clipax._typing import Array, AxisName, Bound, Coefficient, Norm, Norms, Updates
 from clipax.norms import global_norm
 from clipax.thresholds import as_threshold, capped, per_norm
@@ -81,12 +82,15 @@ def clip_by(
     """
     _checks.function(norm=norm, coefficient=coefficient)
     threshold = as_threshold(threshold)
-    measure = norm if axis_name is None else functools.partial(norm, axis_name=axis_name)
+    _checks.axis_name(axis_name=axis_name)
+
+    def measured_over(names: AxisName) -> Norm:
+        return norm if names is None else functools.partial(norm, axis_name=names)
 
     def init_fn(params: Updates) -> ClipState:
-        # Mapped axes are not bound outside a step, and only its type is asked of the norm.
-        unmapped = norm if axis_name is None else functools.partial(norm, axis_name=())
-        zeros = _leaves.zero_norms(unmapped, _leaves.only_measured(params))
+        # Mapped axes are rarely bound outside a step, and only its type is asked of the norm.
+        names = None if axis_name is None else _leaves.names_bound_here(axis_name)
+        zeros = _leaves.zero_norms(measured_over(names), _leaves.only_measured(params))
         nothing_bounds = jax.tree.map(lambda zero: zero + jnp.inf, zeros)
         ones = jax.tree.map(lambda zero: zero + 1, zeros)
         return ClipState(zeros, nothing_bounds, ones, threshold.init(zeros))
@@ -97,6 +101,8 @@ def clip_by(
         params: Updates | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, ClipState]:
+        is_told = axis_name is not None
+        measure = measured_over(axis_name if is_told else _axes_summed(updates, state.norm))
         known = extra_args.get("norm") if known_norm else None
         if known is not None:
             norms = _like(state.norm, known, name="norm")
@@ -113,7 +119,7 @@ def clip_by(
             norms, max_norms, factors, threshold_state
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 def clip_by_history(
@@ -131,6 +137,31 @@ def clip_by_history(
     """
     threshold = capped(per_norm(optax.GradientTransformation(init, bound)), max_norm)
     return clip_by(norm, threshold, known_norm=norm is global_norm, axis_name=axis_name)
+
+
+def _axes_summed(updates: Updates, norms: Norms) -> AxisName:
+    """The mapped axes that shard what each norm sums, as far as the last norms tell.
+
+    A leaf's type says that it varies, not whether along its units or within them. Norms
+    that vary as it does are those of its units.
+    """
+    last, treedef = jax.tree.flatten(norms, is_leaf=_leaves.is_none)
+    if _compat.untyped_axes() or not any(jnp.ndim(norm) for norm in jax.tree.leaves(norms)):
+        return None
+    try:
+        subtrees = _leaves.up_to(treedef, _leaves.only_measured(updates))
+    except ValueError:
+        return None  # Whoever compares the norms with the last ones says what is wrong.
+
+    def summed(norm: Array | None, subtree: Updates) -> tuple[Any, ...] | None:
+        varying = frozenset[Any]().union(*map(_compat.varying_axes, jax.tree.leaves(subtree)))
+        if norm is None or not norm.ndim or not varying:
+            return None
+        return tuple(sorted(varying - _compat.varying_axes(norm), key=str))
+
+    names = list(map(summed, last, subtrees))
+    is_known = any(name is not None for name in names)
+    return jax.tree.unflatten(treedef, names) if is_known else None
 
 
 def _like(template: Norms, norms: Norms, name: str = "updates since `init`") -> Norms:

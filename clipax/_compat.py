@@ -1,9 +1,21 @@
 """What differs between the versions of JAX, each with the version it belongs to."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+from jax.extend import core
+from jax.sharding import PartitionSpec
+
+# JAX gives it no type.
+_spec: Callable[..., PartitionSpec] = PartitionSpec
+
+
+def bound_axes() -> tuple[Hashable, ...]:
+    """The mapped axes around us: of `shard_map`, of `pmap`, and of `vmap` where it has a name."""
+    if hasattr(core, "unsafe_get_axis_names_DO_NOT_USE"):  # jax >= 0.10
+        return tuple(core.unsafe_get_axis_names_DO_NOT_USE())
+    return tuple(jax.core.unsafe_get_axis_names_DO_NOT_USE())  # jax < 0.10
 
 
 def varying_axes(x: Any) -> frozenset[Hashable]:
@@ -14,12 +26,27 @@ def varying_axes(x: Any) -> frozenset[Hashable]:
     return frozenset(getattr(aval, "vma", ()))  # jax < 0.10
 
 
+def unreduced_axes(x: Any) -> tuple[Hashable, ...]:
+    """The manual mesh axes over which `x` is still to be summed."""
+    aval = jax.typeof(x)
+    if hasattr(aval, "manual_axis_type"):  # jax >= 0.10
+        return tuple(aval.manual_axis_type.unreduced)
+    return ()
+
+
+def reduced_spec(x: Any) -> PartitionSpec | None:
+    """How `x` is sharded once it is summed over its devices; None where it is already."""
+    spec = jax.typeof(x).sharding.spec
+    if spec.unreduced or spec.reduced:
+        return _spec(*getattr(spec, "partitions", spec))  # jax >= 0.9
+    return None
+
+
 def is_typed(axis: Hashable) -> bool:
     """Whether types say what varies over `axis`: not in `pmap`, nor with the check off."""
     return axis in varying_axes(jax.lax.axis_index(axis))
 
 
 def untyped_axes() -> tuple[Hashable, ...]:
-    """The manual axes around us of which the types say nothing."""
-    axes = jax.sharding.get_abstract_mesh().manual_axes
-    return tuple(axis for axis in axes if not is_typed(axis))
+    """The mapped axes around us of which the types say nothing."""
+    return tuple(axis for axis in bound_axes() if not is_typed(axis))

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax._typing import Array, Axes, LeafRule, Updates
+from clipax import _compat
+from clipax._typing import Array, Axes, AxisName, LeafRule, Updates
 
 
 def is_measured(leaf: Any) -> bool:
@@ -83,16 +84,32 @@ def per_leaf(updates: Updates, **rule: LeafRule) -> list[Any]:
     def extend(leaf_value: Any, subtree: Any) -> None:
         values.extend([leaf_value] * len(jax.tree.leaves(subtree)))
 
-    map_prefix(extend, value, updates, is_leaf=_is_rule_value, name=name)
+    map_prefix(extend, value, updates, is_leaf=is_rule_value, name=name)
     return values
 
 
-def _is_rule_value(node: Any) -> bool:
+def is_rule_value(node: Any) -> bool:
+    """Whether a node of a rule's tree is one value."""
     # A tuple of integers or of names is one value: several axes of one leaf.
     return node is None or (
         type(node) is tuple
         and all(isinstance(item, int | str) and not isinstance(item, bool) for item in node)
     )
+
+
+def names_of(value: Any) -> tuple[Any, ...]:
+    """The names that a leaf of `axis_name` stands for."""
+    return () if value is None else value if isinstance(value, tuple) else (value,)
+
+
+def names_bound_here(axis_name: AxisName) -> AxisName:
+    """The prefix without the names that nothing maps around us, as where a state is made."""
+    bound = _compat.bound_axes()
+
+    def keep(value: Any) -> tuple[Any, ...]:
+        return tuple(name for name in names_of(value) if name in bound)
+
+    return jax.tree.map(keep, axis_name, is_leaf=is_rule_value)
 
 
 def wanted(updates: Updates, mask: LeafRule = True) -> list[bool]:

@@ -71,14 +71,17 @@ def matrix_views(
     views = {}
     for row, (leaf, is_wanted, unit, stack, name) in enumerate(columns):
         view = _view(leaf, unit, stack) if is_wanted else None
-        if view is not None:
-            _require_whole(leaf, name)
+        if view is None or jnp.size(leaf) == 0:
+            continue
+        # Before its size is looked at: a shard can be one row of a matrix.
+        _require_whole(leaf, name)
+        if min(_size(leaf, view.rows), _size(leaf, view.columns)) > 1:
             views[row] = view
     return views
 
 
 def _view(leaf: Any, unit: Axes, stack: Axes) -> MatrixView | None:
-    """None where the leaf, or each part of its stack, is a vector."""
+    """None where the leaf is a vector, or said to be one."""
     if unit is None or jnp.ndim(leaf) <= 1:
         return None
     layers = () if stack is None else _leaves.axis_tuple(leaf, stack)
@@ -89,8 +92,6 @@ def _view(leaf: Any, unit: Axes, stack: Axes) -> MatrixView | None:
             f" here of shape {jnp.shape(leaf)}."
         )
     rows = tuple(axis for axis in range(jnp.ndim(leaf)) if axis not in layers + columns)
-    if jnp.size(leaf) == 0 or min(_size(leaf, rows), _size(leaf, columns)) == 1:
-        return None
     return MatrixView(layers, rows, columns)
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from clipax import _checks, _compat, _leaves
 from clipax._safe_norm import Layout, separate_norms, total_norm
+from clipax._transformation import reduced
 from clipax._typing import Array, Axes, AxisName, LeafRule, Norms, Updates
 from clipax.units import output_last
 
@@ -116,7 +117,8 @@ def leaf_norm(
         _summed_axes(leaf, leaf_axes, leaf_stack_axis) if is_wanted else None
         for leaf, is_wanted, leaf_axes, leaf_stack_axis in rows
     ]
-    return _leafwise(updates, wanted, summed, ord=_checks.order(ord), axis_name=axis_name)
+    order = _checks.order(ord)
+    return _leafwise(updates, wanted, summed, ord=order, axis_name=axis_name, must_tell=True)
 
 
 def unit_norm(
@@ -138,7 +140,9 @@ def unit_norm(
         of rank one or less are one unit, unless a function says otherwise. None is
         `output_last`; the others at hand are `output_first`, `nfnets` and `whole_leaf`.
       mask: As in `leaf_norm`.
-      axis_name: As in `leaf_norm`.
+      axis_name: As in `global_norm`: the mapped axes that shard what is summed. Where types
+        say that a leaf varies and nothing is passed, they are taken to shard its summed
+        axes, and not its units.
 
     Returns:
       The tree of the updates with an array at each measured leaf that broadcasts
@@ -194,24 +198,30 @@ def _sharded_leaves(
     axis_name: AxisName,
     wanted: Sequence[bool],
     summed: Sequence[tuple[int, ...] | None],
+    *,
+    must_tell: bool = False,
 ) -> list[_Leaf]:
+    """The wanted leaves; `must_tell`: where only some axes are summed, types are not enough."""
+    _checks.axis_name(axis_name=axis_name)
     names = _leaves.per_leaf(updates, axis_name=axis_name)
     rows = zip(jax.tree.leaves(updates), names, wanted, summed, strict=True)
     return [
-        _Leaf(position, array, _sharding_axes(array, name, is_partial=axes is not None))
+        _Leaf(position, array, _sharding_axes(array, name, axes, must_tell=must_tell))
         for position, (leaf, name, is_wanted, axes) in enumerate(rows)
         if is_wanted
-        for array in [jnp.asarray(leaf)]
+        for array in [reduced(jnp.asarray(leaf))]
     ]
 
 
-def _sharding_axes(array: Array, name: Any, *, is_partial: bool) -> tuple[Hashable, ...]:
-    named = () if name is None else name if isinstance(name, tuple) else (name,)
+def _sharding_axes(
+    array: Array, name: Any, summed: tuple[int, ...] | None, *, must_tell: bool
+) -> tuple[Hashable, ...]:
+    named = _leaves.names_of(name)
     for axis in named:
-        try:
-            jax.lax.axis_index(axis)
-        except NameError as error:
-            raise ValueError(f"axis_name {axis!r} is not bound here: {error}") from error
+        if axis not in _compat.bound_axes():
+            raise ValueError(
+                f"axis_name {axis!r} is not bound here: mapped are {_compat.bound_axes()}."
+            )
     if name is None and (untyped := _compat.untyped_axes()):
         raise ValueError(
             f"Inside a program mapped over {untyped} without types that say over which"
@@ -219,16 +229,18 @@ def _sharding_axes(array: Array, name: Any, *, is_partial: bool) -> tuple[Hashab
             " names that shard the leaves, or axis_name=() if they are replicated."
         )
     varying = _compat.varying_axes(array)
-    if is_partial:
-        if varying and name is None:
-            raise ValueError(
-                f"A leaf of shape {array.shape} varies over {sorted(map(str, varying))}, and"
-                " only some of its axes are summed. Pass axis_name= with the names that"
-                " shard the summed ones, or axis_name=() if none does."
-            )
-        return named
-    untyped_named = {axis for axis in named if not _compat.is_typed(axis)}
-    return tuple(sorted(varying | untyped_named, key=str))
+    is_partial = summed is not None
+    if is_partial and must_tell and varying and name is None:
+        raise ValueError(
+            f"A leaf of shape {array.shape} varies over {sorted(map(str, varying))}, and"
+            " only some of its axes are summed. Pass axis_name= with the names that"
+            " shard the summed ones, or axis_name=() if none does."
+        )
+    # Types know whether a leaf is sharded at all, not along which of its axes.
+    shards = {axis for axis in named if axis in varying or not _compat.is_typed(axis)}
+    if name is None or not is_partial:
+        shards |= varying
+    return tuple(sorted(shards, key=str))
 
 
 def _leafwise(
@@ -239,11 +251,13 @@ def _leafwise(
     ord: float = 2.0,
     divisor: Callable[[int], float] = lambda _: 1.0,
     axis_name: AxisName,
+    must_tell: bool = False,
 ) -> Norms:
     """Measures each wanted leaf over its summed axes, None being all of them."""
     every_leaf, treedef = jax.tree.flatten(updates)
     summed = summed or [None] * len(every_leaf)
-    leaves = _sharded_leaves(updates, axis_name, wanted or _leaves.wanted(updates), summed)
+    wanted = wanted or _leaves.wanted(updates)
+    leaves = _sharded_leaves(updates, axis_name, wanted, summed, must_tell=must_tell)
     layouts: list[Layout] = []
     for leaf in leaves:
         axes = summed[leaf.position]

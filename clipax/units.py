@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from clipax import _compat
 from clipax._typing import Axes
 
 
@@ -24,10 +25,18 @@ def nfnets(path: str, leaf: Any) -> Axes:
 
     With one axis longer than one, or none, the leaf is one unit. Rank 3 is read as
     attention: all but the first axis count units. Rank 4 and above: the last axis does.
+
+    Raises:
+      ValueError: The leaf may be a shard, and its shape does not tell that of the whole.
     """
-    del path
     shape = jnp.shape(leaf)
     if sum(size != 1 for size in shape) <= 1:
+        mapped = _compat.untyped_axes() or sorted(map(str, _compat.varying_axes(leaf)))
+        if len(shape) > 1 and mapped:
+            raise ValueError(
+                f"Of the leaf {path!r} this may be a shard, over {mapped}, and its shape {shape}"
+                " does not tell whether the whole leaf is one unit. Say it by unit_axis=."
+            )
         return None
     return (1, 2) if len(shape) == 3 else -1
 

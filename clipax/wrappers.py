@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from clipax import _checks, _leaves, _window
+from clipax._transformation import transformation
 from clipax._typing import Array, AxisName, Bound, Updates
 from clipax.norms import global_norm
 from clipax.thresholds import bounded
@@ -77,7 +78,7 @@ def observe(
         norm_in, norm_out, cosine = (x.astype(dtype) for x in (norm_in, norm_out, cosine))
         return new_updates, ObserveState(norm_in, norm_out, cosine, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 def _cosine(one: Updates, other: Updates, axis_name: AxisName) -> Array:
@@ -280,7 +281,7 @@ def skip_step(
             _leaves.choose(is_skipped, state.inner_state, inner_state),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 _NUMBERS = (int, float, np.generic, np.ndarray, jax.Array)

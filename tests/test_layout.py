@@ -10,7 +10,7 @@ import clipax
 ROOT = pathlib.Path(clipax.__file__).parent
 FLOORS = [
     {"_typing"},
-    {"_compat", "_leaves", "_checks", "_window", "units"},
+    {"_compat", "_leaves", "_checks", "_transformation", "_window", "units"},
     {"_safe_norm", "_matrices", "_spectral", "norms", "_moments", "coefficients"},
     {"thresholds"},
     {"_clip_by"},

@@ -1,5 +1,6 @@
 """Norms against NumPy in float64: any order, width, range and grouping."""
 
+import functools
 import math
 from typing import Any
 
@@ -277,11 +278,16 @@ def test_norm_facts(values: list[float], factor: float) -> None:
 SHARDED, REPLICATED = np.arange(64, dtype=np.float32).reshape(8, 8), np.full(3, 40, np.float32)
 
 
-def mapped(function: Any, **options: Any) -> Any:
+def mapped(
+    function: Any,
+    in_axes: Any = ("x", "y"),
+    out_specs: PartitionSpec | None = None,
+    **options: Any,
+) -> Any:
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    specs = {"sharded": PartitionSpec("x", "y"), "replicated": PartitionSpec()}
+    specs = {"sharded": PartitionSpec(*in_axes), "replicated": PartitionSpec()}
     program = jax.shard_map(
-        function, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(), **options
+        function, mesh=mesh, in_specs=(specs,), out_specs=out_specs or PartitionSpec(), **options
     )
     return jax.jit(program)({"sharded": SHARDED, "replicated": REPLICATED})
 
@@ -333,31 +339,66 @@ def test_types_are_believed_before_axis_name() -> None:
     np.testing.assert_allclose(norm, expected, rtol=2e-6)
 
 
-def test_units_of_a_sharded_leaf_must_be_told_what_shards_the_sum() -> None:
-    with pytest.raises(ValueError, match="only some of its axes are summed"):
-        mapped(clipax.unit_norm)
+def test_units_are_whole_where_types_alone_speak() -> None:
+    norms = mapped(lambda u: clipax.unit_norm(u, unit_axis=1)["sharded"], in_axes=("y", None))
+    np.testing.assert_allclose(norms, np.linalg.norm(SHARDED, axis=0, keepdims=True), rtol=2e-6)
 
+
+@pytest.mark.parametrize("options", [{}, {"check_vma": False}])
+def test_a_shard_with_one_long_axis_may_be_of_a_matrix(options: Any) -> None:
     def units(u: Any) -> Any:
-        norms = clipax.unit_norm(u, axis_name={"sharded": "x", "replicated": ()})
-        return (
-            jax.lax.pmax(clipax.global_norm(norms["sharded"], math.inf), "y")
-            if False
-            else (clipax.global_norm(norms["sharded"]))
-        )
+        names = ("x", "y") if options else None
+        column = u["sharded"].reshape(1, -1)
+        return clipax.unit_norm(column, unit_axis=clipax.nfnets, axis_name=names)
 
-    # The columns' norms make up the leaf's.
-    np.testing.assert_allclose(mapped(units), p_norm(SHARDED, 2), rtol=2e-6)
+    with pytest.raises(ValueError, match=r"its shape \(1, 8\) does not tell .* unit_axis="):
+        mapped(units, **options)
 
 
-def test_vmap_with_an_axis_name() -> None:
+def test_units_that_are_sharded_are_told_by_what_shards_the_sum() -> None:
+    names = {"sharded": "x", "replicated": ()}
+    norms = mapped(
+        lambda u: clipax.unit_norm(u, axis_name=names)["sharded"],
+        out_specs=PartitionSpec(None, "y"),
+    )
+    np.testing.assert_allclose(norms, np.linalg.norm(SHARDED, axis=0, keepdims=True), rtol=2e-6)
+
+
+@pytest.mark.parametrize("chosen", [{"axes": 0}, {"stack_axis": 0}])
+def test_slices_of_a_sharded_leaf_must_be_told_what_shards_the_sum(chosen: Any) -> None:
+    with pytest.raises(ValueError, match="only some of its axes are summed"):
+        mapped(lambda u: clipax.leaf_norm(u["sharded"], **chosen))
+
+
+@pytest.mark.parametrize("norm", [clipax.global_norm, clipax.leaf_norm, clipax.unit_norm])
+def test_a_name_adds_nothing_where_types_say_that_a_leaf_is_whole(norm: Any) -> None:
+    norms = mapped(lambda u: norm({"w": u["replicated"][:, None]}, axis_name=("x", "y")))
+    np.testing.assert_allclose(jax.tree.leaves(norms)[0], p_norm(REPLICATED, 2), rtol=2e-6)
+
+
+@pytest.mark.parametrize("mapping", [jax.vmap, jax.pmap])
+def test_a_mapped_program_that_says_nothing_is_refused(mapping: Any) -> None:
     shards = jnp.asarray(SHARDED)
-    norm = jax.vmap(lambda u: clipax.global_norm(u, axis_name="v"), axis_name="v")(shards)
-    np.testing.assert_allclose(norm, [p_norm(SHARDED, 2)] * 8, rtol=2e-6)
+    with pytest.raises(ValueError, match=r"mapped over \('v',\) .* Pass axis_name="):
+        mapping(clipax.global_norm, axis_name="v")(shards)
+    norm = functools.partial(clipax.global_norm, axis_name="v")
+    np.testing.assert_allclose(mapping(norm, axis_name="v")(shards), [p_norm(SHARDED, 2)] * 8)
+    alone = mapping(functools.partial(clipax.global_norm, axis_name=()), axis_name="v")(shards)
+    np.testing.assert_allclose(alone, np.linalg.norm(SHARDED, axis=1), rtol=2e-6)
 
 
 @pytest.mark.parametrize("axis_name", ["nowhere", ("nowhere",), {"w": "nowhere"}])
 def test_an_axis_that_is_not_bound_is_named(axis_name: Any) -> None:
     with pytest.raises(ValueError, match="axis_name 'nowhere' is not bound"):
+        clipax.global_norm({"w": jnp.ones(2)}, axis_name=axis_name)
+
+
+@pytest.mark.parametrize("axis_name", [("v", "v"), {"w": ("v", "u", "v")}])
+def test_an_axis_that_is_named_twice_is_named(axis_name: Any) -> None:
+    for make in (clipax.clip_by_global_norm, clipax.clip_by_leaf_norm):
+        with pytest.raises(ValueError, match="axis_name must name 'v' once"):
+            make(1.0, axis_name=axis_name)
+    with pytest.raises(ValueError, match="axis_name must name 'v' once"):
         clipax.global_norm({"w": jnp.ones(2)}, axis_name=axis_name)
 
 

@@ -10,6 +10,7 @@ import optax
 
 from clipax import _checks, _leaves, _moments
 from clipax._clip_by import ClipState, clip_by
+from clipax._transformation import transformation
 from clipax._typing import Array, AxisName, Updates
 from clipax.coefficients import hard, scale_updates
 from clipax.norms import leaf_norm
@@ -124,7 +125,7 @@ def acclip(
         clipped = scale_updates(momentum, factors)
         return _moments.narrowed(clipped, updates), AcclipState(clip, *learned)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 def _relative(size: Array, bound: Array, eps: jax.typing.ArrayLike) -> Array:

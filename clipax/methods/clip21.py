@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from clipax import _checks, _leaves, _moments
+from clipax._transformation import transformation
 from clipax._typing import Array, AxisName, Updates
 from clipax.norms import global_norm
 
@@ -99,7 +100,7 @@ def clip21(
         new_state = _leaves.choose(is_finite, Clip21State(estimate, inner_state), state)
         return _moments.narrowed(estimate, updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 def _moved(estimate: Array, update: Array, move: Array, clipped: Array) -> Array:

@@ -8,6 +8,7 @@ import optax
 
 from clipax import _checks, _leaves, _matrices, _spectral
 from clipax._clip_by import ClipState, clip_by
+from clipax._transformation import transformation
 from clipax._typing import AxisName, Bound, Coefficient, LeafRule, Norms, Updates
 from clipax.coefficients import hard, square_root
 from clipax.norms import leaf_norm
@@ -154,7 +155,7 @@ def clip_by_spectral_norm(
             clipped[row] = view.leaf(x, leaves[row])
         return jax.tree.unflatten(treedef, clipped), state
 
-    return optax.GradientTransformationExtraArgs(recorder.init, update_fn)
+    return transformation(recorder.init, update_fn)
 
 
 def _without_frozen(updates: Updates, norms: Norms) -> Norms:

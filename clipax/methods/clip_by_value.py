@@ -9,6 +9,7 @@ import optax
 
 from clipax import _checks, _leaves
 from clipax._clip_by import ClipState, clip_by
+from clipax._transformation import transformation
 from clipax._typing import Array, AxisName, Bound, Norms, Updates
 from clipax.coefficients import hard, scale_updates
 from clipax.norms import leaf_norm
@@ -95,7 +96,7 @@ def clip_by_value(
         clipped = jax.tree.map(_clip_subtree, tops, bottoms, updates, is_leaf=_leaves.is_none)
         return clipped, both(states)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 def clip(max_value: Bound, *, axis_name: AxisName = None) -> optax.GradientTransformationExtraArgs:

@@ -9,6 +9,7 @@ import optax
 
 from clipax import _checks, _leaves, _moments
 from clipax._clip_by import ClipState, clip_by
+from clipax._transformation import transformation
 from clipax._typing import Array, AxisName, Updates
 from clipax.coefficients import scale_updates
 from clipax.norms import block_rms, global_norm
@@ -138,7 +139,7 @@ def scale_by_stable_adam(
         learned = _leaves.choose(is_finite, (mu, root_nu, count), before)
         return _moments.narrowed(clipped, updates), StableAdamState(clip, *learned)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 def _debiased(decay: jax.typing.ArrayLike, count: Array) -> Array:

@@ -11,6 +11,7 @@ import optax
 
 from clipax import _checks, _leaves
 from clipax._clip_by import ClipState, clip_by
+from clipax._transformation import transformation
 from clipax._typing import Array, AxisName, Bound, Coefficient, Updates
 from clipax.coefficients import scale_updates, tanh
 from clipax.norms import leaf_norm
@@ -90,7 +91,7 @@ def smooth_clip_by_value(
         _, state = whole_leaves.update(updates, state)
         return _leaves.map_prefix(draw, state.max_norm, updates, name="max_value"), state
 
-    return optax.GradientTransformationExtraArgs(whole_leaves.init, update_fn)
+    return transformation(whole_leaves.init, update_fn)
 
 
 def _draw_leaf(leaf: Any, top: Array, coefficient: Coefficient) -> Array:

@@ -10,6 +10,7 @@ import optax
 
 from clipax import _checks, _leaves, _moments
 from clipax._clip_by import ClipState, clip_by
+from clipax._transformation import transformation
 from clipax._typing import Array, AxisName, Bound, Norms, Updates
 from clipax.coefficients import scale_updates
 from clipax.norms import global_norm, leaf_norm
@@ -141,7 +142,7 @@ def spam_clip(
         clip = clip._replace(threshold=threshold)
         return _moments.narrowed(clipped, updates), SpamClipState(clip, rms, count)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 def _root_of(ratios: Threshold) -> Threshold:

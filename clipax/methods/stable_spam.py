@@ -11,6 +11,7 @@ import optax
 
 from clipax import _checks, _leaves, _moments
 from clipax._clip_by import ClipState, clip_by
+from clipax._transformation import transformation
 from clipax._typing import Array, AxisName, Norms, Updates
 from clipax.coefficients import normalized, scale_updates
 from clipax.norms import global_norm, leaf_norm
@@ -168,7 +169,7 @@ def stable_spam(
             moments = after.threshold
         return _moments.narrowed(clipped, updates), StableSpamState(clip, moments)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 def _learned(rule: Callable[..., Any], kind: type, *, is_mapped: bool) -> Threshold:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from clipax import _checks, _leaves, _moments
+from clipax._transformation import transformation
 from clipax._typing import Array, AxisName, Updates
 from clipax.coefficients import hard, scale_updates
 from clipax.norms import global_norm
@@ -113,7 +114,7 @@ def u_clip(
         new_state = UClipState(carry, norm, inner_state)
         return _moments.narrowed(clipped, updates), _leaves.choose(is_finite, new_state, state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 def _with_carry(update: Array, carry: Array) -> Array:

@@ -692,6 +692,12 @@ def test_a_shard_of_a_matrix_is_refused(
         mapped(method, {"kernel": specs["kernel"]}, updates, **check)
 
 
+def test_a_row_of_a_matrix_is_no_vector() -> None:
+    method = clipax.clip_by_spectral_norm(0.5)
+    with pytest.raises(ValueError, match=r"shape \(1, 4\) may be sharded over frozenset"):
+        mapped(method, PartitionSpec("x"), jnp.ones((4, 4)))
+
+
 # Every row of the table of edge cases.
 
 

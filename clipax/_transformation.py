@@ -1,0 +1,47 @@
+"""What every transformation does before its own rule."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import NamedSharding
+
+from clipax import _compat
+from clipax._typing import Array, Updates
+
+# JAX gives these no types.
+_reshard: Callable[..., Array] = jax.sharding.reshard
+_sum_over: Callable[..., Array] = jax.lax.psum
+
+
+def transformation(
+    init_fn: Callable[..., Any], update_fn: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation of whole leaves, which is handed the unreduced ones summed."""
+
+    def init(params: Updates) -> Any:
+        return init_fn(reduced(params))
+
+    def update(
+        updates: Updates, state: Any, params: Updates | None = None, **extra_args: Any
+    ) -> tuple[Updates, Any]:
+        return update_fn(reduced(updates), state, reduced(params), **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def reduced(tree: Updates) -> Updates:
+    """The tree with what its devices hold parts of added up."""
+    return jax.tree.map(_reduced, tree)
+
+
+def _reduced(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    if axes := _compat.unreduced_axes(leaf):
+        leaf = _sum_over(leaf, axes)
+    spec = _compat.reduced_spec(leaf)
+    if spec is None:
+        return leaf
+    return _reshard(leaf, NamedSharding(jax.typeof(leaf).sharding.mesh, spec))
