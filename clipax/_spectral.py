@@ -61,13 +61,12 @@ def clip(
     coefficient: Coefficient,
     iterations: int | None,
 ) -> Array:
-    """Clips the singular values; a matrix that is not to be scaled stays as it is."""
+    """Clips the singular values of the matrices that are to be scaled."""
     is_kept = coefficient(measured.norm, max_norm) == 1
-    # The inner `where` keeps bounds that no product may see, as inf, out of the derivative.
+    # It keeps bounds that no product may see, as inf, out of the derivative.
     bound = jnp.where(is_kept, measured.norm, max_norm)
     clipped = _clip(coefficient, iterations, x, measured.parts, bound)
-    clipped = jnp.where(jnp.isfinite(measured.norm)[..., None, None], clipped, jnp.nan)
-    return jnp.where(is_kept[..., None, None], x, clipped)
+    return jnp.where(jnp.isfinite(measured.norm)[..., None, None], clipped, jnp.nan)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -42,7 +42,8 @@ def clip_by_global_norm(
 
     Raises:
       ValueError: `max_norm` or `eps` is negative, NaN, boolean, None or a string;
-        `ord` <= 0.
+        `ord` <= 0; `axis_name` has a name twice. At `update`, it does not fit or is not
+        bound, or the program is mapped and neither it nor types say what is sharded.
 
     | updates | max_norm | result |
     |---|---|---|

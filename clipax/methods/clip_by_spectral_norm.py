@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from clipax import _checks, _leaves, _matrices, _spectral
@@ -148,11 +149,15 @@ def clip_by_spectral_norm(
         scaled, state = recorder.update(updates, state, norm=jax.tree.unflatten(treedef, norms))
 
         clipped = jax.tree.leaves(scaled)
-        bounds = _leaves.up_to(treedef, _without_frozen(updates, state.max_norm))
+        bounds, factors = (
+            _leaves.up_to(treedef, _without_frozen(updates, norms))
+            for norms in (state.max_norm, state.coefficient)
+        )
         for row, view in views.items():
             bound = view.per_matrix(bounds[row])
             x = _spectral.clip(matrices[row], measured[row], bound, coefficient, iterations)
-            clipped[row] = view.leaf(x, leaves[row])
+            # Chosen in the shape of the leaf, so that what comes out is sharded as it is.
+            clipped[row] = jnp.where(factors[row] == 1, leaves[row], view.leaf(x, leaves[row]))
         return jax.tree.unflatten(treedef, clipped), state
 
     return transformation(recorder.init, update_fn)

@@ -34,7 +34,9 @@ def clip_by_unit_norm(
         `output_first`, `nfnets` and `whole_leaf` are at hand too.
       mask: Which leaves are clipped: True, a tree prefix of booleans, or a function
         `(path, leaf) -> bool`.
-      axis_name: As in `clip_by_global_norm`; it names the axes that shard what is summed.
+      axis_name: As in `clip_by_global_norm`; it names the axes that shard what is summed,
+        and not those that shard the units. Under `shard_map` with types, a state that was
+        made outside tells which is which; one that is made inside takes units to be whole.
 
     Returns:
       A transformation whose state is a `ClipState` of trees with an array a leaf that
