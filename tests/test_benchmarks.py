@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -81,6 +83,7 @@ def _check_rows(rows, seeds, stdout):
                 assert all(0 <= value <= 1 for value in values)
 
 
+@pytest.mark.slow
 def test_the_spikes_are_reproduced(tmp_path):
     spikes, stdout = _reproduced("spikes", tmp_path)
     assert set(spikes["tables"]) == {"sgd", "adam"}
@@ -94,6 +97,7 @@ def test_the_spikes_are_reproduced(tmp_path):
     assert "scale_by_stable_adam(), for Adam" in spikes["tables"]["adam"]
 
 
+@pytest.mark.slow
 def test_the_noise_is_reproduced(tmp_path):
     noise, stdout = _reproduced("noise", tmp_path)
     assert math.isclose(noise["distance_at_start"], math.sqrt(noise["dimension"]))
@@ -106,6 +110,7 @@ def test_the_noise_is_reproduced(tmp_path):
             assert final <= largest
 
 
+@pytest.mark.slow
 def test_the_corruption_is_reproduced(tmp_path):
     corruption, stdout = _reproduced("corruption", tmp_path)
     rows = corruption["rows"]
@@ -116,6 +121,7 @@ def test_the_corruption_is_reproduced(tmp_path):
         assert min(rows["clip_by_global_norm(0.1)"][share]["share_of_steps_clipped"]) > 0.9
 
 
+@pytest.mark.slow
 def test_the_histories_are_reproduced(tmp_path):
     history, stdout = _reproduced("history", tmp_path)
     rows = history["rows"]

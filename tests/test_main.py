@@ -70,6 +70,7 @@ def test_every_public_method_takes_part():
     assert names - set(demo.METHODS) == set()
 
 
+@pytest.mark.slow
 def test_all_methods_run_by_default(tmp_path):
     demo.main(["--steps", "1", "--seeds", "1", "--output", str(tmp_path)])
     document = json.loads((tmp_path / "training.json").read_text(), parse_constant=pytest.fail)

@@ -52,6 +52,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.slow
 @each_notebook
 @pytest.mark.parametrize("num_devices", [1, 8])
 def test_runs(path, num_devices, tmp_path, monkeypatch):
