@@ -82,6 +82,7 @@ def _largest_across_jvp(axes: Any, primals: Any, tangents: Any) -> Any:
 
 
 _Operation = tuple[Callable[..., Array], Callable[..., Any]]
+_Scales = Sequence[Any] | None
 _SUM: _Operation = (jnp.sum, jax.lax.psum)
 _MAX: _Operation = (_largest_of, _largest_across)
 
@@ -93,7 +94,7 @@ def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float)
     width = _leaves.wide_dtype(*(array.dtype for array in arrays))
     stacks = _stacked_alike(arrays, layouts)
 
-    def reduce(operation: _Operation, power: float, scales: list[Array] | None) -> list[Array]:
+    def reduce(operation: _Operation, power: float, scales: _Scales) -> list[Array]:
         local, _ = operation
         by_shards: dict[Any, list[Array]] = {}
         for members, shards in stacks:
@@ -112,9 +113,9 @@ def separate_norms(
 ) -> list[Array]:
     """A norm for each array: a scalar over all of its axes, else with size one at the summed."""
 
-    def reduce(operation: _Operation, power: float, scales: list[Array] | None) -> list[Array]:
+    def reduce(operation: _Operation, power: float, scales: _Scales) -> list[Array]:
         local, _ = operation
-        each: Sequence[Array | None] = scales or [None] * len(arrays)
+        each: Sequence[Any] = scales or [None] * len(arrays)
         parts = [
             local(
                 _powers(array, _leaves.wide_dtype(array.dtype), scale, power),
@@ -129,7 +130,7 @@ def separate_norms(
 
 
 def _p_norms(
-    reduce: Callable[[_Operation, float, list[Array] | None], list[Array]],
+    reduce: Callable[[_Operation, float, _Scales], list[Array]],
     ord: float,
     divisors: Sequence[float],
 ) -> list[Array]:
@@ -142,19 +143,55 @@ def _p_norms(
     def roots(sums: list[Array]) -> list[Array]:
         return [_root(part / n, ord) for part, n in zip(sums, divisors, strict=True)]
 
-    def rescaled(scales: list[Array]) -> list[Array]:
-        norms = roots(reduce(_SUM, ord, scales))
-        return [norm / scale for norm, scale in zip(norms, scales, strict=True)]
-
     if ord != 2:
         units = [_finite_or_one(largest) for largest in reduce(_MAX, 1.0, None)]
         norms = roots(reduce(_SUM, ord, units))
         return [norm * unit for norm, unit in zip(norms, units, strict=True)]
-    sums = reduce(_SUM, ord, None)
-    scales = [_scale_for(part) for part in sums]
+
+    def sums(scales: _Scales = None) -> list[Array]:
+        return reduce(_SUM, ord, scales)
+
+    # An accelerator computes faster than it reads; and what may be read again cannot be
+    # fused with what produces it.
+    return list(
+        jax.lax.platform_dependent(
+            cpu=functools.partial(_at_the_right_scale, sums, roots),
+            default=functools.partial(_at_every_scale, sums, roots),
+        )
+    )
+
+
+def _at_the_right_scale(
+    sums: Callable[..., list[Array]], roots: Callable[[list[Array]], list[Array]]
+) -> list[Array]:
+    """Norms that are read again only where their sum of squares left the range."""
+    plain = sums()
+    scales = [_scale_for(part) for part in plain]
     in_range = functools.reduce(jnp.logical_and, [jnp.all(scale == 1) for scale in scales])
-    # The second read of the arrays happens only when the first left the range.
-    return list(jax.lax.cond(in_range, lambda: roots(sums), lambda: rescaled(scales)))
+
+    def rescaled() -> list[Array]:
+        return [norm / scale for norm, scale in zip(roots(sums(scales)), scales, strict=True)]
+
+    return list(jax.lax.cond(in_range, lambda: roots(plain), rescaled))
+
+
+def _at_every_scale(
+    sums: Callable[..., list[Array]], roots: Callable[[list[Array]], list[Array]]
+) -> list[Array]:
+    """Norms from three sums of squares in one read, each taken where it is in range."""
+    plain = sums()
+    ranges = [_RANGES[part.dtype] for part in plain]
+    as_huge = roots(sums([within.scale_of_huge for within in ranges]))
+    as_tiny = roots(sums([within.scale_of_tiny for within in ranges]))
+    rows = zip(plain, ranges, roots(plain), as_huge, as_tiny, strict=True)
+    return [
+        jnp.where(
+            part < within.lowest_sum,
+            tiny / within.scale_of_tiny,
+            jnp.where(part == jnp.inf, huge / within.scale_of_huge, norm),
+        )
+        for part, within, norm, huge, tiny in rows
+    ]
 
 
 def _stacked_alike(
@@ -168,7 +205,7 @@ def _stacked_alike(
     return [(members, layouts[members[0]].shards) for members in groups.values()]
 
 
-def _powers(x: Array, width: Any, scale: Array | None, power: float) -> Array:
+def _powers(x: Array, width: Any, scale: Any, power: float) -> Array:
     """|scale * x|^2 or |x / scale|^power in the given width."""
 
     def scaled(part: Array) -> Array:
@@ -176,12 +213,17 @@ def _powers(x: Array, width: Any, scale: Array | None, power: float) -> Array:
             return part.astype(width)
         # A maximum, which XLA keeps: of constants, it would else square the scale first.
         product = part.astype(width) * scale
-        return jnp.maximum(product, -product)
+        modulus = jnp.maximum(product, -product)
+        # Entries that are not tiny must stay finite too, or their derivative would be NaN.
+        is_for_tiny = isinstance(scale, float) and scale > 1
+        return jnp.minimum(modulus, scale) if is_for_tiny else modulus
 
     is_complex = jnp.iscomplexobj(x)
     if power == 2:
-        squared = jnp.square(scaled(x.real if is_complex else x))
-        return squared + jnp.square(scaled(x.imag)) if is_complex else squared
+        real = scaled(x.real if is_complex else x)
+        imaginary = scaled(x.imag) if is_complex else None
+        # By products: of a square, the derivative 2 * x overflows for the largest floats.
+        return real * real if imaginary is None else real * real + imaginary * imaginary
     modulus = jnp.abs(x).astype(width)
     if scale is None:
         return modulus

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import clipax
+from clipax import _safe_norm
 
 ORDERS = [0.5, 1, 2, 3, math.inf, None]
 
@@ -273,6 +274,51 @@ def test_norm_facts(values: list[float], factor: float) -> None:
     tiny = (np.abs(scaled) < np.finfo(np.float32).tiny) & (x != 0)
     if not tiny.any():
         np.testing.assert_allclose(float(norm(jnp.asarray(scaled))), of_x * factor, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", [_safe_norm._at_the_right_scale, _safe_norm._at_every_scale])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [3.0, 4.0],
+        [1e20, 2e20],
+        [2e38, 1e38],
+        [1e-30, 2e-30],
+        [2e-38, 2e-38],
+        [1e-20, 1e-21],
+        [1e20, 1e-30],
+        [0.0, 0.0],
+        [math.nan, 1.0],
+        [math.inf, 1.0],
+        [math.nan, math.inf],
+    ],
+)
+def test_the_way_of_accelerators_is_as_safe_as_that_of_cpus(way: Any, entries: Any) -> None:
+    def norm(x: Any) -> Any:
+        def sums(scales: Any = None) -> Any:
+            powers = _safe_norm._powers(x, jnp.float32, scales[0] if scales else None, 2)
+            return [jnp.sum(powers)]
+
+        (root,) = way(sums, lambda sums: [_safe_norm._root(part, 2) for part in sums])
+        return root
+
+    x = np.array(entries, np.float32)
+    expected = np.hypot(*x.astype(np.float64)) if not np.isnan(x).any() else math.nan
+    value, derivative = jax.jit(jax.value_and_grad(norm))(x)
+    np.testing.assert_allclose(value, expected, rtol=2e-6)
+    if np.isfinite(expected):
+        direction = x / expected if expected else np.zeros(2)
+        np.testing.assert_allclose(derivative, direction, rtol=2e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+def test_accelerators_read_once(platform: str) -> None:
+    def program(platform: str) -> str:
+        traced = jax.jit(clipax.global_norm).trace(jnp.ones((300, 300)))
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    branches = [program(each).count("stablehlo.case") for each in (platform, "cpu")]
+    assert branches[0] == branches[1] - 1
 
 
 SHARDED, REPLICATED = np.arange(64, dtype=np.float32).reshape(8, 8), np.full(3, 40, np.float32)
