@@ -50,7 +50,8 @@ def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> 
     Forwards `y = x`; backwards `dx = clip(dy)`. Round the carry of a `lax.scan` it bounds
     the gradient at every step of back-propagation through time, before it can explode.
     What it clips is the cotangent of the whole tree: of a batch together, unless it stands
-    inside a `vmap`, and divided by the batch's size already if the loss is a mean.
+    inside a `vmap`, and divided by the batch's size already if the loss is a mean. In a
+    `vmap` whose axis has a name, the method needs `axis_name=()` to clip each by itself.
 
     Args:
       x: Any pytree. Leaves without a tangent (integers) pass through.

@@ -100,14 +100,15 @@ def test_integers_pass_and_trees_are_clipped_together() -> None:
     np.testing.assert_allclose(jax.grad(loss)(jnp.ones(2)), [1.5, 2.0])
 
 
-def test_vmap_clips_each_sequence_by_itself() -> None:
-    def gradient(scale: Any) -> Any:
-        return jax.grad(
-            lambda x: (scale * clipax.clip_cotangent(x, clipax.clip_by_global_norm(1.0))).sum()
-        )(jnp.ones(2))
+@pytest.mark.parametrize(("mapped", "names"), [({}, None), ({}, ()), ({"axis_name": "batch"}, ())])
+def test_vmap_clips_each_sequence_by_itself(mapped: Any, names: Any) -> None:
+    clip = clipax.clip_by_global_norm(1.0, axis_name=names)
 
-    norms = jax.vmap(lambda scale: clipax.global_norm(gradient(scale)))(jnp.array([0.1, 10.0]))
-    np.testing.assert_allclose(norms, [0.1 * np.sqrt(2), 1.0], rtol=1e-6)
+    def gradient(scale: Any) -> Any:
+        return jax.grad(lambda x: (scale * clipax.clip_cotangent(x, clip)).sum())(jnp.ones(2))
+
+    clipped = jax.vmap(gradient, **mapped)(jnp.array([0.1, 10.0]))
+    np.testing.assert_allclose(np.linalg.norm(clipped, axis=1), [0.1 * np.sqrt(2), 1.0], rtol=1e-6)
 
 
 def test_a_traced_bound_anywhere() -> None:
