@@ -104,7 +104,7 @@ def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float)
         partial = [local(jnp.stack(parts)) for parts in by_shards.values()]
         return [local(jnp.stack(_across_shards(operation, partial, list(by_shards))))]
 
-    return _p_norms(reduce, ord, [1.0])[0]
+    return _p_norms(reduce, ord, [1.0], _is_reduced_across(layouts))[0]
 
 
 @functools.partial(jax.jit, static_argnames=("layouts", "ord"), inline=True)
@@ -126,13 +126,19 @@ def separate_norms(
         ]
         return _across_shards(operation, parts, [layout.shards for layout in layouts])
 
-    return _p_norms(reduce, ord, [layout.divisor for layout in layouts])
+    divisors = [layout.divisor for layout in layouts]
+    return _p_norms(reduce, ord, divisors, _is_reduced_across(layouts))
+
+
+def _is_reduced_across(layouts: tuple[Layout, ...]) -> bool:
+    return any(layout.shards for layout in layouts)
 
 
 def _p_norms(
     reduce: Callable[[_Operation, float, _Scales], list[Array]],
     ord: float,
     divisors: Sequence[float],
+    is_reduced_across: bool,
 ) -> list[Array]:
     """`(sum |x|^p)^(1/p)` from sums of scaled entries that stay in range."""
     if ord == math.inf:
@@ -151,6 +157,10 @@ def _p_norms(
     def sums(scales: _Scales = None) -> list[Array]:
         return reduce(_SUM, ord, scales)
 
+    # Where units are sharded, devices could take different branches, and wait in one of them
+    # for those in the other.
+    if is_reduced_across:
+        return _at_every_scale(sums, roots)
     # An accelerator computes faster than it reads; and what may be read again cannot be
     # fused with what produces it.
     return list(

@@ -410,6 +410,19 @@ def test_units_that_are_sharded_are_told_by_what_shards_the_sum() -> None:
     np.testing.assert_allclose(norms, np.linalg.norm(SHARDED, axis=0, keepdims=True), rtol=2e-6)
 
 
+def test_a_dead_unit_on_one_device_leaves_none_waiting() -> None:
+    """Its norm is out of range there alone; elsewhere nothing is to be measured again."""
+
+    def norms(u: Any) -> Any:
+        dead = jnp.where(jax.lax.axis_index("x") == 0, 0.0, u["sharded"])
+        names = {"units": (), "summed": ("x", "y")}
+        return clipax.unit_norm({"units": dead, "summed": u["sharded"]}, axis_name=names)
+
+    columns = jax.jit(lambda: mapped(norms, out_specs=PartitionSpec(("x", "y"))))()
+    assert np.count_nonzero(np.asarray(columns["units"]) == 0) == 2 * 4
+    assert np.isfinite(columns["summed"]).all()
+
+
 @pytest.mark.parametrize("chosen", [{"axes": 0}, {"stack_axis": 0}])
 def test_slices_of_a_sharded_leaf_must_be_told_what_shards_the_sum(chosen: Any) -> None:
     with pytest.raises(ValueError, match="only some of its axes are summed"):
