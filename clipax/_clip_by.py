@@ -1,6 +1,7 @@
 """The one place where updates are measured, scaled and remembered."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,7 +48,8 @@ def clip_by(
 
     Args:
       norm: Measures updates: `(updates) -> norms`, a tree prefix of them. `global_norm`,
-        `leaf_norm`, `unit_norm`, `block_rms`, `average_norm`, or your own.
+        `leaf_norm`, `unit_norm`, `block_rms`, `average_norm`, or your own, which in mapped
+        programs sums over shards itself.
       threshold: What bounds the norms: a number, a schedule `count -> value`, a tree
         prefix of them, `relative_to_params(...)`, or any `optax.GradientTransformation`
         that turns one norm into its bound, as `optax.ema(0.9)` does.
@@ -83,6 +85,7 @@ def clip_by(
     _checks.function(norm=norm, coefficient=coefficient)
     threshold = as_threshold(threshold)
     _checks.axis_name(axis_name=axis_name)
+    takes_names = _takes_axis_name(norm)
 
     def measured_over(names: AxisName) -> Norm:
         return norm if names is None else functools.partial(norm, axis_name=names)
@@ -101,8 +104,8 @@ def clip_by(
         params: Updates | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, ClipState]:
-        is_told = axis_name is not None
-        measure = measured_over(axis_name if is_told else _axes_summed(updates, state.norm))
+        is_open = axis_name is None and takes_names
+        measure = measured_over(_axes_summed(updates, state.norm) if is_open else axis_name)
         known = extra_args.get("norm") if known_norm else None
         if known is not None:
             norms = _like(state.norm, known, name="norm")
@@ -137,6 +140,11 @@ def clip_by_history(
     """
     threshold = capped(per_norm(optax.GradientTransformation(init, bound)), max_norm)
     return clip_by(norm, threshold, known_norm=norm is global_norm, axis_name=axis_name)
+
+
+def _takes_axis_name(norm: Norm) -> bool:
+    parameters = inspect.signature(norm).parameters.values()
+    return any(each.name == "axis_name" or each.kind is each.VAR_KEYWORD for each in parameters)
 
 
 def _axes_summed(updates: Updates, norms: Norms) -> AxisName:

@@ -104,6 +104,8 @@ def names_of(value: Any) -> tuple[Any, ...]:
 
 def names_bound_here(axis_name: AxisName) -> AxisName:
     """The prefix without the names that nothing maps around us, as where a state is made."""
+    if axis_name is None:
+        return None
     bound = _compat.bound_axes()
 
     def keep(value: Any) -> tuple[Any, ...]:
@@ -181,13 +183,18 @@ def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:
 
 
 class Alike:
-    """Stacks the leaves of a tree that have one type, so that one operation serves them."""
+    """Stacks the scalars of a tree that have one dtype, so that one operation serves them.
+
+    Arrays stand alone, for each may be sharded in its own way.
+    """
 
     def __init__(self, tree: Any):
         leaves, self._treedef = jax.tree.flatten(tree)
         groups: dict[Any, list[int]] = {}
         for index, leaf in enumerate(leaves):
-            groups.setdefault(jax.typeof(leaf), []).append(index)
+            # By nothing that depends on how a leaf is sharded: a state has one structure.
+            is_scalar = jnp.ndim(leaf) == 0
+            groups.setdefault(leaf.dtype if is_scalar else index, []).append(index)
         self._groups = list(groups.values())
 
     def stack(self, tree: Any) -> list[Array]:

@@ -34,7 +34,8 @@ def global_norm(
       ord: The order `p > 0` of the norm; `inf` gives the largest modulus. None is 2.
       axis_name: Which mapped axes shard the leaves, where the types do not say: under
         `pmap`, `vmap(axis_name=...)` and `shard_map(check_vma=False)`. One name, several,
-        or a tree prefix of them; `()` says that the leaves are replicated.
+        or a tree prefix of them. `()` sums over no mapped axis: the leaves are replicated,
+        or what varies is no shard of a whole, as the gradients of examples.
 
     Returns:
       A scalar, float32 or float64 (where a leaf is).
@@ -236,9 +237,10 @@ def _sharding_axes(
             " only some of its axes are summed. Pass axis_name= with the names that"
             " shard the summed ones, or axis_name=() if none does."
         )
-    # Types know whether a leaf is sharded at all, not along which of its axes.
+    # Types know whether a leaf is sharded at all, not along which of its axes; and `()` says
+    # that what varies is no shard.
     shards = {axis for axis in named if axis in varying or not _compat.is_typed(axis)}
-    if name is None or not is_partial:
+    if name is None or (named and not is_partial):
         shards |= varying
     return tuple(sorted(shards, key=str))
 

@@ -135,8 +135,9 @@ def per_norm(rule: optax.GradientTransformation) -> Threshold:
         gives the bound of one scalar norm.
 
     Returns:
-      A threshold. Its state holds the rule's states stacked, one stack for each dtype and
-      shape of the norms. `update` takes the last bounds as the extra argument `max_norm`.
+      A threshold. Its state holds the rule's states stacked, one stack for each dtype of the
+      norms that are scalars, and one for each norm that is an array. `update` takes the
+      last bounds as the extra argument `max_norm`.
 
     Example:
       >>> threshold = per_norm(optax.chain(optax.ema(0.5, debias=False), optax.scale(1.5)))
@@ -146,7 +147,7 @@ def per_norm(rule: optax.GradientTransformation) -> Threshold:
 
     def init_fn(norms: Norms) -> Any:
         alike = _leaves.Alike(norms)
-        return tuple(_elementwise(rule.init, stack)(stack) for stack in alike.stack(norms))
+        return tuple(_first_states(rule, stack) for stack in alike.stack(norms))
 
     def update_fn(
         norms: Norms,
@@ -191,6 +192,13 @@ def capped(threshold: Threshold, max_norm: Bound | None) -> Threshold:
         return jax.tree.map(jnp.minimum, bounds, caps), (inner, outer)
 
     return Threshold(init_fn, update_fn)
+
+
+def _first_states(rule: optax.GradientTransformation, norms: Array) -> Any:
+    init = _elementwise(rule.init, norms)
+    # Constants of a rule of Optax lie on one device; in jit, where its arguments do.
+    is_on_mesh = not jax.typeof(norms).sharding.mesh.empty
+    return (jax.jit(init, keep_unused=True) if is_on_mesh else init)(norms)
 
 
 def _elementwise(function: Callable[..., Any], array: Array) -> Callable[..., Any]:

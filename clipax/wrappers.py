@@ -56,10 +56,11 @@ def observe(
       (Array(7.071, dtype=float32), Array(1.414, dtype=float32), Array(0.8, dtype=float32))
     """
     _checks.transformation(inner=inner)
+    _checks.axis_name(axis_name=axis_name)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Updates) -> ObserveState:
-        norm = functools.partial(global_norm, axis_name=axis_name and ())
+        norm = functools.partial(global_norm, axis_name=_leaves.names_bound_here(axis_name))
         # Arrays of their own, since a buffer can be donated only once.
         zero = _leaves.zero_norms(norm, params)
         return ObserveState(zero, zero + 0, zero + 0, inner.init(params))
@@ -224,6 +225,7 @@ def skip_step(
       OLMo-core, https://github.com/allenai/OLMo-core (`SkipStepOptimizer`)
     """
     _checks.transformation(inner=inner)
+    _checks.axis_name(axis_name=axis_name)
     inner = optax.with_extra_args_support(inner)
     max_norm = math.inf if max_norm is None else max_norm
     _checks.one_bound(_checks.positive, max_norm=max_norm)
@@ -238,7 +240,7 @@ def skip_step(
     first = _checks.warmup(warmup_steps, window_size)
 
     def init_fn(params: Updates) -> SkipState:
-        norm = functools.partial(global_norm, axis_name=axis_name and ())
+        norm = functools.partial(global_norm, axis_name=_leaves.names_bound_here(axis_name))
         zero = _leaves.zero_norms(norm, params)
 
         def window(z: jax.typing.ArrayLike | None) -> Any:

@@ -1,5 +1,6 @@
 """`clip_by`, for people who build a rule of their own."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import trees
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import clipax
 
@@ -129,3 +131,49 @@ def test_differentiable_in_the_bound() -> None:
 
     np.testing.assert_allclose(jax.grad(clipped_norm)(1.0), 1.0, rtol=1e-6)
     np.testing.assert_allclose(jax.grad(clipped_norm)(10.0), 0.0)
+
+
+def on_mesh(tree: Any, kind: AxisType, spec: PartitionSpec) -> Any:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_histories_have_one_structure_however_norms_are_sharded(kind: AxisType) -> None:
+    params = {"a": jnp.ones((8, 2)), "b": jnp.ones((8, 2)), "c": jnp.ones(3)}
+    method = clipax.zclip(
+        norm=functools.partial(clipax.leaf_norm, stack_axis={"a": 0, "b": 0, "c": None})
+    )
+    alone = method.init(params)
+    spread = {
+        "a": on_mesh(params["a"], kind, PartitionSpec("x")),
+        "b": on_mesh(params["b"], kind, PartitionSpec()),
+        "c": on_mesh(params["c"], kind, PartitionSpec()),
+    }
+    trees.assert_same_type(method.init(spread), alone)
+    _, state = jax.jit(method.update)(spread, method.init(spread), spread)
+    _, expected = method.update(params, alone, params)
+    trees.assert_close(state, expected)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_rules_of_optax_start_on_a_mesh(kind: AxisType) -> None:
+    params = on_mesh(jnp.arange(8.0), kind, PartitionSpec("x"))
+    rule = optax.chain(optax.ema(0.9, debias=False), optax.scale(1.5))
+    method = clipax.clip_by(clipax.global_norm, rule)
+    clipped, state = jax.jit(method.update)(params, method.init(params))
+    alone, expected = method.update(np.arange(8.0, dtype=np.float32), method.init(jnp.ones(8)))
+    trees.assert_close((clipped, state), (alone, expected), rtol=1e-5)
+
+
+def test_a_norm_of_ones_own_needs_no_axis_name() -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    spec, updates = PartitionSpec("x"), jnp.arange(16.0)
+    method = clipax.clip_by(jnp.abs, 4.0)
+    mapped = jax.shard_map(
+        lambda u, state: method.update(u, state)[0],
+        mesh=mesh,
+        in_specs=(spec, jax.tree.map(lambda _: spec, method.init(updates))),
+        out_specs=spec,
+    )
+    np.testing.assert_array_equal(mapped(updates, method.init(updates)), np.minimum(updates, 4))

@@ -385,6 +385,22 @@ def test_types_are_believed_before_axis_name() -> None:
     np.testing.assert_allclose(norm, expected, rtol=2e-6)
 
 
+@pytest.mark.parametrize("method", [clipax.clip_by_global_norm, clipax.clip_by_leaf_norm])
+def test_what_varies_and_is_no_shard_is_measured_alone(method: Any) -> None:
+    """As the gradients of examples, each of which is clipped by itself."""
+    examples = jnp.asarray(SHARDED + 1)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def clipped(examples: Any) -> Any:
+        return jax.vmap(lambda each: clipax.clip_tree(each, method(1.0, axis_name=()))[0])(
+            examples
+        )
+
+    spec = PartitionSpec("x")
+    mapped = jax.shard_map(clipped, mesh=mesh, in_specs=spec, out_specs=spec)
+    np.testing.assert_allclose(np.linalg.norm(mapped(examples), axis=1), np.ones(8), rtol=2e-6)
+
+
 def test_units_are_whole_where_types_alone_speak() -> None:
     norms = mapped(lambda u: clipax.unit_norm(u, unit_axis=1)["sharded"], in_axes=("y", None))
     np.testing.assert_allclose(norms, np.linalg.norm(SHARDED, axis=0, keepdims=True), rtol=2e-6)

@@ -80,6 +80,7 @@ def clip21(
       gradient clipping", 2023, https://arxiv.org/abs/2305.18929
     """
     _checks.transformation(inner=inner)
+    _checks.axis_name(axis_name=axis_name)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Updates) -> Clip21State:

@@ -102,7 +102,8 @@ def scale_by_stable_adam(
 
     def init_fn(params: Updates) -> StableAdamState:
         root_nu = _moments.zero_moduli(params)
-        zero = _leaves.zero_norms(functools.partial(global_norm, axis_name=()), root_nu)
+        names = _leaves.names_bound_here(axis_name)
+        zero = _leaves.zero_norms(functools.partial(global_norm, axis_name=names), root_nu)
         clip, mu = record.init(root_nu), _moments.zeros(params)
         return StableAdamState(clip, mu, root_nu, zero.astype(jnp.int32))
 

@@ -111,7 +111,8 @@ def spam_clip(
 
     def init_fn(params: Updates) -> SpamClipState:
         rms = _moments.zero_moduli(params)
-        zero = _leaves.zero_norms(functools.partial(global_norm, axis_name=()), rms)
+        names = _leaves.names_bound_here(axis_name)
+        zero = _leaves.zero_norms(functools.partial(global_norm, axis_name=names), rms)
         return SpamClipState(record.init(rms), rms, zero.astype(jnp.int32))
 
     def update_fn(

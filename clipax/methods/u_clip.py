@@ -82,13 +82,13 @@ def u_clip(
       https://arxiv.org/abs/2302.02971
     """
     _checks.transformation(inner=inner)
+    _checks.axis_name(axis_name=axis_name)
     if max_carry is not None:
         _checks.scalar(_checks.positive, max_carry=max_carry)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Updates) -> UClipState:
-        # Mapped axes are not bound outside a step.
-        norm = functools.partial(global_norm, axis_name=None if axis_name is None else ())
+        norm = functools.partial(global_norm, axis_name=_leaves.names_bound_here(axis_name))
         carry = _moments.zeros(params)
         inner_state = inner.init(_moments.zeros(params))
         return UClipState(carry, _leaves.zero_norms(norm, carry), inner_state)

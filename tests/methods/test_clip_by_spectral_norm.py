@@ -664,7 +664,6 @@ def test_mapped_matrices_that_are_whole(iterations: int | None) -> None:
     expected, _ = method(None).update(updates, method(None).init(updates))
     for specs, axis_name, check in (
         (WHOLE, None, {}),
-        (BY_SHARD, (), {}),
         (BY_SHARD, {"bias": None, "kernel": None, "layers": ()}, {}),
         (WHOLE, (), {"check_vma": False}),
         (BY_SHARD, {"bias": "x", "kernel": (), "layers": ()}, {"check_vma": False}),
