@@ -221,9 +221,9 @@ def _powers(x: Array, width: Any, scale: Any, power: float) -> Array:
     def scaled(part: Array) -> Array:
         if scale is None:
             return part.astype(width)
-        # A maximum, which XLA keeps: of constants, it would else square the scale first.
-        product = part.astype(width) * scale
-        modulus = jnp.maximum(product, -product)
+        # XLA keeps this maximum: of constants, it would else square the scale first. What it
+        # puts in the place of zero has a square of zero.
+        modulus = jnp.maximum(jnp.abs(part.astype(width) * scale), jnp.finfo(width).tiny)
         # Entries that are not tiny must stay finite too, or their derivative would be NaN.
         is_for_tiny = isinstance(scale, float) and scale > 1
         return jnp.minimum(modulus, scale) if is_for_tiny else modulus

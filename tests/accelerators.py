@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -142,3 +143,12 @@ def compiled_step(
         state = jax.eval_shape(optimizer.init, params)
         arguments = placed((params, state, inputs), mesh)
         return jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+
+
+def compile_exported(artefact: bytearray, devices: Any) -> jax.stages.Compiled:
+    """What was exported, for one of its platforms."""
+    restored = export.deserialize(artefact)
+    leaves = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in restored.in_avals]
+    arguments, keywords = jax.tree.unflatten(restored.in_tree, leaves)
+    mesh = Mesh(np.array(devices), ("x",))
+    return jax.jit(restored.call).lower(*placed(arguments, mesh), **keywords).compile()

@@ -43,9 +43,11 @@ def _loss(params: Any, inputs: jax.Array) -> jax.Array:
 
 def exported() -> bytearray:
     """The step for all platforms, as it would be written to a file."""
-    shapes = jax.eval_shape(lambda: (PARAMS, initial_states(PARAMS), BATCHES[0]))
-    _name_states(shapes)
-    return export.export(jax.jit(step), platforms=PLATFORMS)(*shapes).serialize()
+    with jax.numpy_dtype_promotion("standard"):  # optax promotes its counters
+        states = jax.eval_shape(initial_states, PARAMS)
+        _name_states(states)
+        lowered = export.export(jax.jit(step), platforms=PLATFORMS)(PARAMS, states, BATCHES[0])
+    return lowered.serialize()
 
 
 _named: set[type] = set()

@@ -1,0 +1,79 @@
+"""What XLA's CUDA compiler makes of a step with each method, for an H100 that is not here."""
+
+import itertools
+from typing import Any
+
+import accelerators
+import every_method
+import hlo
+import optax
+import pytest
+import trees
+
+import clipax
+
+pytestmark = [
+    pytest.mark.cuda,
+    accelerators.needs("cuda", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"),
+]
+METHODS = sorted(trees.public_factories())
+SMALL = (40, 136, 7)
+# Their products are numbers of elements that no other array of the step has.
+WIDTHS = (256, 390, 131, 640)
+
+
+def step_with(method: Any, chips: int, widths: Any) -> Any:
+    optimizer = optax.chain(method, optax.adam(1e-3))
+    devices = accelerators.chips("h100")[:chips]
+    return accelerators.compiled_step(optimizer, devices, accelerators.layers(*widths))
+
+
+def all_reduces(method: Any, depth: int) -> int:
+    """On four devices, with two leaves a layer."""
+    widths = [SMALL[layer % len(SMALL)] for layer in range(depth + 1)]
+    return hlo.all_reduces(step_with(method, accelerators.SLICE, widths).as_text())
+
+
+def passes(method: Any) -> int:
+    matrices = {rows * columns for rows, columns in itertools.pairwise(WIDTHS)}
+    return len(hlo.passes_for_a_reduction(step_with(method, 1, WIDTHS).as_text(), matrices))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_compiles_for_one_and_for_four(name: str) -> None:
+    assert hlo.all_reduces(step_with(trees.build(name), 1, SMALL).as_text()) == 0
+    assert all_reduces(trees.build(name), 3) > 0
+
+
+@pytest.mark.parametrize(
+    "method", [clipax.clip_by_global_norm(1.0), clipax.clip_by_leaf_norm(1.0)]
+)
+def test_all_reduces_do_not_grow_with_the_number_of_leaves(method: Any) -> None:
+    assert all_reduces(method, 12) - all_reduces(method, 3) == (
+        all_reduces(optax.identity(), 12) - all_reduces(optax.identity(), 3)
+    )
+
+
+# No kernel of a matrix product sums what it makes: the gradients are read once for a norm.
+@pytest.mark.parametrize(
+    "method",
+    [
+        clipax.clip_by_global_norm(1.0),
+        clipax.clip_by_leaf_norm(1.0),
+        clipax.clip_by_block_rms(1.0),
+    ],
+)
+def test_a_norm_reads_the_gradients_as_often_as_optax(method: Any) -> None:
+    assert passes(method) <= passes(optax.clip_by_global_norm(1.0))
+
+
+def test_a_global_norm_needs_the_memory_of_optax() -> None:
+    ours, theirs = (
+        step_with(clip(1.0), 1, [2048] * 4).memory_analysis().temp_size_in_bytes
+        for clip in (clipax.clip_by_global_norm, optax.clip_by_global_norm)
+    )
+    assert ours <= 1.05 * theirs + 2**16
+
+
+def test_the_exported_artefact_compiles() -> None:
+    accelerators.compile_exported(every_method.exported(), accelerators.chips("h100")[:1])
