@@ -17,19 +17,23 @@ an `optax.GradientTransformation` that chains with any optimizer:
 * round a clip, to feed back what it takes off: `u_clip`, `clip21`
 * round a whole optimizer, to leave out bad steps: `skip_step`
 * what happened: `metrics`, `observe`
+* each example's gradient by itself: `clipped_grad`, `per_example_norms`, `explain`,
+  `track_quantile`
 * without an optimizer: `global_norm`, `clip_tree`, `clip_cotangent`
 * to build your own: `clip_by` over a norm (`global_norm`, `leaf_norm`, `unit_norm`,
   `block_rms`, `average_norm`), a threshold (`fixed`, `relative_to_params`, `per_norm`) and
   a coefficient (`hard`, `unclipped`, the smooth `rational`, `square_root` and `tanh`,
-  `normalized`); `scale_updates` for what does not decompose
+  `normalized`, `automatic`, `psac`); `scale_updates` for what does not decompose
 """
 
 from clipax._clip_by import ClipState as ClipState
 from clipax._clip_by import clip_by as clip_by
 from clipax.apply import clip_cotangent as clip_cotangent
 from clipax.apply import clip_tree as clip_tree
+from clipax.coefficients import automatic as automatic
 from clipax.coefficients import hard as hard
 from clipax.coefficients import normalized as normalized
+from clipax.coefficients import psac as psac
 from clipax.coefficients import rational as rational
 from clipax.coefficients import scale_updates as scale_updates
 from clipax.coefficients import square_root as square_root
@@ -70,6 +74,11 @@ from clipax.norms import block_rms as block_rms
 from clipax.norms import global_norm as global_norm
 from clipax.norms import leaf_norm as leaf_norm
 from clipax.norms import unit_norm as unit_norm
+from clipax.per_example import PerExampleInfo as PerExampleInfo
+from clipax.per_example import clipped_grad as clipped_grad
+from clipax.per_example import explain as explain
+from clipax.per_example import per_example_norms as per_example_norms
+from clipax.per_example import track_quantile as track_quantile
 from clipax.thresholds import fixed as fixed
 from clipax.thresholds import per_norm as per_norm
 from clipax.thresholds import relative_to_params as relative_to_params

@@ -61,7 +61,7 @@ def _largest_jvp(axis: Any, keepdims: bool, primals: Any, tangents: Any) -> Any:
     return _largest(*primals, axis, keepdims), jax.jvp(derived, primals, tangents)[1]
 
 
-def _largest_of(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+def largest_of(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
     return _largest(x, axis, keepdims)
 
 
@@ -84,7 +84,7 @@ def _largest_across_jvp(axes: Any, primals: Any, tangents: Any) -> Any:
 _Operation = tuple[Callable[..., Array], Callable[..., Any]]
 _Scales = Sequence[Any] | None
 _SUM: _Operation = (jnp.sum, jax.lax.psum)
-_MAX: _Operation = (_largest_of, _largest_across)
+_MAX: _Operation = (largest_of, _largest_across)
 
 
 # Both are jitted so that eager calls are cached, and inlined under an outer jit.
@@ -150,7 +150,7 @@ def _p_norms(
         return [_root(part / n, ord) for part, n in zip(sums, divisors, strict=True)]
 
     if ord != 2:
-        units = [_finite_or_one(largest) for largest in reduce(_MAX, 1.0, None)]
+        units = [finite_or_one(largest) for largest in reduce(_MAX, 1.0, None)]
         norms = roots(reduce(_SUM, ord, units))
         return [norm * unit for norm, unit in zip(norms, units, strict=True)]
 
@@ -264,7 +264,7 @@ def _scale_for(sums: Array) -> Array:
     return jnp.where(sums < within.lowest_sum, tiny, jnp.where(sums == jnp.inf, huge, one))
 
 
-def _finite_or_one(largest: Array) -> Array:
+def finite_or_one(largest: Array) -> Array:
     usable = (largest > 0) & jnp.isfinite(largest)
     # A norm does not depend on its unit, and neither does its derivative.
     return jax.lax.stop_gradient(jnp.where(usable, _leaves.unit_of(largest), 1.0))

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _leaves
-from clipax._typing import Array, Norms, Updates
+from clipax import _checks, _leaves
+from clipax._typing import Array, Coefficient, Norms, Updates
 
 
 def hard(norm: Array, max_norm: Array, *, eps: jax.typing.ArrayLike = 0.0) -> Array:
@@ -161,6 +161,70 @@ def normalized(norm: Array, max_norm: Array) -> Array:
     # The inner `where`s keep what is not taken out of the derivative.
     quotient = jnp.where(is_kept, 1.0, max_norm) / jnp.where(is_kept, 1.0, norm)
     return jnp.minimum(quotient, np.finfo(norm.dtype).max)
+
+
+def automatic(stability: jax.typing.ArrayLike = 0.01) -> Coefficient:
+    """Makes `coefficient = max_norm / (norm + stability)`: AUTO-S, a length hardly set.
+
+    For the gradients of examples (`clipped_grad`): all become about `max_norm` long, but for
+    those that are hardly longer than `stability`. With `stability=0` it is `normalized`.
+
+    Args:
+      stability: What is added to the norm, >= 0.
+
+    Returns:
+      A coefficient, with the edge cases of `normalized`; it may be more than one.
+
+    Raises:
+      ValueError: `stability` is no number >= 0.
+
+    Example:
+      >>> automatic(stability=1.0)(jnp.array([4.0, 0.0]), jnp.ones(2))
+      Array([0.2, 1. ], dtype=float32)
+
+    References:
+      Bu et al., Automatic Clipping: Differentially Private Deep Learning Made Easier and
+      Stronger, 2022, arXiv:2206.07136.
+    """
+    _checks.scalar(_checks.non_negative, stability=stability)
+
+    def coefficient(norm: Array, max_norm: Array) -> Array:
+        (added,) = _leaves.in_dtype_of(norm, stability)
+        return normalized(norm + added, max_norm)
+
+    return coefficient
+
+
+def psac(stability: jax.typing.ArrayLike = 0.1) -> Coefficient:
+    """Makes `coefficient = max_norm / (norm + stability / (norm + stability))`.
+
+    As `automatic`, but examples with small gradients are not lengthened: their weight grows
+    towards a norm of about `sqrt(stability)` and falls again from there.
+
+    Args:
+      stability: > 0; 0.1 and 0.01 are usual.
+
+    Returns:
+      A coefficient, with the edge cases of `normalized`; it may be more than one.
+
+    Raises:
+      ValueError: `stability` is no number > 0.
+
+    Example:
+      >>> psac(stability=1.0)(jnp.array([1.0, 0.0]), jnp.ones(2))
+      Array([0.6666667, 1.       ], dtype=float32)
+
+    References:
+      Xia et al., Differentially Private Learning with Per-Sample Adaptive Clipping, 2022,
+      arXiv:2212.00328. The formula is that of public implementations.
+    """
+    _checks.scalar(_checks.positive, stability=stability)
+
+    def coefficient(norm: Array, max_norm: Array) -> Array:
+        (added,) = _leaves.in_dtype_of(norm, stability)
+        return normalized(norm + added / (norm + added), max_norm)
+
+    return coefficient
 
 
 def scale_updates(updates: Updates, coefficients: Norms) -> Updates:

@@ -10,12 +10,12 @@ import clipax
 ROOT = pathlib.Path(clipax.__file__).parent
 FLOORS = [
     {"_typing"},
-    {"_compat", "_leaves", "_checks", "_transformation", "_window", "units"},
-    {"_safe_norm", "_matrices", "_spectral", "norms", "_moments", "coefficients"},
-    {"thresholds"},
+    {"_compat", "_leaves", "_checks", "_programs", "_transformation", "_window", "units"},
+    {"_safe_norm", "_matrices", "_products", "_spectral", "norms", "_moments", "coefficients"},
+    {"thresholds", "_grams", "_plans", "_examples"},
     {"_clip_by"},
     {"methods"},
-    {"wrappers", "metrics", "apply"},
+    {"wrappers", "metrics", "apply", "per_example"},
     {"__init__", "__main__"},
 ]
 MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py"))

@@ -1,0 +1,280 @@
+"""A loss function and a batch: what is measured of each example, and clipped."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipax import _checks, _leaves, _plans, _programs, norms
+from clipax._plans import Plan
+from clipax._products import Scope
+from clipax._programs import Ref
+from clipax._typing import Array, Coefficient, Norms
+
+ArgNums = int | Sequence[int]
+
+
+class PerExampleInfo(NamedTuple):
+    """What happened to each example."""
+
+    losses: Array
+    """The loss of each example, before clipping."""
+    norms: Norms
+    """The norm of each example's gradient; with a tree of bounds, a tree of them."""
+    coefficients: Norms
+    """What each gradient was multiplied by, in the structure of `norms`; 0 if left out."""
+    is_counted: Array
+    """Which examples are in the sum: not masked out, and not skipped."""
+    clip_fraction: Norms
+    """The share of the counted examples whose norm is above the bound."""
+    max_norm: Norms
+    """The bound, in the structure of `norms`."""
+    aux: Any
+    """What `loss_fn` returned besides, stacked; None without `has_aux`."""
+
+
+class Call:
+    """A loss function, and which of its arguments are what."""
+
+    def __init__(
+        self, loss_fn: Callable[..., Any], argnums: ArgNums, batch_argnums: ArgNums, has_aux: bool
+    ):
+        self._loss_fn, self._argnums, self._has_aux = loss_fn, argnums, has_aux
+        self._positions = _positions(argnums=argnums)
+        self._batched = _positions(batch_argnums=batch_argnums)
+        both = set(self._positions) & set(self._batched)
+        if both:
+            raise ValueError(
+                f"argnums and batch_argnums must differ, and both have {sorted(both)}: an"
+                " argument is either differentiated or has the examples."
+            )
+
+    def differentiated(self, args: Sequence[Any]) -> Any:
+        if isinstance(self._argnums, int):
+            return args[self._argnums]
+        return tuple(args[position] for position in self._argnums)
+
+    def check(self, args: Sequence[Any]) -> int:
+        """Refuses what cannot be clipped; the number of examples."""
+        for name, positions in (("argnums", self._positions), ("batch_argnums", self._batched)):
+            for position in positions:
+                if position >= len(args):
+                    raise ValueError(
+                        f"{name} has {position}, and there are {len(args)} arguments."
+                    )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.differentiated(args)):
+            if not _leaves.is_measured(leaf) or not hasattr(leaf, "dtype"):
+                kind = getattr(leaf, "dtype", type(leaf).__name__)
+                raise ValueError(
+                    f"The parameter {_leaves.path_string(path) or 'itself'} must be an array of"
+                    f" floats, got {kind}. Pass what is not differentiated as another argument."
+                )
+        return self._examples(args)
+
+    def _examples(self, args: Sequence[Any]) -> int:
+        sizes: dict[int, str] = {}
+        for position in self._batched:
+            for path, leaf in jax.tree_util.tree_leaves_with_path(args[position]):
+                name = f"argument {position}" + jax.tree_util.keystr(path)
+                if not jnp.ndim(leaf):
+                    raise ValueError(f"{name} has no axis of examples: its shape is ().")
+                sizes.setdefault(leaf.shape[0], name)
+        if len(sizes) != 1 or not next(iter(sizes)):
+            found = ", ".join(f"{size} in {name}" for size, name in sizes.items()) or "no array"
+            raise ValueError(
+                "The leaves of the batch must have one leading axis of at least one example,"
+                f" got {found}."
+            )
+        return next(iter(sizes))
+
+    def plans(self, args: Sequence[Any]) -> "Planned":
+        in_axes = [0 if position in self._batched else None for position in range(len(args))]
+        checked = _scalar_loss(self._loss_fn, self._has_aux)
+        differentiate = jax.value_and_grad(checked, self._argnums, self._has_aux)
+        program, shapes = _programs.of_example(differentiate, args, in_axes)
+        (_, aux), grads = shapes if self._has_aux else ((shapes[0], None), shapes[1])
+        leaves, structure = jax.tree_util.tree_flatten_with_path(grads)
+        depends = [
+            axis == 0
+            for axis, arg in zip(in_axes, args, strict=True)
+            for _ in jax.tree.leaves(arg)
+        ]
+        scope = Scope(program.jaxpr, depends)
+        outputs = program.jaxpr.outvars
+        gradients = outputs[len(outputs) - len(leaves) :]
+        plans = [
+            _plans.plan(_leaves.path_string(path), leaf, scope, variable)
+            for (path, leaf), variable in zip(leaves, gradients, strict=True)
+        ]
+        reported = [
+            (Ref((), each), scope.depends_on_example(each))
+            for each in outputs[: -len(leaves) or None]
+        ]
+        return Planned(program, in_axes, plans, structure, reported, jax.tree.structure(aux))
+
+    def measure(self, args: Sequence[Any]) -> "Measured":
+        planned, examples = self.plans(args), self._examples(args)
+        flags: dict[Ref, bool] = dict(planned.reported)
+        for plan in planned.plans:
+            flags.update(plan.refs)
+        refs = list(flags)
+
+        def evaluate(*example: Any) -> list[Any]:
+            return _programs.evaluate(planned.program, jax.tree.leaves(example), refs)
+
+        out_axes = [0 if flags[ref] else None for ref in refs]
+        found = jax.vmap(evaluate, tuple(planned.in_axes), out_axes)(*args)
+        values = dict(zip(refs, found, strict=True))
+        reported = [
+            value if flags[ref] else jnp.broadcast_to(value, (examples, *jnp.shape(value)))
+            for ref, value in ((ref, values[ref]) for ref, _ in planned.reported)
+        ]
+        pairs = [_plans.norms(plan, values, examples) for plan in planned.plans]
+        aux = jax.tree.unflatten(planned.aux, reported[1:]) if self._has_aux else None
+        return Measured(
+            planned.plans,
+            planned.structure,
+            [norm for norm, _ in pairs],
+            [kept for _, kept in pairs],
+            reported[0],
+            aux,
+        )
+
+    def in_parts(
+        self, clip_part: Callable[..., Any], args: Sequence[Any], mask: Any, bound: Any, size: int
+    ) -> tuple[Any, PerExampleInfo]:
+        """Some examples after others: the sum of the sums, and all that was told."""
+        examples = self._examples(args)
+        if examples % size:
+            raise ValueError(f"microbatch_size must divide the {examples} examples, got {size}.")
+
+        def split(tree: Any) -> Any:
+            return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), tree)
+
+        batches = split([args[position] for position in self._batched])
+        params = self.differentiated(args)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, _leaves.widened(leaf).dtype), params
+        )
+
+        def step(total: Any, part: Any) -> Any:
+            batch, part_mask = part
+            here = list(args)
+            for position, value in zip(self._batched, batch, strict=True):
+                here[position] = value
+            sums, info = clip_part(here, part_mask, bound)
+            return jax.tree.map(jnp.add, total, sums), info
+
+        total, infos = jax.lax.scan(step, zeros, (batches, split(mask)))
+        joined = jax.tree.map(
+            lambda leaf: leaf.reshape(examples, *leaf.shape[2:]),
+            infos._replace(max_norm=None, clip_fraction=None),
+        )
+        last = jax.tree.map(lambda leaf: leaf[-1], infos.max_norm)
+        return total, joined._replace(max_norm=last)
+
+
+class Planned(NamedTuple):
+    program: Any
+    in_axes: list[int | None]
+    plans: list[Plan]
+    structure: Any
+    reported: list[tuple[Ref, bool]]
+    aux: Any
+
+
+class Measured(NamedTuple):
+    plans: list[Plan]
+    structure: Any
+    leaf_norms: list[Array]
+    kept: list[_plans.Kept]
+    losses: Array
+    aux: Any
+
+    def clipped(
+        self, bound: Any, coefficient: Coefficient, mask: Array | None, skip_nonfinite: bool
+    ) -> tuple[Any, PerExampleInfo]:
+        """The sums of the clipped gradients, in the width of norms."""
+        tree = jax.tree.unflatten(self.structure, self.leaf_norms)
+        sizes = _leaves.map_prefix(
+            lambda _, subtree: norms_over(subtree),
+            bound,
+            tree,
+            is_leaf=_checks.is_bound_leaf,
+            name="max_norm",
+        )
+        bounds = _leaves.map_prefix(
+            lambda value, size: jnp.asarray(value).astype(size.dtype),
+            bound,
+            sizes,
+            is_leaf=_checks.is_bound_leaf,
+            name="max_norm",
+        )
+        counted = jnp.ones(self.losses.shape[0], bool) if mask is None else mask
+        if skip_nonfinite:
+            finite = [jnp.isfinite(size) for size in jax.tree.leaves(sizes)]
+            counted = jnp.all(jnp.stack([counted, *finite]), 0)
+        factors = jax.tree.map(
+            lambda size, limit: jnp.where(
+                counted, coefficient(size, jnp.broadcast_to(limit, size.shape)), 0
+            ),
+            sizes,
+            bounds,
+        )
+        weights: list[Array] = []
+        _leaves.map_prefix(
+            lambda factor, subtree: weights.extend([factor] * len(jax.tree.leaves(subtree))),
+            factors,
+            tree,
+            name="max_norm",
+        )
+        kept_out = None if mask is None and not skip_nonfinite else ~counted
+        rows = zip(self.plans, self.kept, weights, strict=True)
+        sums = [_plans.weighted_sum(plan, kept, weight, kept_out) for plan, kept, weight in rows]
+        info = PerExampleInfo(self.losses, sizes, factors, counted, None, bounds, self.aux)
+        return jax.tree.unflatten(self.structure, sums), info
+
+
+def norms_over(tree: Any) -> Array:
+    """One norm an example over all leaves."""
+    leaves = jax.tree.leaves(tree)
+    return leaves[0] if len(leaves) == 1 else jax.vmap(norms.global_norm)(leaves)
+
+
+def _scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    def checked(*args: Any) -> Any:
+        returned = loss_fn(*args)
+        if has_aux and not (isinstance(returned, tuple) and len(returned) == 2):
+            raise ValueError("With has_aux, loss_fn must return a pair (loss, aux).")
+        loss = returned[0] if has_aux else returned
+        if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), np.floating):
+            kind = f"{jnp.result_type(loss)}{list(jnp.shape(loss))}"
+            raise ValueError(
+                f"loss_fn must return one real number for one example, got {kind}. It is called"
+                " without the axis of examples."
+            )
+        return returned
+
+    return checked
+
+
+def _positions(**argument: Any) -> tuple[int, ...]:
+    ((name, value),) = argument.items()
+    positions = (
+        (value,)
+        if isinstance(value, int | np.integer)
+        else tuple(value)
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else (None,)
+    )
+    good = all(
+        isinstance(each, int | np.integer) and not isinstance(each, bool) and each >= 0
+        for each in positions
+    )
+    if not good or not positions or len(set(positions)) != len(positions):
+        raise ValueError(
+            f"{name} must be a position >= 0 or several different ones, got {value!r}."
+        )
+    return tuple(int(each) for each in positions)

@@ -1,0 +1,188 @@
+"""For each leaf, the cheapest exact way to the norms and the weighted sum of its gradients."""
+
+import enum
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipax import _grams, _leaves
+from clipax._grams import Values
+from clipax._products import Product, Scope, Terms, Whole, terms_of
+from clipax._programs import Ref
+from clipax._typing import Array
+
+# To fill a matrix with zeros and to read it again takes about as long as this many products.
+_PASSES_OF_A_SCATTER = 4
+
+
+class Way(enum.Enum):
+    """How the norm of a leaf's gradient is found."""
+
+    ZERO = "is zero"
+    OUTER = "norms of two vectors"
+    GRAM = "Gram matrices"
+    EACH = "made for each example"
+
+
+class Plan(NamedTuple):
+    """What is done for one leaf."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    terms: Terms
+    way: Way
+    why: str
+    cost: int
+    """Products of numbers for the norm of one example."""
+    entries: int
+    """Numbers that are made for it, and kept, for one example."""
+
+    @property
+    def refs(self) -> list[Ref]:
+        """What has to be evaluated."""
+        found = []
+        for term in self.terms:
+            if isinstance(term, Whole):
+                found.append((term.ref, term.depends))
+            else:
+                operands = (term.lhs, term.rhs, *term.factors)
+                found += [(operand.ref, operand.depends) for operand in operands]
+        return found
+
+
+class Kept(NamedTuple):
+    """What of a leaf is kept until the coefficients are known."""
+
+    products: list[tuple[Product, _grams.Factors]]
+    constant: Array | None
+    """What is added to the gradient of every example alike."""
+    each: Array | None
+    """The gradients, in the place of their factors."""
+
+
+def plan(name: str, leaf: Any, scope: Scope, variable: Any) -> Plan:
+    """Chooses by the numbers of operations, which the shapes tell."""
+    terms = terms_of(scope, variable)
+    products = [term for term in terms if isinstance(term, Product)]
+    constants = tuple(term for term in terms if isinstance(term, Whole))
+    facts = (name, tuple(leaf.shape), leaf.dtype)
+    size = math.prod(leaf.shape)
+    if not terms:
+        return Plan(*facts, (), Way.ZERO, "no term", 0, 0)
+    if not products:
+        return Plan(*facts, terms, Way.EACH, f"comes from {constants[0].why}", size, size)
+    aligned = _aligned(products)
+    if aligned is None:
+        whole = scope.whole(variable, "products that do not compare")
+        return Plan(*facts, whole, Way.EACH, whole[0].why, size, size)
+
+    sizes = [_grams.roles(term).sizes for term in aligned]
+    terms = (*aligned, *constants)
+    summed, first = sum(each.summed for each in sizes), sizes[0]
+    kept = sum(map(_entries, aligned))
+    if summed == first.shared == 1 and not constants:
+        return Plan(*facts, terms, Way.OUTER, "a product that sums over nothing", kept, kept)
+    by_gram = first.shared * summed**2 * (first.rows + first.columns)
+    by_each = sum(map(_cost_of_each, aligned))
+    if by_gram <= by_each:
+        return Plan(*facts, terms, Way.GRAM, f"{summed} x {summed}", by_gram, kept)
+    return Plan(*facts, terms, Way.EACH, "cheaper than its factors", by_each, min(size, kept))
+
+
+def _entries(term: Product) -> int:
+    sizes = _grams.roles(term).sizes
+    rows = 1 if term.one_hot is not None else sizes.rows
+    return sizes.shared * sizes.summed * (rows + sizes.columns)
+
+
+def _cost_of_each(term: Product) -> int:
+    sizes = _grams.roles(term).sizes
+    if term.one_hot is not None:
+        return _PASSES_OF_A_SCATTER * sizes.result + sizes.shared * sizes.summed * sizes.columns
+    return sizes.summed * sizes.result
+
+
+def _aligned(products: Sequence[Product]) -> list[Product] | None:
+    """The products in one layout, with factors exchanged where need be; None where there is none."""
+    fixed = [term for term in products if term.one_hot is not None]
+    wanted = _grams.layout((fixed or products)[0])
+    aligned = []
+    for term in products:
+        can_turn = term.one_hot is None
+        fitting = [
+            each
+            for each in (term, _grams.turned(term) if can_turn else term)
+            if _grams.layout(each) == wanted
+        ]
+        if not fitting:
+            return None
+        aligned.append(fitting[0])
+    return aligned
+
+
+def norms(plan: Plan, values: Values, examples: int) -> tuple[Array, Kept]:
+    """The norm of the leaf's gradient for each example, and what is kept of it."""
+    products = [
+        (term, _grams.factors(term, values, examples))
+        for term in plan.terms
+        if isinstance(term, Product)
+    ]
+    parts = [each for _, each in products]
+    whole = [term for term in plan.terms if isinstance(term, Whole)]
+    each = constant = None
+    for term in whole:
+        value = jnp.asarray(values[term.ref])
+        if term.depends:
+            each = value
+        else:
+            constant = jnp.broadcast_to(value, plan.shape)
+    if plan.way is Way.ZERO:
+        wide = _leaves.wide_dtype(plan.dtype)
+        return jnp.zeros((examples,), wide), Kept([], None, None)
+    if plan.way is Way.OUTER:
+        return _grams.outer_norms(parts[0]), Kept(products, None, None)
+    if plan.way is Way.GRAM:
+        block = None if constant is None else _grams.taken_apart(products[0][0], constant)
+        return _grams.gram_norms(parts, block), Kept(products, constant, None)
+    if each is None:
+        each = _made(plan, products, constant, examples)
+    is_smaller = math.prod(plan.shape) <= sum(map(_entries, [term for term, _ in products]))
+    kept = Kept(products, constant, None) if products and not is_smaller else Kept([], None, each)
+    return _grams.row_norms(each), kept
+
+
+def _made(plan: Plan, products: Any, constant: Array | None, examples: int) -> Array:
+    each = jnp.zeros((examples, *plan.shape), plan.dtype)
+    for term, parts in products:
+        assemble = jax.vmap(lambda block, term=term: _grams.assembled(term, block))
+        each = each + assemble(_grams.each_product(parts)).astype(plan.dtype)
+    return each if constant is None else each + constant
+
+
+def weighted_sum(plan: Plan, kept: Kept, weights: Array, is_kept_out: Array | None) -> Array:
+    """The sum of the examples' gradients, each times its weight.
+
+    Of examples that are kept out nothing may come in, not even times zero: it may be NaN.
+    """
+    wide = _leaves.widened(jnp.zeros((), plan.dtype)).dtype
+
+    def without(array: Array) -> Array:
+        if is_kept_out is None:
+            return array
+        return jnp.where(is_kept_out.reshape(-1, *[1] * (array.ndim - 1)), 0, array)
+
+    total = jnp.zeros(plan.shape, wide)
+    if kept.each is not None:
+        each = without(kept.each)
+        total += jnp.tensordot(weights.astype(wide), each.astype(wide), 1)
+    for term, parts in kept.products:
+        lhs = parts.lhs if parts.is_one_hot else without(parts.lhs)
+        parts = parts._replace(lhs=lhs, rhs=without(parts.rhs))
+        total += _grams.assembled(term, _grams.weighted_product(parts, weights)).astype(wide)
+    if kept.constant is not None:
+        total += jnp.sum(weights) * kept.constant.astype(wide)
+    return total

@@ -1,0 +1,674 @@
+"""Finds the products of which gradients are made, without making them.
+
+The gradient of a weight is nearly always a sum of `lhs^T rhs`: of activations and of what
+flows back to them. Walked back from a gradient, the program tells them, through whatever
+only moves, adds or scales entries.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipax import _programs
+from clipax._programs import Body, Equation, Literal, Program, Ref
+from clipax._typing import Array
+
+
+class Axis:
+    """An axis of an operand. Operands of a product that share it are multiplied along it."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+
+class Operand(NamedTuple):
+    """A factor of a product: a value of the program, and what is done to it first."""
+
+    ref: Ref
+    depends: bool
+    """Whether it differs from example to example."""
+    stacked: tuple[Axis, ...]
+    """Its leading axes, of the scans round it."""
+    axes: tuple[Axis, ...]
+    """The others, after the preparations."""
+    preparations: tuple[Callable[[Array], Array], ...] = ()
+    """Functions of the value without its stacked axes."""
+
+    @property
+    def all_axes(self) -> tuple[Axis, ...]:
+        return self.stacked + self.axes
+
+    def prepared(self, value: Array) -> Array:
+        for preparation in self.preparations:
+            value = mapped(preparation, len(self.stacked))(value)
+        return value
+
+
+class Product(NamedTuple):
+    """`sum over the axes that are not in out of lhs * rhs`, its entries then moved."""
+
+    lhs: Operand
+    rhs: Operand
+    out: tuple[Axis, ...]
+    moves: tuple[Callable[[Array], Array], ...] = ()
+    """What keeps the entries, and so the norm."""
+    one_hot: Axis | None = None
+    """The axis along which `lhs`, of integers, tells the place of a one among zeros."""
+    scale: float = 1.0
+    factors: tuple[Operand, ...] = ()
+    """Scalars that it is multiplied by, too: one, or one a step of a scan."""
+    precision: Any = None
+
+
+class Whole(NamedTuple):
+    """A value of the program as it is."""
+
+    ref: Ref
+    depends: bool
+    why: str
+
+
+class Passed(NamedTuple):
+    """In a body, the operand at a position as it is."""
+
+    position: int
+
+
+Term: TypeAlias = Product | Whole | Passed
+Terms: TypeAlias = tuple[Term, ...]
+
+
+class Move(NamedTuple):
+    """A function that moves entries; two are equal if they do the same."""
+
+    name: str
+    arguments: Any
+
+    def __call__(self, value: Array) -> Array:
+        if self.name == "mapped":
+            return jax.vmap(self.arguments)(value)
+        return getattr(jax.lax, self.name)(value, *self.arguments)
+
+
+def mapped(function: Callable[[Array], Array], times: int) -> Callable[[Array], Array]:
+    """The function over some leading axes."""
+    for _ in range(times):
+        function = jax.vmap(function)
+    return function
+
+
+class Scope:
+    """A program, or the body of one of its equations, and what is round it."""
+
+    def __init__(
+        self,
+        program: Program,
+        depends: Sequence[bool],
+        path: tuple[Equation, ...] = (),
+        outer: "Scope | None" = None,
+    ):
+        self.program, self.path, self.outer = program, path, outer
+        self.depending = {
+            variable for variable, flag in zip(program.invars, depends, strict=True) if flag
+        }
+        self.made_by: dict[Any, tuple[Equation, int]] = {}
+        self._bodies: dict[int, Scope] = {}
+        for equation in program.eqns:
+            is_dependent = any(self.depends_on_example(operand) for operand in equation.invars)
+            for position, variable in enumerate(equation.outvars):
+                self.made_by[variable] = (equation, position)
+                if is_dependent:
+                    self.depending.add(variable)
+
+    def maker(self, atom: Any) -> tuple[Equation | None, int]:
+        """The equation that makes a variable, and at which of its outputs."""
+        return self.made_by.get(atom, (None, 0)) if _is_variable(atom) else (None, 0)
+
+    def depends_on_example(self, variable: Any) -> bool:
+        return not isinstance(variable, Literal) and variable in self.depending
+
+    def inside(self, equation: Equation, body: Body) -> "Scope":
+        if id(equation) not in self._bodies:
+            # A scan passes what one step makes of an example on to all others.
+            anything = any(map(self.depends_on_example, equation.invars))
+            each = [self.depends_on_example(operand) for operand in equation.invars]
+            depends = [anything] * len(each) if body.is_scan else each
+            path = (*self.path, equation)
+            self._bodies[id(equation)] = Scope(body.program, depends, path, self)
+        return self._bodies[id(equation)]
+
+    def whole(self, variable: Any, why: str) -> Terms:
+        return (Whole(self.ref(variable), self.depends_on_example(variable), why),)
+
+    def ref(self, atom: Any) -> Ref:
+        return Ref(self.path if _is_variable(atom) else (), atom)
+
+    def operand(self, variable: Any, axes: Sequence[Axis], *preparations: Any) -> Operand:
+        depends = self.depends_on_example(variable)
+        return Operand(self.ref(variable), depends, (), tuple(axes), preparations)
+
+
+def terms_of(scope: Scope, variable: Any) -> Terms:
+    """The terms that add up to a variable. None of them is zero."""
+    found: list[Term] = []
+    pending = [variable]
+    while pending:
+        current = pending.pop()
+        equation, position = scope.maker(current)
+        if equation is not None and equation.primitive.name in ("add", "add_any"):
+            pending += equation.invars
+        elif not _is_zero(scope, current):
+            found += _terms_that_are_no_sum(scope, current, equation, position)
+    whole = [term for term in found if isinstance(term, Whole)]
+    # What is made for each example anyway is added up by the program itself.
+    if len(found) > 1 and (len(whole) > 1 or any(term.depends for term in whole)):
+        return scope.whole(variable, "; ".join(dict.fromkeys(term.why for term in whole)))
+    return tuple(found)
+
+
+def _terms_that_are_no_sum(
+    scope: Scope, variable: Any, equation: Equation | None, position: int
+) -> Terms:
+    if equation is not None:
+        terms = _rule(scope, equation, position)
+        return scope.whole(variable, equation.primitive.name) if terms is None else terms
+    if scope.outer is not None and variable in scope.program.invars:
+        return (Passed(scope.program.invars.index(variable)),)
+    return scope.whole(variable, "an argument or a constant")
+
+
+def _is_variable(atom: Any) -> bool:
+    return not isinstance(atom, Literal)
+
+
+def _is_zero(scope: Scope, atom: Any) -> bool:
+    if isinstance(atom, Literal):
+        return np.ndim(atom.val) == 0 and atom.val == 0
+    equation, _ = scope.maker(atom)
+    is_broadcast = equation is not None and equation.primitive.name == "broadcast_in_dim"
+    return is_broadcast and _is_zero(scope, equation.invars[0])
+
+
+def _rule(scope: Scope, equation: Equation, position: int) -> Terms | None:
+    body = _programs.body_of(equation)
+    if body is not None:
+        return (_scan if body.is_scan else _call)(scope, equation, body, position)
+    rule = _RULES.get(equation.primitive.name)
+    return None if rule is None else rule(scope, equation)
+
+
+# -- What makes products -------------------------------------------------------------------------
+
+
+def _dot_general(scope: Scope, equation: Equation) -> Terms | None:
+    lhs, rhs = equation.invars
+    (lhs_summed, rhs_summed), (lhs_batch, rhs_batch) = equation.params["dimension_numbers"]
+    lhs_axes, rhs_axes = _axes_of(lhs), _axes_of(rhs)
+    for one, other in ((lhs_summed, rhs_summed), (lhs_batch, rhs_batch)):
+        for left, right in zip(one, other, strict=True):
+            rhs_axes[right] = lhs_axes[left]
+    batch = [lhs_axes[axis] for axis in lhs_batch]
+    free = [
+        axis
+        for axes, taken in (
+            (lhs_axes, (*lhs_summed, *lhs_batch)),
+            (rhs_axes, (*rhs_summed, *rhs_batch)),
+        )
+        for index, axis in enumerate(axes)
+        if index not in taken
+    ]
+    return _product(
+        scope,
+        scope.operand(lhs, lhs_axes),
+        scope.operand(rhs, rhs_axes),
+        (*batch, *free),
+        precision=equation.params["precision"],
+    )
+
+
+def _product(
+    scope: Scope, lhs: Operand, rhs: Operand, out: Sequence[Axis], **options: Any
+) -> Terms | None:
+    depends = lhs.depends or rhs.depends
+    is_real = not any(
+        jnp.issubdtype(operand.ref.variable.aval.dtype, np.complexfloating)
+        for operand in (lhs, rhs)
+    )
+    return (Product(lhs, rhs, tuple(out), **options),) if depends and is_real else None
+
+
+def _axes_of(variable: Any) -> list[Axis]:
+    return [Axis(size) for size in variable.aval.shape]
+
+
+def _scatter_add(scope: Scope, equation: Equation) -> Terms | None:
+    """Of look-ups: updates times the rows of a matrix of zeros and ones."""
+    operand, indices, updates = equation.invars
+    numbers, mode = equation.params["dimension_numbers"], equation.params["mode"]
+    places = numbers.scatter_dims_to_operand_dims
+    window = numbers.update_window_dims
+    if len(places) != 1 or numbers.inserted_window_dims != places:
+        return None
+    if numbers.operand_batching_dims:
+        return None
+    (place,) = places
+    out = _axes_of(operand)
+    rest = [axis for index, axis in enumerate(out) if index != place]
+    update_axes = _axes_of(updates)
+    if [update_axes[index].size for index in window] != [axis.size for axis in rest]:
+        return None
+    for index, axis in zip(window, rest, strict=True):
+        update_axes[index] = axis
+    looked_up = [axis for index, axis in enumerate(update_axes) if index not in window]
+    tells = scope.operand(indices, looked_up, _Place(out[place].size, _is_clipped(mode)))
+    new = _product(scope, tells, scope.operand(updates, update_axes), out, one_hot=out[place])
+    return None if new is None else terms_of(scope, operand) + new
+
+
+class _Place(NamedTuple):
+    """The place that an index tells; the size itself, which no place has, for one outside."""
+
+    size: int
+    is_clipped: bool
+
+    def __call__(self, indices: Array) -> Array:
+        indices = indices[..., 0]
+        if self.is_clipped:
+            return jnp.clip(indices, 0, self.size - 1)
+        return jnp.where((indices >= 0) & (indices < self.size), indices, self.size)
+
+
+def _is_clipped(mode: Any) -> bool:
+    return jax.lax.GatherScatterMode.from_any(mode) == jax.lax.GatherScatterMode.CLIP
+
+
+# More than this many entries of a window would be more slices than a compiler likes.
+_LARGEST_WINDOW = 128
+
+
+def _conv(scope: Scope, equation: Equation) -> Terms | None:
+    """Of kernels: windows of the activations times what flows back."""
+    lhs, rhs = equation.invars
+    params = equation.params
+    numbers = params["dimension_numbers"]
+    groups = params["batch_group_count"]
+    inputs, outputs, results = (
+        [variable.aval.shape[axis] for axis in spec]
+        for variable, spec in zip(
+            (lhs, rhs, equation.outvars[0]),
+            (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec),
+            strict=True,
+        )
+    )
+    if params["feature_group_count"] != 1 or math.prod(results[2:]) > _LARGEST_WINDOW:
+        return None
+    group, row, column = Axis(groups), Axis(inputs[0] // groups), Axis(outputs[0] // groups)
+    feature = Axis(inputs[1])
+    window, places = ([Axis(size) for size in sizes[2:]] for sizes in (results, outputs))
+    windows = _Windows(
+        tuple(numbers.lhs_spec),
+        groups,
+        tuple(results[2:]),
+        tuple(outputs[2:]),
+        *(tuple(params[name]) for name in ("window_strides", "padding")),
+        *(tuple(params[name]) for name in ("lhs_dilation", "rhs_dilation")),
+    )
+    grouped = _Grouped(tuple(numbers.rhs_spec), groups)
+    out = [row, group, column, *window]
+    moves = (
+        Move("reshape", ((row.size, groups * column.size, *results[2:]),)),
+        Move("transpose", (tuple(int(axis) for axis in np.argsort(numbers.out_spec)),)),
+    )
+    return _product(
+        scope,
+        scope.operand(lhs, [group, row, feature, *window, *places], windows),
+        scope.operand(rhs, [group, column, feature, *places], grouped),
+        out,
+        moves=moves,
+        precision=params["precision"],
+    )
+
+
+class _Grouped(NamedTuple):
+    """Puts the first axis of a convolution's operand first, split into its groups."""
+
+    spec: tuple[int, ...]
+    groups: int
+
+    def __call__(self, value: Array) -> Array:
+        value = jnp.transpose(value, self.spec)
+        return value.reshape(self.groups, value.shape[0] // self.groups, *value.shape[1:])
+
+
+class _Windows(NamedTuple):
+    """Entry `[..., k, p]` is what a convolution multiplies entry `p` with for result `k`."""
+
+    spec: tuple[int, ...]
+    groups: int
+    results: tuple[int, ...]
+    places: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    spacing: tuple[int, ...]
+
+    def __call__(self, value: Array) -> Array:
+        value = _Grouped(self.spec, self.groups)(value)
+        edges = [
+            (low, high, step - 1)
+            for (low, high), step in zip(self.padding, self.dilation, strict=True)
+        ]
+        zero = jnp.zeros((), value.dtype)
+        value = jax.lax.pad(value, zero, [(0, 0, 0)] * 3 + edges)
+        lead = value.shape[:3]
+        slices = []
+        for result in np.ndindex(*self.results):
+            first = [index * stride for index, stride in zip(result, self.strides, strict=True)]
+            last = [
+                start + (count - 1) * step + 1
+                for start, count, step in zip(first, self.places, self.spacing, strict=True)
+            ]
+            slices.append(
+                jax.lax.slice(value, (0, 0, 0, *first), (*lead, *last), (1, 1, 1, *self.spacing))
+            )
+        return jnp.stack(slices, 3).reshape(*lead, *self.results, *self.places)
+
+
+# -- What keeps them -----------------------------------------------------------------------------
+
+
+def _each(scope: Scope, atom: Any, change: Callable[[Product], Product | None]) -> Terms | None:
+    """The terms of an operand, changed; None where one of them cannot be."""
+    changed = []
+    for term in terms_of(scope, atom):
+        new = change(term) if isinstance(term, Product) else None
+        if new is None:
+            return None
+        changed.append(new)
+    return tuple(changed)
+
+
+def _moved(scope: Scope, equation: Equation, name: str, *arguments: Any) -> Terms | None:
+    move = Move(name, arguments)
+    return _each(scope, equation.invars[0], lambda term: term._replace(moves=(*term.moves, move)))
+
+
+def _transpose(scope: Scope, equation: Equation) -> Terms | None:
+    permutation = tuple(equation.params["permutation"])
+
+    def change(term: Product) -> Product:
+        if term.moves:
+            return term._replace(moves=(*term.moves, Move("transpose", (permutation,))))
+        return term._replace(out=tuple(term.out[axis] for axis in permutation))
+
+    return _each(scope, equation.invars[0], change)
+
+
+def _reshape(scope: Scope, equation: Equation) -> Terms | None:
+    if equation.params["dimensions"] is not None:
+        return None
+    shape = tuple(equation.outvars[0].aval.shape)
+    return _each(scope, equation.invars[0], lambda term: _reshaped(term, shape))
+
+
+def _reshaped(term: Product, shape: tuple[int, ...]) -> Product:
+    longer = [axis for axis in term.out if axis.size != 1]
+    if term.moves or [axis.size for axis in longer] != [size for size in shape if size != 1]:
+        return term._replace(moves=(*term.moves, Move("reshape", (shape,))))
+    # Only axes of size one come and go.
+    rest = iter(longer)
+    return term._replace(out=tuple(next(rest) if size != 1 else Axis(1) for size in shape))
+
+
+def _broadcast(scope: Scope, equation: Equation) -> Terms | None:
+    (operand, *_), result = equation.invars, equation.outvars[0]
+    if math.prod(operand.aval.shape) != math.prod(result.aval.shape):
+        return None
+    shape = tuple(result.aval.shape)
+    return _each(scope, operand, lambda term: _reshaped(term, shape))
+
+
+def _reduce_sum(scope: Scope, equation: Equation) -> Terms | None:
+    summed = equation.params["axes"]
+
+    def change(term: Product) -> Product | None:
+        if term.moves or term.one_hot in [term.out[axis] for axis in summed]:
+            return None
+        kept = [axis for index, axis in enumerate(term.out) if index not in summed]
+        return term._replace(out=tuple(kept))
+
+    return _each(scope, equation.invars[0], change)
+
+
+def _pad(scope: Scope, equation: Equation) -> Terms | None:
+    operand, filling = equation.invars
+    config = tuple(tuple(map(int, edges)) for edges in equation.params["padding_config"])
+    if not _is_zero(scope, filling) or min(low for edges in config for low in edges) < 0:
+        return None
+
+    def change(term: Product) -> Product | None:
+        for position, edges in enumerate(config):
+            if edges != (0, 0, 0):
+                term = _cut(term, position, _Pad, edges)
+        return term
+
+    return _each(scope, operand, lambda term: None if term.moves or term.one_hot else change(term))
+
+
+def _slice(scope: Scope, equation: Equation) -> Terms | None:
+    params = equation.params
+    shape = equation.invars[0].aval.shape
+    strides = params["strides"] or [1] * len(shape)
+    rows = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
+
+    def change(term: Product) -> Product | None:
+        for position, (row, size) in enumerate(zip(rows, shape, strict=True)):
+            if row != (0, size, 1):
+                term = _cut(term, position, _Cut, row)
+        return term
+
+    return _each(
+        scope,
+        equation.invars[0],
+        lambda term: None if term.moves or term.one_hot else change(term),
+    )
+
+
+class _Pad(NamedTuple):
+    """Adds zeros along an axis."""
+
+    axis: int
+    edges: tuple[int, int, int]
+
+    def __call__(self, value: Array) -> Array:
+        config = [(0, 0, 0)] * value.ndim
+        config[self.axis] = self.edges
+        return jax.lax.pad(value, jnp.zeros((), value.dtype), config)
+
+
+class _Cut(NamedTuple):
+    """Takes a part along an axis."""
+
+    axis: int
+    part: tuple[int, int, int]
+
+    def __call__(self, value: Array) -> Array:
+        return jax.lax.slice_in_dim(value, *self.part, axis=self.axis)
+
+
+def _cut(term: Product, position: int, kind: Any, how: tuple[int, int, int]) -> Product:
+    """Pads or cuts the operands along an axis of the result."""
+    old = term.out[position]
+    low, high, step = how
+    if kind is _Pad:
+        new = Axis(low + high + old.size + max(0, old.size - 1) * step)
+    else:
+        new = Axis(len(range(low, high, step)))
+
+    def change(operand: Operand) -> Operand:
+        if old not in operand.axes:
+            return operand
+        index = operand.axes.index(old)
+        return operand._replace(
+            axes=tuple(new if axis is old else axis for axis in operand.axes),
+            preparations=(*operand.preparations, kind(index, how)),
+        )
+
+    out = tuple(new if axis is old else axis for axis in term.out)
+    return term._replace(lhs=change(term.lhs), rhs=change(term.rhs), out=out)
+
+
+def _mul(scope: Scope, equation: Equation) -> Terms | None:
+    for atom, other in (equation.invars, equation.invars[::-1]):
+        scalar = _scalar(scope, other)
+        if scalar is not None:
+            by = scope.operand(scalar, ())
+            return _each(
+                scope, atom, lambda term, by=by: term._replace(factors=(*term.factors, by))
+            )
+    return None
+
+
+def _div(scope: Scope, equation: Equation) -> Terms | None:
+    atom, other = equation.invars
+    scalar = _scalar(scope, other)
+    if scalar is None:
+        return None
+    by = scope.operand(scalar, (), jnp.reciprocal)
+    return _each(scope, atom, lambda term: term._replace(factors=(*term.factors, by)))
+
+
+def _scalar(scope: Scope, atom: Any) -> Any:
+    """What has one value for all entries: a scalar, or one that was broadcast."""
+    while atom.aval.ndim:
+        equation, _ = scope.maker(atom)
+        if equation is None or equation.primitive.name != "broadcast_in_dim":
+            return None
+        (atom, *_) = equation.invars
+    return atom
+
+
+def _neg(scope: Scope, equation: Equation) -> Terms | None:
+    return _each(scope, equation.invars[0], lambda term: term._replace(scale=-term.scale))
+
+
+def _same(scope: Scope, equation: Equation) -> Terms | None:
+    return _each(scope, equation.invars[0], lambda term: term)
+
+
+def _cast(scope: Scope, equation: Equation) -> Terms | None:
+    # The sum is cast in the end, and a norm is taken of what was not rounded.
+    is_float = jnp.issubdtype(equation.params["new_dtype"], np.floating)
+    return _same(scope, equation) if is_float else None
+
+
+_RULES: dict[str, Callable[[Scope, Equation], Terms | None]] = {
+    "dot_general": _dot_general,
+    "scatter-add": _scatter_add,
+    "scatter_add": _scatter_add,
+    "conv_general_dilated": _conv,
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "squeeze": lambda scope, equation: _each(
+        scope,
+        equation.invars[0],
+        lambda term: _reshaped(term, tuple(equation.outvars[0].aval.shape)),
+    ),
+    "broadcast_in_dim": _broadcast,
+    "reduce_sum": _reduce_sum,
+    "pad": _pad,
+    "slice": _slice,
+    "mul": _mul,
+    "div": _div,
+    "neg": _neg,
+    "convert_element_type": _cast,
+    "copy": _same,
+    "copy_p": _same,
+    "rev": lambda scope, equation: _moved(
+        scope, equation, "rev", tuple(equation.params["dimensions"])
+    ),
+}
+
+
+# -- Bodies --------------------------------------------------------------------------------------
+
+
+def _split_passed(terms: Terms) -> tuple[list[int], Terms]:
+    passed = [term.position for term in terms if isinstance(term, Passed)]
+    return passed, tuple(term for term in terms if not isinstance(term, Passed))
+
+
+def _call(scope: Scope, equation: Equation, body: Body, position: int) -> Terms | None:
+    inside = scope.inside(equation, body)
+    passed, rest = _split_passed(terms_of(inside, body.program.outvars[position]))
+    outer = [terms_of(scope, equation.invars[index]) for index in passed]
+    return sum(outer, ()) + tuple(_outwards(scope, inside, equation, term) for term in rest)
+
+
+def _outwards(scope: Scope, inside: Scope, equation: Equation, term: Term) -> Term:
+    """A term with operands of the body named by what they are outside."""
+    outer = dict(zip(inside.program.invars, equation.invars, strict=True))
+
+    def lift(operand: Operand) -> Operand:
+        variable = operand.ref.variable
+        if operand.ref.path == inside.path and _is_variable(variable) and variable in outer:
+            return operand._replace(ref=Ref(scope.path, outer[variable]))
+        return operand
+
+    return term if isinstance(term, Whole) else _with_operands(term, lift)
+
+
+def _with_operands(term: Product, change: Callable[[Operand], Operand]) -> Product:
+    return term._replace(
+        lhs=change(term.lhs), rhs=change(term.rhs), factors=tuple(map(change, term.factors))
+    )
+
+
+def _scan(scope: Scope, equation: Equation, body: Body, position: int) -> Terms | None:
+    layout = _programs.scan_layout(equation, body)
+    inside = scope.inside(equation, body)
+    terms = terms_of(inside, body.program.outvars[position])
+    passed, rest = _split_passed(terms)
+    if any(isinstance(term, Whole) for term in rest):
+        return None
+    step = Axis(equation.params["length"])
+    lifted = tuple(_stacked(scope, inside, equation, body, term, step) for term in rest)
+    if position < layout.carries:
+        # The sum of a term over the steps, if nothing else is done to what is carried.
+        if passed != [layout.consts + position]:
+            return None
+        return terms_of(scope, equation.invars[layout.consts + position]) + lifted
+    if passed:
+        return None
+    return tuple(
+        term._replace(
+            out=(step, *term.out), moves=tuple(Move("mapped", move) for move in term.moves)
+        )
+        for term in lifted
+    )
+
+
+def _stacked(
+    scope: Scope, inside: Scope, equation: Equation, body: Body, term: Product, step: Axis
+) -> Product:
+    """A term of one step as a product along all steps."""
+    layout = _programs.scan_layout(equation, body)
+    pairs = zip(inside.program.invars, equation.invars, strict=True)
+    outer = {variable: (index, value) for index, (variable, value) in enumerate(pairs)}
+
+    def lift(operand: Operand) -> Operand:
+        if not _is_variable(operand.ref.variable):
+            return operand
+        is_here = operand.ref.path == inside.path
+        index, value = outer.get(operand.ref.variable, (None, None)) if is_here else (None, None)
+        if index is not None and not layout.consts <= index < layout.consts + layout.carries:
+            operand = operand._replace(ref=Ref(scope.path, value))
+            if index < layout.consts:
+                return operand
+        return operand._replace(stacked=(step, *operand.stacked))
+
+    return _with_operands(term, lift)
