@@ -176,7 +176,7 @@ def _evaluate(
         body = body_of(step.equation)
         operands = [read(variable) for variable in step.equation.invars]
         if body is None:
-            results = _bind(step.equation, operands)
+            results = _bind(program, step.equation, operands)
             outputs = [results[position] for position in step.positions]
         elif body.is_scan:
             outputs = _scan(step, body, operands)
@@ -188,15 +188,21 @@ def _evaluate(
     return [values[ref] if ref.path else read(ref.variable) for ref in wanted]
 
 
-def _bind(equation: Equation, operands: Sequence[Any]) -> list[Any]:
+def _bind(program: Program, equation: Equation, operands: Sequence[Any]) -> list[Any]:
     # As a program of one equation: how a primitive is bound differs from version to version.
     given = {
         variable: value
         for variable, value in zip(equation.invars, operands, strict=True)
         if isinstance(variable, Variable)
     }
-    program = core.Jaxpr([], list(given), list(equation.outvars), [equation], equation.effects)
-    return list(core.jaxpr_as_fun(core.ClosedJaxpr(program, []))(*given.values()))
+    alone = program.replace(
+        constvars=[],
+        invars=list(given),
+        outvars=list(equation.outvars),
+        eqns=[equation],
+        effects=equation.effects,
+    )
+    return list(core.jaxpr_as_fun(core.ClosedJaxpr(alone, []))(*given.values()))
 
 
 def _body_inputs(body: Body, operands: Sequence[Any]) -> dict[Variable, Any]:
