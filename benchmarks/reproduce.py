@@ -18,7 +18,7 @@ from benchmarks import (
     reproduce_noise,
     reproduce_spikes,
 )
-from benchmarks.adam_step import _machine as machine
+from benchmarks.machine import machine
 from benchmarks.reproduce_shared import json_ready
 
 EXPERIMENTS = {

@@ -9,8 +9,8 @@ import numpy as np
 
 from clipax import _checks, _leaves, _plans, _programs, norms
 from clipax._plans import Plan
-from clipax._products import Scope
 from clipax._programs import Ref
+from clipax._terms import Scope
 from clipax._typing import Array, Coefficient, Norms
 
 ArgNums = int | Sequence[int]
@@ -109,7 +109,7 @@ class Call:
             for (path, leaf), variable in zip(leaves, gradients, strict=True)
         ]
         reported = [
-            (Ref((), each), scope.depends_on_example(each))
+            (scope.ref(each), scope.depends_on_example(each))
             for each in outputs[: -len(leaves) or None]
         ]
         return Planned(program, in_axes, plans, structure, reported, jax.tree.structure(aux))

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from clipax import _leaves, _safe_norm
-from clipax._products import Axis, Operand, Product
 from clipax._programs import Ref
+from clipax._terms import Axis, Operand, Product
 from clipax._typing import Array
 
 Values = dict[Ref, Array]
@@ -56,12 +56,15 @@ class Sizes(NamedTuple):
 
 def roles(term: Product) -> Roles:
     lhs, rhs = set(term.lhs.all_axes), set(term.rhs.all_axes)
+    steps = [axis for factor in term.factors for axis in factor.all_axes]
+    lhs |= set(steps)
+    rhs |= set(steps)
     if term.one_hot is not None:
         # Places cannot be added up: where only they have an axis, the updates are repeated.
         rhs |= lhs
         lhs |= {term.one_hot}
     out = set(term.out)
-    seen = dict.fromkeys([*term.lhs.all_axes, *term.rhs.all_axes])
+    seen = dict.fromkeys([*term.lhs.all_axes, *term.rhs.all_axes, *steps])
     return Roles(
         tuple(axis for axis in term.out if axis in lhs & rhs),
         tuple(axis for axis in seen if axis in lhs & rhs and axis not in out),
@@ -106,28 +109,24 @@ def factors(term: Product, values: Values, examples: int) -> Factors:
     sizes = found.sizes
     lead = (examples, sizes.shared, sizes.summed)
     inner = (*found.shared, *found.summed)
-    is_one_hot = term.one_hot is not None
-    rhs = _arranged(term.rhs, values, examples, (*inner, *found.columns), spread=is_one_hot)
+    rhs = _arranged(term.rhs, values, examples, (*inner, *found.columns))
     for factor in term.factors:
-        by = _arranged(factor, values, examples, inner, spread=True)
+        by = _arranged(factor, values, examples, inner)
         rhs = rhs * by.reshape(by.shape + (1,) * (rhs.ndim - by.ndim)).astype(rhs.dtype)
     rhs = rhs if term.scale == 1 else rhs * jnp.asarray(term.scale, rhs.dtype)
     columns = rhs.reshape(*lead, sizes.columns)
-    if is_one_hot:
+    if term.one_hot is not None:
         places = _arranged(term.lhs, values, examples, inner).reshape(lead)
         return Factors(places, columns, term.one_hot.size, True, None)
     lhs = _arranged(term.lhs, values, examples, (*inner, *found.rows))
     return Factors(lhs.reshape(*lead, sizes.rows), columns, sizes.rows, False, term.precision)
 
 
-def _arranged(
-    operand: Operand,
-    values: Values,
-    examples: int,
-    wanted: Sequence[Axis],
-    spread: bool = False,
-) -> Array:
-    """An operand with the wanted axes, and the examples first; what is not wanted is summed."""
+def _arranged(operand: Operand, values: Values, examples: int, wanted: Sequence[Axis]) -> Array:
+    """An operand with the examples and the wanted axes.
+
+    Over axes that are not wanted it is summed, along those that it has not it is repeated.
+    """
     value = values[operand.ref]
     prepared = (
         jax.vmap(operand.prepared)(value)
@@ -144,8 +143,7 @@ def _arranged(
     prepared = jnp.transpose(prepared, order)
     shape = [axis.size if axis in axes else 1 for axis in wanted]
     prepared = prepared.reshape(prepared.shape[0], *shape)
-    full = [axis.size for axis in wanted] if spread else shape
-    return jnp.broadcast_to(prepared, (examples, *full))
+    return jnp.broadcast_to(prepared, (examples, *(axis.size for axis in wanted)))
 
 
 def assembled(term: Product, block: Array) -> Array:

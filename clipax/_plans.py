@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from clipax import _grams, _leaves
 from clipax._grams import Values
-from clipax._products import Product, Scope, Terms, Whole, terms_of
+from clipax._products import terms_of
 from clipax._programs import Ref
+from clipax._terms import Product, Scope, Terms, Whole
 from clipax._typing import Array
 
 # To fill a matrix with zeros and to read it again takes about as long as this many products.

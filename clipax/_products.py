@@ -7,149 +7,16 @@ only moves, adds or scales entries.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from clipax import _programs
-from clipax._programs import Body, Equation, Literal, Program, Ref
-from clipax._typing import Array
-
-
-class Axis:
-    """An axis of an operand. Operands of a product that share it are multiplied along it."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-
-class Operand(NamedTuple):
-    """A factor of a product: a value of the program, and what is done to it first."""
-
-    ref: Ref
-    depends: bool
-    """Whether it differs from example to example."""
-    stacked: tuple[Axis, ...]
-    """Its leading axes, of the scans round it."""
-    axes: tuple[Axis, ...]
-    """The others, after the preparations."""
-    preparations: tuple[Callable[[Array], Array], ...] = ()
-    """Functions of the value without its stacked axes."""
-
-    @property
-    def all_axes(self) -> tuple[Axis, ...]:
-        return self.stacked + self.axes
-
-    def prepared(self, value: Array) -> Array:
-        for preparation in self.preparations:
-            value = mapped(preparation, len(self.stacked))(value)
-        return value
-
-
-class Product(NamedTuple):
-    """`sum over the axes that are not in out of lhs * rhs`, its entries then moved."""
-
-    lhs: Operand
-    rhs: Operand
-    out: tuple[Axis, ...]
-    moves: tuple[Callable[[Array], Array], ...] = ()
-    """What keeps the entries, and so the norm."""
-    one_hot: Axis | None = None
-    """The axis along which `lhs`, of integers, tells the place of a one among zeros."""
-    scale: float = 1.0
-    factors: tuple[Operand, ...] = ()
-    """Scalars that it is multiplied by, too: one, or one a step of a scan."""
-    precision: Any = None
-
-
-class Whole(NamedTuple):
-    """A value of the program as it is."""
-
-    ref: Ref
-    depends: bool
-    why: str
-
-
-class Passed(NamedTuple):
-    """In a body, the operand at a position as it is."""
-
-    position: int
-
-
-Term: TypeAlias = Product | Whole | Passed
-Terms: TypeAlias = tuple[Term, ...]
-
-
-class Move(NamedTuple):
-    """A function that moves entries; two are equal if they do the same."""
-
-    name: str
-    arguments: Any
-
-    def __call__(self, value: Array) -> Array:
-        if self.name == "mapped":
-            return jax.vmap(self.arguments)(value)
-        return getattr(jax.lax, self.name)(value, *self.arguments)
-
-
-def mapped(function: Callable[[Array], Array], times: int) -> Callable[[Array], Array]:
-    """The function over some leading axes."""
-    for _ in range(times):
-        function = jax.vmap(function)
-    return function
-
-
-class Scope:
-    """A program, or the body of one of its equations, and what is round it."""
-
-    def __init__(
-        self,
-        program: Program,
-        depends: Sequence[bool],
-        path: tuple[Equation, ...] = (),
-        outer: "Scope | None" = None,
-    ):
-        self.program, self.path, self.outer = program, path, outer
-        self.depending = {
-            variable for variable, flag in zip(program.invars, depends, strict=True) if flag
-        }
-        self.made_by: dict[Any, tuple[Equation, int]] = {}
-        self._bodies: dict[int, Scope] = {}
-        for equation in program.eqns:
-            is_dependent = any(self.depends_on_example(operand) for operand in equation.invars)
-            for position, variable in enumerate(equation.outvars):
-                self.made_by[variable] = (equation, position)
-                if is_dependent:
-                    self.depending.add(variable)
-
-    def maker(self, atom: Any) -> tuple[Equation | None, int]:
-        """The equation that makes a variable, and at which of its outputs."""
-        return self.made_by.get(atom, (None, 0)) if _is_variable(atom) else (None, 0)
-
-    def depends_on_example(self, variable: Any) -> bool:
-        return not isinstance(variable, Literal) and variable in self.depending
-
-    def inside(self, equation: Equation, body: Body) -> "Scope":
-        if id(equation) not in self._bodies:
-            # A scan passes what one step makes of an example on to all others.
-            anything = any(map(self.depends_on_example, equation.invars))
-            each = [self.depends_on_example(operand) for operand in equation.invars]
-            depends = [anything] * len(each) if body.is_scan else each
-            path = (*self.path, equation)
-            self._bodies[id(equation)] = Scope(body.program, depends, path, self)
-        return self._bodies[id(equation)]
-
-    def whole(self, variable: Any, why: str) -> Terms:
-        return (Whole(self.ref(variable), self.depends_on_example(variable), why),)
-
-    def ref(self, atom: Any) -> Ref:
-        return Ref(self.path if _is_variable(atom) else (), atom)
-
-    def operand(self, variable: Any, axes: Sequence[Axis], *preparations: Any) -> Operand:
-        depends = self.depends_on_example(variable)
-        return Operand(self.ref(variable), depends, (), tuple(axes), preparations)
+from clipax._preparations import Cut, Grouped, Pad, Place, Windows
+from clipax._programs import Body, Equation, Literal, is_variable
+from clipax._terms import Axis, Move, Operand, Passed, Product, Scope, Term, Terms, Whole
 
 
 def terms_of(scope: Scope, variable: Any) -> Terms:
@@ -179,10 +46,6 @@ def _terms_that_are_no_sum(
     if scope.outer is not None and variable in scope.program.invars:
         return (Passed(scope.program.invars.index(variable)),)
     return scope.whole(variable, "an argument or a constant")
-
-
-def _is_variable(atom: Any) -> bool:
-    return not isinstance(atom, Literal)
 
 
 def _is_zero(scope: Scope, atom: Any) -> bool:
@@ -222,7 +85,6 @@ def _dot_general(scope: Scope, equation: Equation) -> Terms | None:
         if index not in taken
     ]
     return _product(
-        scope,
         scope.operand(lhs, lhs_axes),
         scope.operand(rhs, rhs_axes),
         (*batch, *free),
@@ -230,9 +92,7 @@ def _dot_general(scope: Scope, equation: Equation) -> Terms | None:
     )
 
 
-def _product(
-    scope: Scope, lhs: Operand, rhs: Operand, out: Sequence[Axis], **options: Any
-) -> Terms | None:
+def _product(lhs: Operand, rhs: Operand, out: Sequence[Axis], **options: Any) -> Terms | None:
     depends = lhs.depends or rhs.depends
     is_real = not any(
         jnp.issubdtype(operand.ref.variable.aval.dtype, np.complexfloating)
@@ -264,22 +124,9 @@ def _scatter_add(scope: Scope, equation: Equation) -> Terms | None:
     for index, axis in zip(window, rest, strict=True):
         update_axes[index] = axis
     looked_up = [axis for index, axis in enumerate(update_axes) if index not in window]
-    tells = scope.operand(indices, looked_up, _Place(out[place].size, _is_clipped(mode)))
-    new = _product(scope, tells, scope.operand(updates, update_axes), out, one_hot=out[place])
+    tells = scope.operand(indices, looked_up, Place(out[place].size, _is_clipped(mode)))
+    new = _product(tells, scope.operand(updates, update_axes), out, one_hot=out[place])
     return None if new is None else terms_of(scope, operand) + new
-
-
-class _Place(NamedTuple):
-    """The place that an index tells; the size itself, which no place has, for one outside."""
-
-    size: int
-    is_clipped: bool
-
-    def __call__(self, indices: Array) -> Array:
-        indices = indices[..., 0]
-        if self.is_clipped:
-            return jnp.clip(indices, 0, self.size - 1)
-        return jnp.where((indices >= 0) & (indices < self.size), indices, self.size)
 
 
 def _is_clipped(mode: Any) -> bool:
@@ -309,7 +156,7 @@ def _conv(scope: Scope, equation: Equation) -> Terms | None:
     group, row, column = Axis(groups), Axis(inputs[0] // groups), Axis(outputs[0] // groups)
     feature = Axis(inputs[1])
     window, places = ([Axis(size) for size in sizes[2:]] for sizes in (results, outputs))
-    windows = _Windows(
+    windows = Windows(
         tuple(numbers.lhs_spec),
         groups,
         tuple(results[2:]),
@@ -317,65 +164,19 @@ def _conv(scope: Scope, equation: Equation) -> Terms | None:
         *(tuple(params[name]) for name in ("window_strides", "padding")),
         *(tuple(params[name]) for name in ("lhs_dilation", "rhs_dilation")),
     )
-    grouped = _Grouped(tuple(numbers.rhs_spec), groups)
+    grouped = Grouped(tuple(numbers.rhs_spec), groups)
     out = [row, group, column, *window]
     moves = (
         Move("reshape", ((row.size, groups * column.size, *results[2:]),)),
         Move("transpose", (tuple(int(axis) for axis in np.argsort(numbers.out_spec)),)),
     )
     return _product(
-        scope,
         scope.operand(lhs, [group, row, feature, *window, *places], windows),
         scope.operand(rhs, [group, column, feature, *places], grouped),
         out,
         moves=moves,
         precision=params["precision"],
     )
-
-
-class _Grouped(NamedTuple):
-    """Puts the first axis of a convolution's operand first, split into its groups."""
-
-    spec: tuple[int, ...]
-    groups: int
-
-    def __call__(self, value: Array) -> Array:
-        value = jnp.transpose(value, self.spec)
-        return value.reshape(self.groups, value.shape[0] // self.groups, *value.shape[1:])
-
-
-class _Windows(NamedTuple):
-    """Entry `[..., k, p]` is what a convolution multiplies entry `p` with for result `k`."""
-
-    spec: tuple[int, ...]
-    groups: int
-    results: tuple[int, ...]
-    places: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-    spacing: tuple[int, ...]
-
-    def __call__(self, value: Array) -> Array:
-        value = _Grouped(self.spec, self.groups)(value)
-        edges = [
-            (low, high, step - 1)
-            for (low, high), step in zip(self.padding, self.dilation, strict=True)
-        ]
-        zero = jnp.zeros((), value.dtype)
-        value = jax.lax.pad(value, zero, [(0, 0, 0)] * 3 + edges)
-        lead = value.shape[:3]
-        slices = []
-        for result in np.ndindex(*self.results):
-            first = [index * stride for index, stride in zip(result, self.strides, strict=True)]
-            last = [
-                start + (count - 1) * step + 1
-                for start, count, step in zip(first, self.places, self.spacing, strict=True)
-            ]
-            slices.append(
-                jax.lax.slice(value, (0, 0, 0, *first), (*lead, *last), (1, 1, 1, *self.spacing))
-            )
-        return jnp.stack(slices, 3).reshape(*lead, *self.results, *self.places)
 
 
 # -- What keeps them -----------------------------------------------------------------------------
@@ -453,7 +254,7 @@ def _pad(scope: Scope, equation: Equation) -> Terms | None:
     def change(term: Product) -> Product | None:
         for position, edges in enumerate(config):
             if edges != (0, 0, 0):
-                term = _cut(term, position, _Pad, edges)
+                term = _cut(term, position, Pad, edges)
         return term
 
     return _each(scope, operand, lambda term: None if term.moves or term.one_hot else change(term))
@@ -468,7 +269,7 @@ def _slice(scope: Scope, equation: Equation) -> Terms | None:
     def change(term: Product) -> Product | None:
         for position, (row, size) in enumerate(zip(rows, shape, strict=True)):
             if row != (0, size, 1):
-                term = _cut(term, position, _Cut, row)
+                term = _cut(term, position, Cut, row)
         return term
 
     return _each(
@@ -478,33 +279,11 @@ def _slice(scope: Scope, equation: Equation) -> Terms | None:
     )
 
 
-class _Pad(NamedTuple):
-    """Adds zeros along an axis."""
-
-    axis: int
-    edges: tuple[int, int, int]
-
-    def __call__(self, value: Array) -> Array:
-        config = [(0, 0, 0)] * value.ndim
-        config[self.axis] = self.edges
-        return jax.lax.pad(value, jnp.zeros((), value.dtype), config)
-
-
-class _Cut(NamedTuple):
-    """Takes a part along an axis."""
-
-    axis: int
-    part: tuple[int, int, int]
-
-    def __call__(self, value: Array) -> Array:
-        return jax.lax.slice_in_dim(value, *self.part, axis=self.axis)
-
-
 def _cut(term: Product, position: int, kind: Any, how: tuple[int, int, int]) -> Product:
     """Pads or cuts the operands along an axis of the result."""
     old = term.out[position]
     low, high, step = how
-    if kind is _Pad:
+    if kind is Pad:
         new = Axis(low + high + old.size + max(0, old.size - 1) * step)
     else:
         new = Axis(len(range(low, high, step)))
@@ -615,8 +394,9 @@ def _outwards(scope: Scope, inside: Scope, equation: Equation, term: Term) -> Te
 
     def lift(operand: Operand) -> Operand:
         variable = operand.ref.variable
-        if operand.ref.path == inside.path and _is_variable(variable) and variable in outer:
-            return operand._replace(ref=Ref(scope.path, outer[variable]))
+        if operand.ref.path == inside.path and is_variable(variable) and variable in outer:
+            value = outer[variable]
+            return operand._replace(ref=scope.ref(value), depends=scope.depends_on_example(value))
         return operand
 
     return term if isinstance(term, Whole) else _with_operands(term, lift)
@@ -661,12 +441,13 @@ def _stacked(
     outer = {variable: (index, value) for index, (variable, value) in enumerate(pairs)}
 
     def lift(operand: Operand) -> Operand:
-        if not _is_variable(operand.ref.variable):
+        if not is_variable(operand.ref.variable):
             return operand
         is_here = operand.ref.path == inside.path
         index, value = outer.get(operand.ref.variable, (None, None)) if is_here else (None, None)
         if index is not None and not layout.consts <= index < layout.consts + layout.carries:
-            operand = operand._replace(ref=Ref(scope.path, value))
+            depends = scope.depends_on_example(value)
+            operand = operand._replace(ref=scope.ref(value), depends=depends)
             if index < layout.consts:
                 return operand
         return operand._replace(stacked=(step, *operand.stacked))

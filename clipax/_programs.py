@@ -29,6 +29,22 @@ class Ref(NamedTuple):
     variable: Any
 
 
+class Constant:
+    """A number that stands in a program, as one of its literals does, but can be looked up."""
+
+    def __init__(self, literal: Literal):
+        self.val, self.aval = literal.val, literal.aval
+
+
+def is_variable(atom: Any) -> bool:
+    return isinstance(atom, Variable)
+
+
+def ref(path: tuple[Equation, ...], atom: Any) -> Ref:
+    """Of a variable, or of a literal, which is the same everywhere."""
+    return Ref(path, atom) if is_variable(atom) else Ref((), Constant(atom))
+
+
 class Body(NamedTuple):
     """What an equation with a program inside does."""
 
@@ -114,7 +130,7 @@ def _schedule(program: Program, wanted: Sequence[Ref]) -> tuple[list[_Step], set
     for path, variable in wanted:
         if path:
             inside.setdefault(id(path[0]), []).append(Ref(path[1:], variable))
-        elif isinstance(variable, Variable):
+        elif is_variable(variable):
             needed.add(variable)
     steps = []
     for equation in reversed(program.eqns):
@@ -136,7 +152,7 @@ def _operands(step: _Step) -> list[Variable]:
         inner = _live_inputs(step, body)
         pairs = zip(operands, body.program.invars, strict=True)
         operands = [outer for outer, variable in pairs if variable in inner]
-    return [operand for operand in operands if isinstance(operand, Variable)]
+    return [operand for operand in operands if is_variable(operand)]
 
 
 def _live_inputs(step: _Step, body: Body) -> set[Variable]:
@@ -170,7 +186,7 @@ def _evaluate(
     values: dict[Any, Any] = dict(inputs)
 
     def read(variable: Any) -> Any:
-        return variable.val if isinstance(variable, Literal) else values.get(variable)
+        return values.get(variable) if is_variable(variable) else variable.val
 
     for step in _schedule(program, wanted)[0]:
         body = body_of(step.equation)
@@ -193,7 +209,7 @@ def _bind(program: Program, equation: Equation, operands: Sequence[Any]) -> list
     given = {
         variable: value
         for variable, value in zip(equation.invars, operands, strict=True)
-        if isinstance(variable, Variable)
+        if is_variable(variable)
     }
     alone = program.replace(
         constvars=[],

@@ -3,68 +3,241 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import trees
+
+from benchmarks import (
+    methods,
+    timing,
+    torch_peer,
+    work_clip,
+    work_compile,
+    work_scaling,
+    work_step,
+    workloads,
+)
 
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_quick_benchmark_runs_and_writes_every_figure(tmp_path):
-    output = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "benchmarks.adam_step", "--quick", "--output", str(output)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    run = subprocess.run(
-        command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False
+def _ran(module, *arguments):
+    command = [sys.executable, "-m", module, *arguments]
+    # Most of a quick run is compilation, and its figures mean nothing.
+    quick = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.run(
+        command, cwd=_ROOT, env=os.environ | quick, capture_output=True, text=True, check=False
     )
+
+
+# -- python -m benchmarks ------------------------------------------------------------------------
+
+
+def test_a_quick_run_gives_every_figure(tmp_path):
+    # One test, so that workers do not each make the run.
+    run = _ran("benchmarks", "--quick", "--output", str(tmp_path))
     assert run.returncode == 0, run.stderr
-    figures = json.loads(output.read_text())
+    results = json.loads((tmp_path / "results.json").read_text())
+    works = ("step", "clip", "compile", "memory", "scaling")
+    assert set(results) == {"machine", "settings", "reached", *works}
+    picture = (tmp_path / "results.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
+    for check in (_machine, _tables, _steps, _clips, _compilations, _memory, _sizes, _verdicts):
+        check(results, run.stdout)
 
-    assert set(figures) == {"machine", "step", "histories", "compile"}
-    machine = figures["machine"]
-    assert {"device", "processor", "cores", "load_before", "python", "jax", "optax"} < set(machine)
 
-    step = figures["step"]
-    assert step["gradient_norm"] > step["max_norm"]
-    assert [row["name"] for row in step["rows"]] == [
-        "adam alone",
-        "clipax clip + adam",
-        "optax clip + adam",
+def _machine(results, stdout):
+    machine = results["machine"]
+    assert {"device", "processor", "cores", "load_before", "python", "jax"} < set(machine)
+    first_line = stdout.splitlines()[0]
+    assert all(f"{name}: {value}" in first_line for name, value in machine.items())
+
+
+def _tables(results, stdout):
+    for work in ("step", "clip", "compile", "scaling"):
+        for table in results[work]:
+            medians = {row["name"]: row["median_s"] for row in table["rows"]}
+            for row in table["rows"]:
+                assert 0 < row["min_s"] <= row["q1_s"] <= row["median_s"]
+                assert row["median_s"] <= row["q3_s"] <= row["max_s"]
+                assert math.isclose(row["ratio"], row["median_s"] / medians[table["baseline"]])
+                assert row["runs"] >= 2
+
+
+def _steps(results, stdout):
+    expected = [
+        (plan.tree, plan.dtype, plan.optimizer, group, list(methods.GROUPS[group].rows))
+        for plan in work_step.plans(is_quick=True, is_full=False)
+        for group in plan.groups
     ]
-    histories = figures["histories"]
-    assert [row["name"] for row in histories["rows"]] == [
-        "clip_by_global_norm",
-        "autoclip",
-        "clip_by_quantile",
-        "zclip",
-        "clip_by_mean_std",
-    ]
-    for table in (step, histories):
+    assert [
+        (*(table["about"][key] for key in ("tree", "dtype", "optimizer", "group")), _names(table))
+        for table in results["step"]
+    ] == expected
+    for table in results["step"]:
+        assert table["title"] in stdout
         for row in table["rows"]:
-            assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
-            assert math.isclose(row["ratio"], row["median_ms"] / table["rows"][0]["median_ms"])
-            assert f"{row['median_ms']:.2f}" in run.stdout
+            assert re.search(
+                rf"^{re.escape(row['name'])} +{1e3 * row['median_s']:.2f} ", stdout, re.M
+            )
 
-    compilation = figures["compile"]
-    ours, theirs = compilation["rows"]
-    assert (ours["name"], theirs["name"]) == ("clipax", "optax")
-    assert math.isclose(compilation["ratio"], ours["total_s"] / theirs["total_s"])
-    for row in compilation["rows"]:
-        assert min(row["trace_s"], row["lower_s"], row["compile_s"]) > 0
-        assert 0 < row["min_total_s"] <= row["total_s"] <= row["max_total_s"]
+
+def _clips(results, stdout):
+    tables = iter(results["clip"])
+    for tree, dtype, groups, donates in work_clip.plans(is_quick=True, is_full=False):
+        for group in groups:
+            table = next(tables)
+            about = {"tree": tree, "dtype": dtype, "group": group, "donated": donates}
+            assert about.items() < table["about"].items()
+            least = [*work_clip.READS, work_clip.SCALE]
+            has_torch = group == "global" and donates and "torch" in results["machine"]
+            peers = [torch_peer.NAME] if has_torch else []
+            clips = list(methods.CLIPS[group])
+            assert _names(table) == [work_clip.LIMIT, *clips, *peers, *least]
+            assert table["title"] in stdout
+    assert next(tables, None) is None
+    assert ("Without torch: torch is not installed." in stdout) != ("torch" in results["machine"])
+
+
+def _compilations(results, stdout):
+    counts = [table["about"]["leaves"] for table in results["compile"]]
+    assert counts == list(work_compile.counts(is_quick=True))
+    for table in results["compile"]:
+        assert _names(table) == ["clipax", "optax"]
+        for row in table["rows"]:
+            assert min(row[f"{stage}_s"] for stage in work_compile.STAGES) > 0
+
+
+def _memory(results, stdout):
+    for table in results["memory"]:
+        assert _names(table) == list(methods.GROUPS["global"].rows)
+        alone, *others = (row["temp_bytes"] for row in table["rows"])
+        for row, temp_bytes in zip(table["rows"][1:], others, strict=True):
+            share = (temp_bytes - alone) / table["about"]["tree_bytes"]
+            assert math.isclose(row["temp_share"], share)
+
+
+def _sizes(results, stdout):
+    sizes = [table["about"]["bytes"] for table in results["scaling"]]
+    assert sizes == work_scaling.sizes(is_quick=True)
+    for table in results["scaling"]:
+        assert _names(table) == [work_scaling.CLIP, work_scaling.READ]
+        for row in table["rows"]:
+            per_byte = 1e12 * row["median_s"] / table["about"]["bytes"]
+            assert math.isclose(row["ps_per_byte"], per_byte)
+            assert f"{per_byte:.1f}" in stdout
+
+
+def _verdicts(results, stdout):
+    goals = results["reached"]
+    for part in (
+        "over Adam alone, CPU",
+        "over Adam alone, GPU",
+        "over optax's, GPU",
+        "torch's clip_grad_norm_, CPU",
+        "torch's clip_grad_norm_, GPU",
+        "clip_by_leaf_norm over",
+        "clip_by_block_rms over",
+        "adaptive_grad_clip over",
+        "scalar history",
+        "metrics",
+        "clip_by_global_norm over optax's",
+        "compile time",
+        "temp memory",
+    ):
+        assert any(part in goal["work"] for goal in goals)
+    for goal in goals:
+        assert goal["verdict"] in stdout
+        if goal["ratio"] is None:
+            assert goal["verdict"].startswith("not measured: ")
+        else:
+            under = goal["ratio"] < goal["bar"]
+            assert goal["verdict"] == ("reached" if under else "not reached")
+        assert "GPU" not in goal["work"] or goal["verdict"] == "not measured: no GPU"
+
+
+def _names(table):
+    return [row["name"] for row in table["rows"]]
+
+
+@pytest.mark.parametrize(("is_quick", "is_full"), [(True, False), (False, False), (False, True)])
+def test_every_method_is_in_a_plan(is_quick, is_full):
+    planned = {
+        row
+        for plan in work_step.plans(is_quick, is_full)
+        for group in plan.groups
+        for row in methods.GROUPS[group].rows
+    }
+    # `clip` is another name of `clip_by_value`.
+    factories = set(trees.public_factories()) - {"clip"}
+    assert factories <= {re.match(r"[\w.]+", row)[0] for row in planned}
+
+
+def test_works_take_turns():
+    order = []
+    works = {name: timing.Work(order.append, lambda name=name: name) for name in "abc"}
+    seconds = timing.interleaved(works, rounds=6)
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abc", 6)
+    # Two of each to warm up, then all turns forwards and all of them backwards.
+    assert "".join(order) == "aabbcc" + "abc" + "bca" + "cab" + "cba" + "acb" + "bac"
+
+
+def test_a_table_has_medians_quartiles_and_ratios():
+    table = timing.table("", {"one": [3.0, 1.0, 2.0, 5.0, 4.0], "other": [6.0] * 3}, "one")
+    one, other = table["rows"]
+    keys = ("min_s", "q1_s", "median_s", "q3_s", "max_s", "ratio", "runs")
+    assert [one[key] for key in keys] == [1.0, 2.0, 3.0, 4.0, 5.0, 1.0, 5]
+    assert (other["ratio"], other["runs"]) == (2.0, 3)
+    assert timing.ratio_of(table, "other", "one") == 2.0
+    assert timing.ratio_of(table, "none", "one") is None
+
+
+def test_time_per_byte_is_flat_or_not_where_caches_do_not_reach():
+    def table(size, ps_per_byte):
+        return {"about": {"bytes": size}, "rows": [{"name": "x", "ps_per_byte": ps_per_byte}]}
+
+    tables = [table(2**20, 1.0), table(2**28, 50.0), table(2**30, 60.0)]
+    assert work_scaling.flatness(tables, "x") == 1.2
+    assert work_scaling.flatness(tables[:2], "x") is None
+
+
+def test_the_tree_is_that_of_gpt2():
+    tree = workloads.tree("GPT-2 small", "float32", is_quick=False)
+    assert len(tree.shapes) == 148
+    assert tree.bytes == 4 * 124_439_808
+
+
+def test_an_unknown_work_is_refused():
+    run = _ran("benchmarks", "--only", "all")
+    assert run.returncode == 2
+    assert "invalid choice: 'all'" in run.stderr
+
+
+# -- python -m benchmarks.tpu_memory and benchmarks.reproduce ------------------------------------
+
+
+@pytest.mark.slow
+def test_the_risk_of_a_late_bound_is_reproduced(tmp_path):
+    output = tmp_path / "figures.json"
+    arguments = ["--spikes", "--quick", "--output", str(output)]
+    run = _ran("benchmarks.tpu_memory", *arguments)
+    assert run.returncode == 0, run.stderr
+    tables = json.loads(output.read_text())["tables"]
+    assert set(tables) == {"sgd", "adam"}
+    for rows in tables.values():
+        _check_rows(rows, seeds=2, stdout=run.stdout)
+        assert rows["none"]["share_of_steps_clipped"] == [0.0, 0.0]
+        assert {"clip_by_leaf_norm(1.0)", "delayed"} < set(rows)
 
 
 def _reproduced(name, tmp_path):
     output = tmp_path / "figures.json"
-    arguments = [name, "--quick", "--output", str(output)]
-    command = [sys.executable, "-m", "benchmarks.reproduce", *arguments]
-    # Most of a quick run is compilation, and its figures mean nothing.
-    quick = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    run = subprocess.run(
-        command, cwd=_ROOT, env=os.environ | quick, capture_output=True, text=True, check=False
-    )
+    run = _ran("benchmarks.reproduce", name, "--quick", "--output", str(output))
     assert run.returncode == 0, run.stderr
     figures = json.loads(output.read_text())
     assert set(figures) == {"machine", name}

@@ -1,0 +1,100 @@
+# ruff: noqa: T201
+"""What clipping costs, next to what would be used in its place and to the least possible.
+
+    python -m benchmarks [--quick] [--only step clip compile memory scaling] [--output FOLDER]
+
+All that is compared runs interleaved in one process; what counts are ratios of medians.
+With `--output`, the figures go to `results.json` and a picture of them to `results.png`.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+# Torch needs a part of a GPU's memory, and a process that counts a peak another.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+
+from benchmarks import (
+    reached,
+    work_clip,
+    work_compile,
+    work_memory,
+    work_scaling,
+    work_step,
+)
+from benchmarks.machine import is_gpu, line, machine
+from benchmarks.reproduce_shared import json_ready
+
+WORKS = {
+    "step": work_step,
+    "clip": work_clip,
+    "compile": work_compile,
+    "memory": work_memory,
+    "scaling": work_scaling,
+}
+
+
+def main() -> None:
+    arguments = _arguments()
+    # A program that was compiled in an earlier run would take no time at all.
+    jax.config.update("jax_enable_compilation_cache", False)
+    # The load is read before anything here adds to it.
+    result: dict[str, Any] = {"machine": machine()}
+    result["settings"] = {"quick": arguments.quick, "full": arguments.full}
+    print(line(result["machine"]), flush=True)
+    for name in arguments.only:
+        start = time.perf_counter()
+        result[name] = WORKS[name].run(arguments.quick, arguments.full, _show)
+        print(f"\n{name}: {time.perf_counter() - start:.0f} s, compilation too.", flush=True)
+    goals = reached.goals(result, is_gpu())
+    if arguments.quick:
+        _show("What follows is computed as ever, but of sizes that show nothing.")
+    if goals:
+        _show(reached.text(goals))
+    result["reached"] = [goal._asdict() | {"verdict": goal.verdict} for goal in goals]
+    if arguments.output is not None:
+        _write(result, arguments.output)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__.split("\n")[0]
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="small sizes, to see that it runs")
+    add("--full", action="store_true", help="every method on every tree: hours")
+    add("--only", nargs="+", choices=WORKS, default=list(WORKS), help="default: all")
+    add("--output", type=Path, metavar="FOLDER", help="for results.json and results.png")
+    arguments = parser.parse_args()
+    if arguments.output is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            parser.error("--output needs matplotlib: pip install 'clipax[demo]'")
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def _show(text: str) -> None:
+    print(f"\n{text}", flush=True)
+
+
+def _write(result: dict[str, Any], folder: Path) -> None:
+    from benchmarks import plot
+
+    text = json.dumps(json_ready(result), indent=1, allow_nan=False)
+    (folder / "results.json").write_text(text + "\n")
+    about = result["machine"]
+    plot.save(
+        result,
+        f"{about['processor']}, {about['cores']} cores" if not is_gpu() else about["device"],
+        folder / "results.png",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What the library must reach, held against what was measured."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+from benchmarks import timing, torch_peer
+from benchmarks.methods import ALONE, GROUPS, READ
+from benchmarks.timing import Table
+from benchmarks.workloads import BIG, SMALL
+
+Results = dict[str, list[Table]]
+GLOBAL, OPTAX_GLOBAL = "clip_by_global_norm", "optax.clip_by_global_norm"
+OPTAX_RMS, AGC = "optax.clip_by_block_rms", "adaptive_grad_clip"
+DTYPES = ("float32", "bfloat16")
+
+
+class Goal(NamedTuple):
+    work: str
+    where: str
+    ratio: float | None
+    bar: float
+    why_not: str = ""
+    """Why there is no ratio."""
+    is_strict: bool = False
+
+    @property
+    def verdict(self) -> str:
+        if self.ratio is None:
+            return f"not measured: {self.why_not or 'not run'}"
+        under = self.ratio < self.bar if self.is_strict else self.ratio <= self.bar
+        return "reached" if under else "not reached"
+
+
+def goals(results: Results, is_gpu: bool) -> list[Goal]:
+    """Those of the works that ran."""
+    parts = {
+        "step": (partial(_adam, is_gpu=is_gpu), _histories, _metrics),
+        "clip": (partial(_torch, is_gpu=is_gpu), partial(_leaves, is_gpu=is_gpu), _small),
+        "compile": (_compilation,),
+        "memory": (_memory,),
+    }
+    ran = (part for work, each in parts.items() if work in results for part in each)
+    return [goal for part in ran for goal in part(results)]
+
+
+def _adam(results: Results, is_gpu: bool) -> Iterator[Goal]:
+    on, off = ("GPU", "CPU") if is_gpu else ("CPU", "GPU")
+    for table in _big(results, "step", optimizer="adam", group="global"):
+        ratio = timing.ratio_of(table, GLOBAL, ALONE)
+        yield Goal(f"Adam + {GLOBAL} over Adam alone, {on}", _where(table), ratio, 1.15)
+        if is_gpu:
+            ratio = timing.ratio_of(table, GLOBAL, OPTAX_GLOBAL)
+            yield Goal(f"the same over optax's, {on}", _where(table), ratio, 1.0)
+    yield Goal(f"Adam + {GLOBAL} over Adam alone, {off}", "big trees", None, 1.15, f"no {off}")
+    if not is_gpu:
+        yield Goal(f"the same over optax's, {off}", "big trees", None, 1.0, f"no {off}")
+
+
+def _torch(results: Results, is_gpu: bool) -> Iterator[Goal]:
+    on, off = ("GPU", "CPU") if is_gpu else ("CPU", "GPU")
+    work = "clip over torch's clip_grad_norm_"
+    for table in _find(results, "clip", group="global", donated=True):
+        ratio = timing.ratio_of(table, GLOBAL, torch_peer.NAME)
+        yield Goal(f"{work}, {on}", _where(table), ratio, 0.8, torch_peer.why_not())
+    yield Goal(f"{work}, {off}", "all trees", None, 0.8, f"no {off}")
+
+
+def _leaves(results: Results, is_gpu: bool) -> Iterator[Goal]:
+    pairs = {
+        ("leaf", "clip_by_leaf_norm"): OPTAX_RMS,
+        ("leaf", "clip_by_block_rms"): OPTAX_RMS,
+        ("unit", AGC): f"optax.{AGC}",
+    }
+    for (group, ours), theirs in pairs.items():
+        for table in _find(results, "clip", group=group, donated=True):
+            ratio = timing.ratio_of(table, ours, theirs)
+            yield Goal(f"{ours} over {theirs}", _where(table), ratio, 1.0 if is_gpu else 0.8)
+
+
+def _histories(results: Results) -> Iterator[Goal]:
+    for table in _find(results, "step", optimizer="adam", group="scalar history"):
+        methods = [name for name in GROUPS["scalar history"].rows if name not in (ALONE, GLOBAL)]
+        ratios = {name: timing.ratio_of(table, name, GLOBAL) for name in methods}
+        slowest = max(ratios, key=lambda name: ratios[name] or 0.0)
+        work = f"scalar history ({slowest}, the slowest of {len(ratios)}) over {GLOBAL}, with Adam"
+        yield Goal(work, _where(table), ratios[slowest], 1.05)
+
+
+def _metrics(results: Results) -> Iterator[Goal]:
+    for table in _find(results, "step", optimizer="adam", group="metrics"):
+        ratio = timing.ratio_of(table, READ, "clip_by_leaf_norm")
+        yield Goal("Adam with metrics(per_leaf=True) over without", _where(table), ratio, 1.02)
+
+
+def _small(results: Results) -> Iterator[Goal]:
+    for table in _find(results, "clip", group="global", donated=True, tree=SMALL):
+        ratio = timing.ratio_of(table, GLOBAL, OPTAX_GLOBAL)
+        yield Goal(f"{GLOBAL} over optax's", _where(table), ratio, 0.7)
+
+
+def _compilation(results: Results) -> Iterator[Goal]:
+    tables = [t for t in results.get("compile", []) if t["baseline"] == "optax"]
+    if tables:
+        table = max(tables, key=lambda each: each["about"]["leaves"])
+        table = next((t for t in tables if t["about"]["leaves"] == 1000), table)
+        ratio = timing.ratio_of(table, "clipax", "optax")
+        where = f"{table['about']['leaves']} leaves, {table['about']['dtype']}"
+        yield Goal("compile time over optax's", where, ratio, 0.2)
+
+
+def _memory(results: Results) -> Iterator[Goal]:
+    for table in results.get("memory", []):
+        row = next(row for row in table["rows"] if row["name"] == GLOBAL)
+        for kind in ("temp", "peak"):
+            if kind == "temp" or "peak_bytes" in row:
+                share = row[f"{kind}_share"]
+                work = f"{kind} memory over Adam alone, share of the tree"
+                yield Goal(work, _where(table), share, 0.01, is_strict=True)
+
+
+def _big(results: Results, work: str, **about: Any) -> list[Table]:
+    return [t for t in _find(results, work, **about) if t["about"]["tree"] in BIG]
+
+
+def _find(results: Results, work: str, **about: Any) -> list[Table]:
+    return [t for t in results.get(work, []) if about.items() <= t["about"].items()]
+
+
+def _where(table: Table) -> str:
+    return f"{table['about']['tree']}, {table['about']['dtype']}"
+
+
+def text(rows: list[Goal]) -> str:
+    header = ("What it must reach", "where", "ratio", "bar", "verdict")
+    cells = [
+        (
+            goal.work,
+            goal.where,
+            "" if goal.ratio is None else f"{goal.ratio:.3f}",
+            f"{'<' if goal.is_strict else '<='} {goal.bar:g}",
+            goal.verdict,
+        )
+        for goal in rows
+    ]
+    return timing.columns([header, *cells], left=2)

@@ -1,0 +1,89 @@
+"""What is done to an operand before it is a factor: each knows the value of one example."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipax._typing import Array
+
+
+class Place(NamedTuple):
+    """The place that an index tells; the size itself, which no place has, for one outside."""
+
+    size: int
+    is_clipped: bool
+
+    def __call__(self, indices: Array) -> Array:
+        indices = indices[..., 0]
+        if self.is_clipped:
+            return jnp.clip(indices, 0, self.size - 1)
+        return jnp.where((indices >= 0) & (indices < self.size), indices, self.size)
+
+
+class Grouped(NamedTuple):
+    """Puts the first axis of a convolution's operand first, split into its groups."""
+
+    spec: tuple[int, ...]
+    groups: int
+
+    def __call__(self, value: Array) -> Array:
+        value = jnp.transpose(value, self.spec)
+        return value.reshape(self.groups, value.shape[0] // self.groups, *value.shape[1:])
+
+
+class Windows(NamedTuple):
+    """Entry `[..., k, p]` is what a convolution multiplies entry `p` with for result `k`."""
+
+    spec: tuple[int, ...]
+    groups: int
+    results: tuple[int, ...]
+    places: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    spacing: tuple[int, ...]
+
+    def __call__(self, value: Array) -> Array:
+        value = Grouped(self.spec, self.groups)(value)
+        edges = [
+            (low, high, step - 1)
+            for (low, high), step in zip(self.padding, self.dilation, strict=True)
+        ]
+        zero = jnp.zeros((), value.dtype)
+        value = jax.lax.pad(value, zero, [(0, 0, 0)] * 3 + edges)
+        lead = value.shape[:3]
+        slices = []
+        for result in np.ndindex(*self.results):
+            first = [index * stride for index, stride in zip(result, self.strides, strict=True)]
+            last = [
+                start + (count - 1) * step + 1
+                for start, count, step in zip(first, self.places, self.spacing, strict=True)
+            ]
+            slices.append(
+                jax.lax.slice(value, (0, 0, 0, *first), (*lead, *last), (1, 1, 1, *self.spacing))
+            )
+        return jnp.stack(slices, 3).reshape(*lead, *self.results, *self.places)
+
+
+class Pad(NamedTuple):
+    """Adds zeros along an axis."""
+
+    axis: int
+    edges: tuple[int, int, int]
+
+    def __call__(self, value: Array) -> Array:
+        config = [(0, 0, 0)] * value.ndim
+        config[self.axis] = self.edges
+        return jax.lax.pad(value, jnp.zeros((), value.dtype), config)
+
+
+class Cut(NamedTuple):
+    """Takes a part along an axis."""
+
+    axis: int
+    part: tuple[int, int, int]
+
+    def __call__(self, value: Array) -> Array:
+        return jax.lax.slice_in_dim(value, *self.part, axis=self.axis)
