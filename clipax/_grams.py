@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipax import _leaves, _safe_norm
 from clipax._programs import Ref
@@ -191,7 +192,7 @@ def _factor_norms(array: Array) -> Array:
 
 def gram_norms(terms: Sequence[Factors], constant: Array | None) -> Array:
     """The norm of each example's sum of products, and of what is added to each alike."""
-    scaled = [_scaled(part) for part in _joined(terms)]
+    scaled: list[tuple[Any, Array]] = [_scaled(part) for part in _joined(terms)]
     if constant is not None:
         constant, unit = _in_units(constant[None])
         scaled.append((constant[0], jnp.broadcast_to(unit, scaled[0][1].shape)))
@@ -229,9 +230,7 @@ def _scaled(part: Factors) -> tuple[Factors, Array]:
         return part._replace(rhs=rhs), unit
     lhs, lhs_unit = _in_units(part.lhs)
     # A gradient in range can have factors whose units are not, once multiplied.
-    return part._replace(lhs=lhs, rhs=rhs), jnp.maximum(
-        unit * lhs_unit, jnp.finfo(unit.dtype).tiny
-    )
+    return part._replace(lhs=lhs, rhs=rhs), jnp.maximum(unit * lhs_unit, np.finfo(unit.dtype).tiny)
 
 
 _einsum: Callable[..., Array] = functools.partial(jnp.einsum, precision="highest")

@@ -1,6 +1,7 @@
 """For each leaf, the cheapest exact way to the norms and the weighted sum of its gradients."""
 
 import enum
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from clipax import _grams, _leaves
 from clipax._grams import Values
 from clipax._products import terms_of
 from clipax._programs import Ref
-from clipax._terms import Product, Scope, Terms, Whole
+from clipax._terms import Product, Scope, Whole
 from clipax._typing import Array
 
 # To fill a matrix with zeros and to read it again takes about as long as this many products.
@@ -34,7 +35,7 @@ class Plan(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: Any
-    terms: Terms
+    terms: tuple[Product | Whole, ...]
     way: Way
     why: str
     cost: int
@@ -43,8 +44,8 @@ class Plan(NamedTuple):
     """Numbers that are made for it, and kept, for one example."""
 
     @property
-    def refs(self) -> list[Ref]:
-        """What has to be evaluated."""
+    def refs(self) -> list[tuple[Ref, bool]]:
+        """What has to be evaluated, and whether it differs from example to example."""
         found = []
         for term in self.terms:
             if isinstance(term, Whole):
@@ -69,29 +70,29 @@ def plan(name: str, leaf: Any, scope: Scope, variable: Any) -> Plan:
     """Chooses by the numbers of operations, which the shapes tell."""
     terms = terms_of(scope, variable)
     products = [term for term in terms if isinstance(term, Product)]
-    constants = tuple(term for term in terms if isinstance(term, Whole))
+    whole = tuple(term for term in terms if isinstance(term, Whole))
     facts = (name, tuple(leaf.shape), leaf.dtype)
     size = math.prod(leaf.shape)
     if not terms:
         return Plan(*facts, (), Way.ZERO, "no term", 0, 0)
     if not products:
-        return Plan(*facts, terms, Way.EACH, f"comes from {constants[0].why}", size, size)
+        return Plan(*facts, whole, Way.EACH, f"comes from {whole[0].why}", size, size)
     aligned = _aligned(products)
     if aligned is None:
         whole = scope.whole(variable, "products that do not compare")
-        return Plan(*facts, whole, Way.EACH, whole[0].why, size, size)
+        return Plan(*facts, whole, Way.EACH, "products that do not compare", size, size)
 
     sizes = [_grams.roles(term).sizes for term in aligned]
-    terms = (*aligned, *constants)
+    found: tuple[Product | Whole, ...] = (*aligned, *whole)
     summed, first = sum(each.summed for each in sizes), sizes[0]
     kept = sum(map(_entries, aligned))
-    if summed == first.shared == 1 and not constants:
-        return Plan(*facts, terms, Way.OUTER, "a product that sums over nothing", kept, kept)
+    if summed == first.shared == 1 and not whole:
+        return Plan(*facts, found, Way.OUTER, "a product that sums over nothing", kept, kept)
     by_gram = first.shared * summed**2 * (first.rows + first.columns)
     by_each = sum(map(_cost_of_each, aligned))
     if by_gram <= by_each:
-        return Plan(*facts, terms, Way.GRAM, f"{summed} x {summed}", by_gram, kept)
-    return Plan(*facts, terms, Way.EACH, "cheaper than its factors", by_each, min(size, kept))
+        return Plan(*facts, found, Way.GRAM, f"{summed} x {summed}", by_gram, kept)
+    return Plan(*facts, found, Way.EACH, "cheaper than its factors", by_each, min(size, kept))
 
 
 def _entries(term: Product) -> int:
@@ -108,7 +109,7 @@ def _cost_of_each(term: Product) -> int:
 
 
 def _aligned(products: Sequence[Product]) -> list[Product] | None:
-    """The products in one layout, with factors exchanged where need be; None where there is none."""
+    """The products in one layout, some with their factors exchanged; None if none fits."""
     fixed = [term for term in products if term.one_hot is not None]
     wanted = _grams.layout((fixed or products)[0])
     aligned = []
@@ -159,8 +160,10 @@ def norms(plan: Plan, values: Values, examples: int) -> tuple[Array, Kept]:
 def _made(plan: Plan, products: Any, constant: Array | None, examples: int) -> Array:
     each = jnp.zeros((examples, *plan.shape), plan.dtype)
     for term, parts in products:
-        assemble = jax.vmap(lambda block, term=term: _grams.assembled(term, block))
-        each = each + assemble(_grams.each_product(parts)).astype(plan.dtype)
+        blocks = _grams.each_product(parts)
+        each = each + jax.vmap(functools.partial(_grams.assembled, term))(blocks).astype(
+            plan.dtype
+        )
     return each if constant is None else each + constant
 
 

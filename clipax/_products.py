@@ -15,7 +15,7 @@ import numpy as np
 
 from clipax import _programs
 from clipax._preparations import Cut, Grouped, Pad, Place, Windows
-from clipax._programs import Body, Equation, Literal, is_variable
+from clipax._programs import Body, Equation, Literal, is_variable, shape_of
 from clipax._terms import Axis, Move, Operand, Passed, Product, Scope, Term, Terms, Whole
 
 
@@ -52,8 +52,9 @@ def _is_zero(scope: Scope, atom: Any) -> bool:
     if isinstance(atom, Literal):
         return np.ndim(atom.val) == 0 and atom.val == 0
     equation, _ = scope.maker(atom)
-    is_broadcast = equation is not None and equation.primitive.name == "broadcast_in_dim"
-    return is_broadcast and _is_zero(scope, equation.invars[0])
+    if equation is None or equation.primitive.name != "broadcast_in_dim":
+        return False
+    return _is_zero(scope, equation.invars[0])
 
 
 def _rule(scope: Scope, equation: Equation, position: int) -> Terms | None:
@@ -102,7 +103,7 @@ def _product(lhs: Operand, rhs: Operand, out: Sequence[Axis], **options: Any) ->
 
 
 def _axes_of(variable: Any) -> list[Axis]:
-    return [Axis(size) for size in variable.aval.shape]
+    return [Axis(size) for size in shape_of(variable)]
 
 
 def _scatter_add(scope: Scope, equation: Equation) -> Terms | None:
@@ -144,7 +145,7 @@ def _conv(scope: Scope, equation: Equation) -> Terms | None:
     numbers = params["dimension_numbers"]
     groups = params["batch_group_count"]
     inputs, outputs, results = (
-        [variable.aval.shape[axis] for axis in spec]
+        [shape_of(variable)[axis] for axis in spec]
         for variable, spec in zip(
             (lhs, rhs, equation.outvars[0]),
             (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec),
@@ -212,7 +213,7 @@ def _transpose(scope: Scope, equation: Equation) -> Terms | None:
 def _reshape(scope: Scope, equation: Equation) -> Terms | None:
     if equation.params["dimensions"] is not None:
         return None
-    shape = tuple(equation.outvars[0].aval.shape)
+    shape = shape_of(equation.outvars[0])
     return _each(scope, equation.invars[0], lambda term: _reshaped(term, shape))
 
 
@@ -227,9 +228,9 @@ def _reshaped(term: Product, shape: tuple[int, ...]) -> Product:
 
 def _broadcast(scope: Scope, equation: Equation) -> Terms | None:
     (operand, *_), result = equation.invars, equation.outvars[0]
-    if math.prod(operand.aval.shape) != math.prod(result.aval.shape):
+    if math.prod(shape_of(operand)) != math.prod(shape_of(result)):
         return None
-    shape = tuple(result.aval.shape)
+    shape = shape_of(result)
     return _each(scope, operand, lambda term: _reshaped(term, shape))
 
 
@@ -247,13 +248,15 @@ def _reduce_sum(scope: Scope, equation: Equation) -> Terms | None:
 
 def _pad(scope: Scope, equation: Equation) -> Terms | None:
     operand, filling = equation.invars
-    config = tuple(tuple(map(int, edges)) for edges in equation.params["padding_config"])
+    config = [
+        (int(low), int(high), int(step)) for low, high, step in equation.params["padding_config"]
+    ]
     if not _is_zero(scope, filling) or min(low for edges in config for low in edges) < 0:
         return None
 
     def change(term: Product) -> Product | None:
         for position, edges in enumerate(config):
-            if edges != (0, 0, 0):
+            if any(edges):
                 term = _cut(term, position, Pad, edges)
         return term
 
@@ -262,7 +265,7 @@ def _pad(scope: Scope, equation: Equation) -> Terms | None:
 
 def _slice(scope: Scope, equation: Equation) -> Terms | None:
     params = equation.params
-    shape = equation.invars[0].aval.shape
+    shape = shape_of(equation.invars[0])
     strides = params["strides"] or [1] * len(shape)
     rows = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
 
@@ -302,23 +305,22 @@ def _cut(term: Product, position: int, kind: Any, how: tuple[int, int, int]) -> 
 
 
 def _mul(scope: Scope, equation: Equation) -> Terms | None:
-    for atom, other in (equation.invars, equation.invars[::-1]):
-        scalar = _scalar(scope, other)
-        if scalar is not None:
-            by = scope.operand(scalar, ())
-            return _each(
-                scope, atom, lambda term, by=by: term._replace(factors=(*term.factors, by))
-            )
-    return None
+    one, other = equation.invars
+    by_other = _scaled(scope, one, other)
+    return _scaled(scope, other, one) if by_other is None else by_other
 
 
 def _div(scope: Scope, equation: Equation) -> Terms | None:
-    atom, other = equation.invars
-    scalar = _scalar(scope, other)
-    if scalar is None:
+    return _scaled(scope, *equation.invars, jnp.reciprocal)
+
+
+def _scaled(scope: Scope, atom: Any, by: Any, *preparations: Any) -> Terms | None:
+    """The terms of an operand that is multiplied by a number."""
+    number = _scalar(scope, by)
+    if number is None:
         return None
-    by = scope.operand(scalar, (), jnp.reciprocal)
-    return _each(scope, atom, lambda term: term._replace(factors=(*term.factors, by)))
+    factor = scope.operand(number, (), *preparations)
+    return _each(scope, atom, lambda term: term._replace(factors=(*term.factors, factor)))
 
 
 def _scalar(scope: Scope, atom: Any) -> Any:
@@ -355,7 +357,7 @@ _RULES: dict[str, Callable[[Scope, Equation], Terms | None]] = {
     "squeeze": lambda scope, equation: _each(
         scope,
         equation.invars[0],
-        lambda term: _reshaped(term, tuple(equation.outvars[0].aval.shape)),
+        lambda term: _reshaped(term, shape_of(equation.outvars[0])),
     ),
     "broadcast_in_dim": _broadcast,
     "reduce_sum": _reduce_sum,
@@ -399,7 +401,7 @@ def _outwards(scope: Scope, inside: Scope, equation: Equation, term: Term) -> Te
             return operand._replace(ref=scope.ref(value), depends=scope.depends_on_example(value))
         return operand
 
-    return term if isinstance(term, Whole) else _with_operands(term, lift)
+    return _with_operands(term, lift) if isinstance(term, Product) else term
 
 
 def _with_operands(term: Product, change: Callable[[Operand], Operand]) -> Product:
@@ -413,10 +415,11 @@ def _scan(scope: Scope, equation: Equation, body: Body, position: int) -> Terms 
     inside = scope.inside(equation, body)
     terms = terms_of(inside, body.program.outvars[position])
     passed, rest = _split_passed(terms)
-    if any(isinstance(term, Whole) for term in rest):
+    products = [term for term in rest if isinstance(term, Product)]
+    if len(products) < len(rest):
         return None
     step = Axis(equation.params["length"])
-    lifted = tuple(_stacked(scope, inside, equation, body, term, step) for term in rest)
+    lifted = tuple(_stacked(scope, inside, equation, body, term, step) for term in products)
     if position < layout.carries:
         # The sum of a term over the steps, if nothing else is done to what is carried.
         if passed != [layout.consts + position]:

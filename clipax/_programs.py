@@ -16,6 +16,7 @@ Program = core.Jaxpr
 Equation = core.JaxprEqn
 Variable = core.Var
 Literal = core.Literal
+_barrier: Callable[..., list[Any]] = jax.lax.optimization_barrier
 # Equations that only wrap a program. What is traced under `jit` had another name before jax 0.7.
 _CALLS = {"jit", "pjit", "closed_call", "core_call"}
 _REMATS = {"checkpoint", "remat", "remat2"}
@@ -38,6 +39,10 @@ class Constant:
 
 def is_variable(atom: Any) -> bool:
     return isinstance(atom, Variable)
+
+
+def shape_of(atom: Any) -> tuple[int, ...]:
+    return tuple(atom.aval.shape)
 
 
 def ref(path: tuple[Equation, ...], atom: Any) -> Ref:
@@ -91,14 +96,10 @@ def scan_layout(equation: Equation, body: Body) -> ScanLayout:
 
     def unscanned(outer: Sequence[Any], inner: Sequence[Any]) -> int:
         pairs = zip(outer, inner, strict=True)
-        return sum(len(_shape(one)) == len(_shape(other)) for one, other in pairs)
+        return sum(len(shape_of(one)) == len(shape_of(other)) for one, other in pairs)
 
     carries = unscanned(equation.outvars, body.program.outvars)
     return ScanLayout(unscanned(equation.invars, body.program.invars) - carries, carries)
-
-
-def _shape(variable: Any) -> tuple[int, ...]:
-    return tuple(variable.aval.shape)
 
 
 def evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Ref]) -> list[Any]:
@@ -147,7 +148,7 @@ def _schedule(program: Program, wanted: Sequence[Ref]) -> tuple[list[_Step], set
 def _operands(step: _Step) -> list[Variable]:
     """The operands that a step needs."""
     body = body_of(step.equation)
-    operands = step.equation.invars
+    operands: list[Any] = list(step.equation.invars)
     if body is not None:
         inner = _live_inputs(step, body)
         pairs = zip(operands, body.program.invars, strict=True)
@@ -198,7 +199,7 @@ def _evaluate(
             outputs = _scan(step, body, operands)
         else:
             outputs = _call(step, body, operands)
-        names = [step.equation.outvars[position] for position in step.positions]
+        names: list[Any] = [step.equation.outvars[position] for position in step.positions]
         names += [Ref((step.equation, *path), variable) for path, variable in step.inside]
         values.update(zip(names, outputs, strict=True))
     return [values[ref] if ref.path else read(ref.variable) for ref in wanted]
@@ -211,7 +212,8 @@ def _bind(program: Program, equation: Equation, operands: Sequence[Any]) -> list
         for variable, value in zip(equation.invars, operands, strict=True)
         if is_variable(variable)
     }
-    alone = program.replace(
+    replace: Callable[..., Program] = program.replace
+    alone = replace(
         constvars=[],
         invars=list(given),
         outvars=list(equation.outvars),
@@ -230,7 +232,7 @@ def _call(step: _Step, body: Body, operands: list[Any]) -> list[Any]:
     if step.equation.primitive.name in _REMATS and step.equation.params["prevent_cse"]:
         # Else the compiler would keep what is meant to be computed again.
         present = [index for index, operand in enumerate(operands) if operand is not None]
-        kept = jax.lax.optimization_barrier([operands[index] for index in present])
+        kept = _barrier([operands[index] for index in present])
         for index, value in zip(present, kept, strict=True):
             operands[index] = value
     return _evaluate(body.program, _body_inputs(body, operands), step.wanted_in(body))

@@ -223,7 +223,7 @@ def _powers(x: Array, width: Any, scale: Any, power: float) -> Array:
             return part.astype(width)
         # XLA keeps this maximum: of constants, it would else square the scale first. What it
         # puts in the place of zero has a square of zero.
-        modulus = jnp.maximum(jnp.abs(part.astype(width) * scale), jnp.finfo(width).tiny)
+        modulus = jnp.maximum(jnp.abs(part.astype(width) * scale), np.finfo(width).tiny)
         # Entries that are not tiny must stay finite too, or their derivative would be NaN.
         is_for_tiny = isinstance(scale, float) and scale > 1
         return jnp.minimum(modulus, scale) if is_for_tiny else modulus

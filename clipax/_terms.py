@@ -133,7 +133,7 @@ class Scope:
             self._bodies[id(equation)] = Scope(body.program, depends, path, self)
         return self._bodies[id(equation)]
 
-    def whole(self, variable: Any, why: str) -> Terms:
+    def whole(self, variable: Any, why: str) -> tuple[Whole]:
         return (Whole(self.ref(variable), self.depends_on_example(variable), why),)
 
     def ref(self, atom: Any) -> Ref:

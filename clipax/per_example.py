@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax import _checks, _leaves
-from clipax._examples import ArgNums, Call, PerExampleInfo, norms_over
+from clipax._examples import ArgNums, Call, norms_over
+from clipax._examples import PerExampleInfo as PerExampleInfo
 from clipax._plans import Plan
 from clipax._typing import Array, Bound, Coefficient, Norms
 from clipax.coefficients import hard
@@ -197,13 +198,15 @@ def explain(
     call = Call(loss_fn, argnums, batch_argnums, has_aux)
     call.check(args)
     plans = call.plans(args).plans
-    rows = [("leaf", "shape", "norm of one example", "why", "products", "kept")]
+    rows: list[tuple[str, ...]] = [
+        ("leaf", "shape", "norm of one example", "why", "products", "kept")
+    ]
     rows += [_row(plan) for plan in plans]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         texts = [text.ljust(width) for text, width in zip(row[:4], widths[:4], strict=True)]
         numbers = [text.rjust(width + 2) for text, width in zip(row[4:], widths[4:], strict=True)]
-        print(" ".join([*texts, *numbers]))
+        print(" ".join([*texts, *numbers]))  # noqa: T201
 
 
 def _row(plan: Plan) -> tuple[str, ...]:
@@ -289,6 +292,7 @@ def _checked_mask(mask: Any, examples: int) -> Array | None:
     mask = jnp.asarray(mask)
     if mask.shape != (examples,) or mask.dtype != bool:
         raise ValueError(
-            f"mask must be {examples} booleans, one an example, got {mask.dtype}{list(mask.shape)}."
+            f"mask must be {examples} booleans, one an example,"
+            f" got {mask.dtype}{list(mask.shape)}."
         )
     return mask
