@@ -82,13 +82,13 @@ def plan(name: str, leaf: Any, scope: Scope, variable: Any) -> Plan:
         whole = scope.whole(variable, "products that do not compare")
         return Plan(*facts, whole, Way.EACH, "products that do not compare", size, size)
 
-    sizes = [_grams.roles(term).sizes for term in aligned]
     found: tuple[Product | Whole, ...] = (*aligned, *whole)
-    summed, first = sum(each.summed for each in sizes), sizes[0]
+    sizes = [_grams.roles(term).sizes for term in aligned]
+    summed = sum(each.summed for each in sizes)
     kept = sum(map(_entries, aligned))
-    if summed == first.shared == 1 and not whole:
+    if summed == sizes[0].shared == 1 and not whole:
         return Plan(*facts, found, Way.OUTER, "a product that sums over nothing", kept, kept)
-    by_gram = first.shared * summed**2 * (first.rows + first.columns)
+    by_gram = summed * kept
     by_each = sum(map(_cost_of_each, aligned))
     if by_gram <= by_each:
         return Plan(*facts, found, Way.GRAM, f"{summed} x {summed}", by_gram, kept)
