@@ -101,6 +101,7 @@ def all_methods() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+@pytest.mark.slow
 def test_every_method_goes_on_on_another_mesh(tmp_path: pathlib.Path) -> None:
     methods, mesh = all_methods(), mesh_of(8)
     params, step = params_on(mesh), jax.jit(methods.update)

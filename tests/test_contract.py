@@ -273,6 +273,7 @@ def static_arguments(factory: Any, given: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+@pytest.mark.slow
 @methods
 def test_inside_the_wrappers_of_optax(name: str) -> None:
     method, (params, updates) = trees.build(name), trees.params_and_updates()
@@ -300,6 +301,7 @@ def test_inside_the_wrappers_of_optax(name: str) -> None:
             assert clipax.metrics(new_state), wrapper
 
 
+@pytest.mark.slow
 @methods
 def test_multi_steps_clips_the_accumulated_update_once(name: str) -> None:
     method, (params, updates) = trees.build(name), trees.params_and_updates()
@@ -342,6 +344,7 @@ def optimizers() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("optimizer", sorted(optimizers()))
 def test_chains_with_every_optimizer_of_optax(optimizer: str) -> None:

@@ -109,6 +109,7 @@ def test_sharded_arrays(name: str, kind: AxisType) -> None:
     assert_same_sharding(outputs, sequence)
 
 
+@pytest.mark.slow
 @methods
 def test_shards_that_do_not_divide(name: str) -> None:
     method, mesh = trees.build(name), mesh_of(AxisType.Auto)
@@ -130,6 +131,7 @@ def test_shards_that_do_not_divide(name: str) -> None:
     assert_unsharded(name, *run(update, state, sequence, params))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="no unreduced arrays before jax 0.9")
 @methods
 def test_unreduced_updates(name: str) -> None:
@@ -196,6 +198,7 @@ def test_shard_map_is_told_by_types(name: str, axes: Any) -> None:
     assert_unsharded(name, *in_shard_map(trees.build(name), axes))
 
 
+@pytest.mark.slow
 @methods
 def test_shard_map_makes_its_own_state(name: str) -> None:
     """Each leaf is sharded along what its norm sums, for nothing tells otherwise."""
@@ -251,6 +254,7 @@ def test_shard_map_without_types_and_names_is_refused(name: str) -> None:
         in_shard_map(trees.build(name), check_vma=False)
 
 
+@pytest.mark.slow
 @methods
 @pytest.mark.parametrize("mapping", [jax.vmap, jax.pmap])
 def test_mapped_axes_are_told_by_names(name: str, mapping: Any) -> None:
@@ -280,6 +284,7 @@ def test_mapped_axes_are_told_by_names(name: str, mapping: Any) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10),
     reason="XLA before jax 0.10 keeps collectives of leaves apart on a CPU",

@@ -2,10 +2,12 @@
 
 import every_method
 import jax
+import pytest
 import trees
 from jax import export
 
 
+@pytest.mark.slow
 def test_one_artefact_for_all_platforms_steps_with_every_method() -> None:
     with jax.numpy_dtype_promotion("standard"):  # optax promotes its counters
         restored = export.deserialize(every_method.exported())

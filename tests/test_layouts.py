@@ -98,6 +98,7 @@ def mixture_on_devices(params: Any, inputs: Any) -> Any:
     return jnp.mean(jax.lax.psum(gate * output, "device") ** 2)
 
 
+@pytest.mark.slow
 @clips
 def test_expert_parallel(clip: str) -> None:
     assert_trained_alike(mixture, mixture_on_devices, clip)

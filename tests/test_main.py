@@ -176,6 +176,7 @@ def test_seeds_and_batches_are_fixed(some_methods, tmp_path):
         assert without_times(record) == without_times(some_methods[1]["methods"][name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", demo.OPTIMIZERS)
 def test_optimizers(name, tmp_path):
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it.

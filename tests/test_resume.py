@@ -34,6 +34,7 @@ def updates_at(step: int) -> Any:
     return jax.tree.map(lambda leaf: leaf * size, updates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_goes_on_bit_for_bit(name: str, tmp_path: pathlib.Path) -> None:
     """In a scan, and in the middle of an accumulation."""
