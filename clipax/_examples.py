@@ -131,13 +131,13 @@ class Call:
             value if flags[ref] else jnp.broadcast_to(value, (examples, *jnp.shape(value)))
             for ref, value in ((ref, values[ref]) for ref, _ in planned.reported)
         ]
-        pairs = [_plans.norms(plan, values, examples) for plan in planned.plans]
+        leaves = [_plans.measured(plan, values, examples) for plan in planned.plans]
         aux = jax.tree.unflatten(planned.aux, reported[1:]) if self._has_aux else None
         return Measured(
             planned.plans,
             planned.structure,
-            [norm for norm, _ in pairs],
-            [kept for _, kept in pairs],
+            _plans.exact_norms(leaves),
+            [leaf.kept for leaf in leaves],
             reported[0],
             aux,
         )

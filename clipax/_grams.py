@@ -111,16 +111,27 @@ def factors(term: Product, values: Values, examples: int) -> Factors:
     lead = (examples, sizes.shared, sizes.summed)
     inner = (*found.shared, *found.summed)
     rhs = _arranged(term.rhs, values, examples, (*inner, *found.columns))
+    if term.factors or term.scale != 1:
+        # A factor for a gradient in float32 can be out of range for operands in float16.
+        rhs = _leaves.widened(rhs) * jnp.asarray(term.scale, _leaves.wide_dtype(rhs.dtype))
     for factor in term.factors:
         by = _arranged(factor, values, examples, inner)
         rhs = rhs * by.reshape(by.shape + (1,) * (rhs.ndim - by.ndim)).astype(rhs.dtype)
-    rhs = rhs if term.scale == 1 else rhs * jnp.asarray(term.scale, rhs.dtype)
     columns = rhs.reshape(*lead, sizes.columns)
     if term.one_hot is not None:
         places = _arranged(term.lhs, values, examples, inner).reshape(lead)
         return Factors(places, columns, term.one_hot.size, True, None)
     lhs = _arranged(term.lhs, values, examples, (*inner, *found.rows))
+    columns, lhs = _of_one_dtype(columns, lhs)
     return Factors(lhs.reshape(*lead, sizes.rows), columns, sizes.rows, False, term.precision)
+
+
+def _of_one_dtype(*arrays: Array) -> list[Array]:
+    dtypes = {array.dtype for array in arrays}
+    if len(dtypes) == 1:
+        return list(arrays)
+    wide = _leaves.wide_dtype(*dtypes)
+    return [array.astype(wide) for array in arrays]
 
 
 def _arranged(operand: Operand, values: Values, examples: int, wanted: Sequence[Axis]) -> Array:
@@ -190,19 +201,28 @@ def _factor_norms(array: Array) -> Array:
     return unit * jnp.sqrt(jnp.sum(scaled * scaled, 1))
 
 
-def gram_norms(terms: Sequence[Factors], constant: Array | None) -> Array:
-    """The norm of each example's sum of products, and of what is added to each alike."""
+# A sum that came to less than this share of its parts has lost too many digits.
+_LEAST_SHARE = 2.0**-10
+
+
+def gram_norms(terms: Sequence[Factors], constant: Array | None) -> tuple[Array, Array]:
+    """The norm of each example's sum of products, and of what is added to each alike.
+
+    And whether it is exact enough: not where the products nearly cancel.
+    """
     scaled: list[tuple[Any, Array]] = [_scaled(part) for part in _joined(terms)]
     if constant is not None:
         constant, unit = _in_units(constant[None])
         scaled.append((constant[0], jnp.broadcast_to(unit, scaled[0][1].shape)))
     largest = functools.reduce(jnp.maximum, [unit for _, unit in scaled])
-    total = jnp.zeros_like(largest)
+    total = parts = jnp.zeros_like(largest)
     for (one, unit), (other, other_unit) in itertools.combinations_with_replacement(scaled, 2):
-        share = (unit / largest) * (other_unit / largest)
-        total += share * _inner(one, other) * (1 if one is other else 2)
+        inner, moduli = _inner(one, other)
+        share = (unit / largest) * (other_unit / largest) * (1 if one is other else 2)
+        total, parts = total + share * inner, parts + share * moduli
     # What is nearly zero may come out below it.
-    return largest * jnp.sqrt(jnp.maximum(total, 0))
+    norms = largest * jnp.sqrt(jnp.maximum(total, 0))
+    return norms, ~(total < _LEAST_SHARE * parts)
 
 
 def _joined(terms: Sequence[Factors]) -> list[Factors]:
@@ -210,8 +230,9 @@ def _joined(terms: Sequence[Factors]) -> list[Factors]:
     kinds = [[term for term in terms if term.is_one_hot is kind] for kind in (True, False)]
 
     def join(parts: list[Factors]) -> Factors:
-        lhs = jnp.concatenate([part.lhs for part in parts], 2)
-        return parts[0]._replace(lhs=lhs, rhs=jnp.concatenate([part.rhs for part in parts], 2))
+        lhs = jnp.concatenate(_of_one_dtype(*(part.lhs for part in parts)), 2)
+        rhs = jnp.concatenate(_of_one_dtype(*(part.rhs for part in parts)), 2)
+        return parts[0]._replace(lhs=lhs, rhs=rhs)
 
     return [parts[0] if len(parts) == 1 else join(parts) for parts in kinds if parts]
 
@@ -236,15 +257,15 @@ def _scaled(part: Factors) -> tuple[Factors, Array]:
 _einsum: Callable[..., Array] = functools.partial(jnp.einsum, precision="highest")
 
 
-def _inner(one: Any, other: Any) -> Array:
-    """The inner product of two terms, for each example."""
+def _inner(one: Any, other: Any) -> tuple[Array, Array]:
+    """The inner product of two terms, for each example, and the sum of its parts' moduli."""
     if not isinstance(other, Factors):
         return _inner_with_constant(one, other)
     between_columns = _einsum("bnto,bnso->bnts", one.rhs, other.rhs)
     if one.is_one_hot and other.is_one_hot:
         is_same = one.lhs[..., :, None] == other.lhs[..., None, :]
-        between_rows = is_same & (one.lhs[..., :, None] < one.rows)
-        return jnp.sum(jnp.where(between_rows, between_columns, 0), (1, 2, 3))
+        is_inside = one.lhs[..., :, None] < one.rows
+        return _summed(jnp.where(is_same & is_inside, between_columns, 0))
     if one.is_one_hot:
         # (examples, shared, s, rows) at the places of t.
         places = jnp.minimum(one.lhs, one.rows - 1)[..., None]
@@ -252,19 +273,38 @@ def _inner(one: Any, other: Any) -> Array:
         between_rows = jnp.where(one.lhs[..., None] < one.rows, looked_up, 0)
     else:
         between_rows = _einsum("bnti,bnsi->bnts", one.lhs, other.lhs)
-    return jnp.sum(between_rows * between_columns, (1, 2, 3))
+    return _summed(between_rows * between_columns)
 
 
-def _inner_with_constant(one: Any, constant: Array) -> Array:
+def _inner_with_constant(one: Any, constant: Array) -> tuple[Array, Array]:
     if not isinstance(one, Factors):
-        return jnp.sum(one * constant)
+        return _summed((one * constant)[None])
     if one.is_one_hot:
         places = jnp.minimum(one.lhs, one.rows - 1)
         rows = jax.vmap(jax.vmap(lambda block, index: block[index]), (None, 0))(constant, places)
         rows = jnp.where(one.lhs[..., None] < one.rows, rows, 0)
     else:
         rows = _einsum("bnti,nio->bnto", one.lhs, constant)
-    return jnp.sum(rows * one.rhs, (1, 2, 3))
+    return _summed(rows * one.rhs)
+
+
+def _summed(products: Array) -> tuple[Array, Array]:
+    axes = tuple(range(1, products.ndim))
+    return jnp.sum(products, axes), jnp.sum(jnp.abs(products), axes)
+
+
+def made_norms(terms: Sequence[Factors], constant: Array | None) -> Array:
+    """As `gram_norms`, by making the gradients, one example after the other."""
+
+    def norm_of_one(pairs: list[tuple[Array, Array]]) -> Array:
+        blocks = [
+            _leaves.widened(each_product(part._replace(lhs=lhs[None], rhs=rhs[None])))
+            for part, (lhs, rhs) in zip(terms, pairs, strict=True)
+        ]
+        blocks += [] if constant is None else [_leaves.widened(constant)[None]]
+        return row_norms(functools.reduce(jnp.add, blocks))[0]
+
+    return jax.lax.map(norm_of_one, [(part.lhs, part.rhs) for part in terms])
 
 
 # -- Sums ----------------------------------------------------------------------------------------
@@ -280,13 +320,15 @@ def each_product(parts: Factors) -> Array:
 def weighted_product(parts: Factors, weights: Array) -> Array:
     """The weighted sum of the examples' products, none of which is made."""
     wide = _leaves.wide_dtype(parts.rhs.dtype)
-    rhs = (parts.rhs.astype(wide) * weights[:, None, None, None]).astype(parts.rhs.dtype)
+    # The range of bfloat16 is that of float32, and its products are fast.
+    narrow = parts.rhs.dtype if parts.rhs.dtype == jnp.bfloat16 else wide
+    rhs = (parts.rhs.astype(wide) * weights[:, None, None, None]).astype(narrow)
     if parts.is_one_hot:
         return _placed(
             parts.rows, _one_after_the_other(parts.lhs), _one_after_the_other(rhs.astype(wide))
         )
     subscripts = "bnti,bnto->nio"
-    lhs = parts.lhs
+    lhs = parts.lhs.astype(narrow)
     if lhs.shape[1] == 1:
         # As the product of two matrices, like the gradient of the batch itself.
         lhs, rhs = (array.reshape(-1, array.shape[-1]) for array in (lhs, rhs))

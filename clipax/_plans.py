@@ -3,7 +3,7 @@
 import enum
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -126,7 +126,17 @@ def _aligned(products: Sequence[Product]) -> list[Product] | None:
     return aligned
 
 
-def norms(plan: Plan, values: Values, examples: int) -> tuple[Array, Kept]:
+class Measured(NamedTuple):
+    """Of one leaf, for all examples."""
+
+    norms: Array
+    kept: Kept
+    is_exact: Array | None = None
+    """Where the norms are as exact as those of `again`; everywhere, if None."""
+    again: Callable[[], Array] | None = None
+
+
+def measured(plan: Plan, values: Values, examples: int) -> Measured:
     """The norm of the leaf's gradient for each example, and what is kept of it."""
     products = [
         (term, _grams.factors(term, values, examples))
@@ -134,27 +144,40 @@ def norms(plan: Plan, values: Values, examples: int) -> tuple[Array, Kept]:
         if isinstance(term, Product)
     ]
     parts = [each for _, each in products]
-    whole = [term for term in plan.terms if isinstance(term, Whole)]
     each = constant = None
-    for term in whole:
-        value = jnp.asarray(values[term.ref])
-        if term.depends:
-            each = value
-        else:
-            constant = jnp.broadcast_to(value, plan.shape)
+    for term in plan.terms:
+        if isinstance(term, Whole) and term.depends:
+            each = values[term.ref]
+        elif isinstance(term, Whole):
+            constant = jnp.broadcast_to(jnp.asarray(values[term.ref]), plan.shape)
     if plan.way is Way.ZERO:
         wide = _leaves.wide_dtype(plan.dtype)
-        return jnp.zeros((examples,), wide), Kept([], None, None)
+        return Measured(jnp.zeros((examples,), wide), Kept([], None, None))
     if plan.way is Way.OUTER:
-        return _grams.outer_norms(parts[0]), Kept(products, None, None)
+        return Measured(_grams.outer_norms(parts[0]), Kept(products, None, None))
     if plan.way is Way.GRAM:
         block = None if constant is None else _grams.taken_apart(products[0][0], constant)
-        return _grams.gram_norms(parts, block), Kept(products, constant, None)
+        norms, is_exact = _grams.gram_norms(parts, block)
+        again = functools.partial(_grams.made_norms, parts, block)
+        return Measured(norms, Kept(products, constant, None), is_exact, again)
     if each is None:
         each = _made(plan, products, constant, examples)
-    is_smaller = math.prod(plan.shape) <= sum(map(_entries, [term for term, _ in products]))
+    is_smaller = math.prod(plan.shape) <= sum(_entries(term) for term, _ in products)
     kept = Kept(products, constant, None) if products and not is_smaller else Kept([], None, each)
-    return _grams.row_norms(each), kept
+    return Measured(_grams.row_norms(each), kept)
+
+
+def exact_norms(leaves: Sequence[Measured]) -> list[Array]:
+    """The norms of all leaves, with those measured again that lost too many digits."""
+    norms = [leaf.norms for leaf in leaves]
+    exact = [jnp.all(leaf.is_exact) for leaf in leaves if leaf.is_exact is not None]
+    if not exact:
+        return norms
+
+    def again() -> list[Array]:
+        return [leaf.norms if leaf.again is None else leaf.again() for leaf in leaves]
+
+    return list(jax.lax.cond(jnp.all(jnp.stack(exact)), lambda: norms, again))
 
 
 def _made(plan: Plan, products: Any, constant: Array | None, examples: int) -> Array:

@@ -22,6 +22,24 @@ class Place(NamedTuple):
         return jnp.where((indices >= 0) & (indices < self.size), indices, self.size)
 
 
+class FirstPlace(NamedTuple):
+    """The place of one row: where it would be outside, the nearest inside."""
+
+    size: int
+
+    def __call__(self, index: Array) -> Array:
+        return jnp.clip(index, 0, self.size - 1)
+
+
+class Squeezed(NamedTuple):
+    """Without an axis of size one."""
+
+    axis: int
+
+    def __call__(self, value: Array) -> Array:
+        return jnp.squeeze(value, self.axis)
+
+
 class Grouped(NamedTuple):
     """Puts the first axis of a convolution's operand first, split into its groups."""
 

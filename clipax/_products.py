@@ -5,6 +5,7 @@ flows back to them. Walked back from a gradient, the program tells them, through
 only moves, adds or scales entries.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax import _programs
-from clipax._preparations import Cut, Grouped, Pad, Place, Windows
+from clipax._preparations import Cut, FirstPlace, Grouped, Pad, Place, Squeezed, Windows
 from clipax._programs import Body, Equation, Literal, is_variable, shape_of
 from clipax._terms import Axis, Move, Operand, Passed, Product, Scope, Term, Terms, Whole
 
@@ -22,14 +23,15 @@ from clipax._terms import Axis, Move, Operand, Passed, Product, Scope, Term, Ter
 def terms_of(scope: Scope, variable: Any) -> Terms:
     """The terms that add up to a variable. None of them is zero."""
     found: list[Term] = []
-    pending = [variable]
+    pending = [(scope, variable)]
     while pending:
-        current = pending.pop()
-        equation, position = scope.maker(current)
+        here, current = pending.pop()
+        here, current = here.origin(current)
+        equation, position = here.maker(current)
         if equation is not None and equation.primitive.name in ("add", "add_any"):
-            pending += equation.invars
-        elif not _is_zero(scope, current):
-            found += _terms_that_are_no_sum(scope, current, equation, position)
+            pending += [(here, operand) for operand in equation.invars]
+        elif not _is_zero(here, current):
+            found += _terms_that_are_no_sum(here, current, equation, position)
     whole = [term for term in found if isinstance(term, Whole)]
     # What is made for each example anyway is added up by the program itself.
     if len(found) > 1 and (len(whole) > 1 or any(term.depends for term in whole)):
@@ -43,12 +45,13 @@ def _terms_that_are_no_sum(
     if equation is not None:
         terms = _rule(scope, equation, position)
         return scope.whole(variable, equation.primitive.name) if terms is None else terms
-    if scope.outer is not None and variable in scope.program.invars:
+    if scope.is_step and variable in scope.program.invars:
         return (Passed(scope.program.invars.index(variable)),)
     return scope.whole(variable, "an argument or a constant")
 
 
 def _is_zero(scope: Scope, atom: Any) -> bool:
+    scope, atom = scope.origin(atom)
     if isinstance(atom, Literal):
         return np.ndim(atom.val) == 0 and atom.val == 0
     equation, _ = scope.maker(atom)
@@ -61,8 +64,12 @@ def _rule(scope: Scope, equation: Equation, position: int) -> Terms | None:
     body = _programs.body_of(equation)
     if body is not None:
         return (_scan if body.is_scan else _call)(scope, equation, body, position)
-    rule = _RULES.get(equation.primitive.name)
-    return None if rule is None else rule(scope, equation)
+    name = equation.primitive.name
+    if name == "split":
+        return _split(scope, equation, position)
+    if name == "optimization_barrier":
+        return terms_of(scope, equation.invars[position])
+    return _RULES[name](scope, equation) if name in _RULES else None
 
 
 # -- What makes products -------------------------------------------------------------------------
@@ -132,6 +139,24 @@ def _scatter_add(scope: Scope, equation: Equation) -> Terms | None:
 
 def _is_clipped(mode: Any) -> bool:
     return jax.lax.GatherScatterMode.from_any(mode) == jax.lax.GatherScatterMode.CLIP
+
+
+def _dynamic_update_slice(scope: Scope, equation: Equation) -> Terms | None:
+    """Of a look-up of one row, at a place that is known only when it is computed."""
+    operand, update, *starts = equation.invars
+    out, update_axes = _axes_of(operand), _axes_of(update)
+    smaller = [
+        index
+        for index, (one, other) in enumerate(zip(out, update_axes, strict=True))
+        if one.size != other.size
+    ]
+    if len(smaller) != 1 or update_axes[smaller[0]].size != 1 or not _is_zero(scope, operand):
+        return None
+    (place,) = smaller
+    rest = [axis for index, axis in enumerate(out) if index != place]
+    tells = scope.operand(starts[place], (), FirstPlace(out[place].size))
+    row = scope.operand(update, rest, Squeezed(place))
+    return _product(tells, row, out, one_hot=out[place])
 
 
 # More than this many entries of a window would be more slices than a compiler likes.
@@ -248,56 +273,102 @@ def _reduce_sum(scope: Scope, equation: Equation) -> Terms | None:
 
 def _pad(scope: Scope, equation: Equation) -> Terms | None:
     operand, filling = equation.invars
-    config = [
-        (int(low), int(high), int(step)) for low, high, step in equation.params["padding_config"]
+    config = [tuple(map(int, edges)) for edges in equation.params["padding_config"]]
+    shape = shape_of(operand)
+    cuts = [
+        (max(-low, 0), size - max(-high, 0), 1)
+        for (low, high, _), size in zip(config, shape, strict=True)
     ]
-    if not _is_zero(scope, filling) or min(low for edges in config for low in edges) < 0:
+    edges = [(max(low, 0), max(high, 0), step) for low, high, step in config]
+    if not _is_zero(scope, filling):
+        return None
+    rows = zip(cuts, shape, edges, strict=True)
+    if any(step and cut != (0, size, 1) for cut, size, (_, _, step) in rows):
         return None
 
     def change(term: Product) -> Product | None:
-        for position, edges in enumerate(config):
-            if any(edges):
-                term = _cut(term, position, Pad, edges)
-        return term
+        cut = _cut(term, cuts, shape)
+        return None if cut is None else _padded(cut, edges)
 
-    return _each(scope, operand, lambda term: None if term.moves or term.one_hot else change(term))
+    return _each(scope, operand, change)
+
+
+def _padded(term: Product, edges: Sequence[tuple[int, ...]]) -> Product:
+    positions = [position for position, each in enumerate(edges) if any(each)]
+    is_of_factors = not term.moves and all(_has_factors(term, position) for position in positions)
+    if not is_of_factors:
+        return term._replace(moves=(*term.moves, Move("pad", tuple(edges))))
+    for position in positions:
+        low, high, step = edges[position]
+        size = term.out[position].size
+        new = Axis(low + high + size + max(0, size - 1) * step)
+        term = _changed_along(term, position, new, Pad, edges[position])
+    return term
 
 
 def _slice(scope: Scope, equation: Equation) -> Terms | None:
     params = equation.params
+    strides = params["strides"] or [1] * len(params["start_indices"])
+    cuts = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
     shape = shape_of(equation.invars[0])
-    strides = params["strides"] or [1] * len(shape)
-    rows = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
-
-    def change(term: Product) -> Product | None:
-        for position, (row, size) in enumerate(zip(rows, shape, strict=True)):
-            if row != (0, size, 1):
-                term = _cut(term, position, Cut, row)
-        return term
-
-    return _each(
-        scope,
-        equation.invars[0],
-        lambda term: None if term.moves or term.one_hot else change(term),
-    )
+    return _each(scope, equation.invars[0], lambda term: _cut(term, cuts, shape))
 
 
-def _cut(term: Product, position: int, kind: Any, how: tuple[int, int, int]) -> Product:
-    """Pads or cuts the operands along an axis of the result."""
+def _split(scope: Scope, equation: Equation, position: int) -> Terms | None:
+    (operand,), axis = equation.invars, equation.params["axis"]
+    sizes = equation.params["sizes"]
+    start = sum(sizes[:position])
+    cuts = [(0, size, 1) for size in shape_of(operand)]
+    cuts[axis] = (start, start + sizes[position], 1)
+    return _each(scope, operand, lambda term: _cut(term, cuts, shape_of(operand)))
+
+
+def _concatenate(scope: Scope, equation: Equation) -> Terms | None:
+    axis = equation.params["dimension"]
+    total = shape_of(equation.outvars[0])[axis]
+    found: Terms = ()
+    start = 0
+    for operand in equation.invars:
+        shape = shape_of(operand)
+        edges = [(0, 0, 0)] * len(shape)
+        edges[axis] = (start, total - start - shape[axis], 0)
+        start += shape[axis]
+        terms = _each(scope, operand, functools.partial(_padded, edges=edges))
+        if terms is None:
+            return None
+        found += terms
+    return found
+
+
+def _cut(
+    term: Product, cuts: Sequence[tuple[int, int, int]], shape: tuple[int, ...]
+) -> Product | None:
+    """A part of a product, by parts of its factors."""
+    for position, (cut, size) in enumerate(zip(cuts, shape, strict=True)):
+        if cut == (0, size, 1):
+            continue
+        if term.moves or not _has_factors(term, position):
+            return None
+        term = _changed_along(term, position, Axis(len(range(*cut))), Cut, cut)
+    return term
+
+
+def _has_factors(term: Product, position: int) -> bool:
+    """Whether an axis of a product is one of its factors, which can be changed along it."""
+    axis = term.out[position]
+    operands = [each for each in (term.lhs, term.rhs) if axis in each.all_axes]
+    return bool(operands) and all(axis in each.axes for each in operands)
+
+
+def _changed_along(term: Product, position: int, new: Axis, kind: Any, how: Any) -> Product:
     old = term.out[position]
-    low, high, step = how
-    if kind is Pad:
-        new = Axis(low + high + old.size + max(0, old.size - 1) * step)
-    else:
-        new = Axis(len(range(low, high, step)))
 
     def change(operand: Operand) -> Operand:
         if old not in operand.axes:
             return operand
-        index = operand.axes.index(old)
         return operand._replace(
             axes=tuple(new if axis is old else axis for axis in operand.axes),
-            preparations=(*operand.preparations, kind(index, how)),
+            preparations=(*operand.preparations, kind(operand.axes.index(old), how)),
         )
 
     out = tuple(new if axis is old else axis for axis in term.out)
@@ -316,21 +387,15 @@ def _div(scope: Scope, equation: Equation) -> Terms | None:
 
 def _scaled(scope: Scope, atom: Any, by: Any, *preparations: Any) -> Terms | None:
     """The terms of an operand that is multiplied by a number."""
-    number = _scalar(scope, by)
-    if number is None:
-        return None
-    factor = scope.operand(number, (), *preparations)
-    return _each(scope, atom, lambda term: term._replace(factors=(*term.factors, factor)))
-
-
-def _scalar(scope: Scope, atom: Any) -> Any:
-    """What has one value for all entries: a scalar, or one that was broadcast."""
-    while atom.aval.ndim:
-        equation, _ = scope.maker(atom)
+    # What has one value for all entries: a scalar, or one that was broadcast.
+    here, number = scope.origin(by)
+    while number.aval.ndim:
+        equation, _ = here.maker(number)
         if equation is None or equation.primitive.name != "broadcast_in_dim":
             return None
-        (atom, *_) = equation.invars
-    return atom
+        here, number = here.origin(equation.invars[0])
+    factor = here.operand(number, (), *preparations)
+    return _each(scope, atom, lambda term: term._replace(factors=(*term.factors, factor)))
 
 
 def _neg(scope: Scope, equation: Equation) -> Terms | None:
@@ -351,6 +416,7 @@ _RULES: dict[str, Callable[[Scope, Equation], Terms | None]] = {
     "dot_general": _dot_general,
     "scatter-add": _scatter_add,
     "scatter_add": _scatter_add,
+    "dynamic_update_slice": _dynamic_update_slice,
     "conv_general_dilated": _conv,
     "transpose": _transpose,
     "reshape": _reshape,
@@ -363,12 +429,14 @@ _RULES: dict[str, Callable[[Scope, Equation], Terms | None]] = {
     "reduce_sum": _reduce_sum,
     "pad": _pad,
     "slice": _slice,
+    "concatenate": _concatenate,
     "mul": _mul,
     "div": _div,
     "neg": _neg,
     "convert_element_type": _cast,
     "copy": _same,
     "copy_p": _same,
+    "sharding_constraint": _same,
     "rev": lambda scope, equation: _moved(
         scope, equation, "rev", tuple(equation.params["dimensions"])
     ),
@@ -378,16 +446,10 @@ _RULES: dict[str, Callable[[Scope, Equation], Terms | None]] = {
 # -- Bodies --------------------------------------------------------------------------------------
 
 
-def _split_passed(terms: Terms) -> tuple[list[int], Terms]:
-    passed = [term.position for term in terms if isinstance(term, Passed)]
-    return passed, tuple(term for term in terms if not isinstance(term, Passed))
-
-
 def _call(scope: Scope, equation: Equation, body: Body, position: int) -> Terms | None:
     inside = scope.inside(equation, body)
-    passed, rest = _split_passed(terms_of(inside, body.program.outvars[position]))
-    outer = [terms_of(scope, equation.invars[index]) for index in passed]
-    return sum(outer, ()) + tuple(_outwards(scope, inside, equation, term) for term in rest)
+    terms = terms_of(inside, body.program.outvars[position])
+    return tuple(_outwards(scope, inside, equation, term) for term in terms)
 
 
 def _outwards(scope: Scope, inside: Scope, equation: Equation, term: Term) -> Term:
@@ -414,9 +476,9 @@ def _scan(scope: Scope, equation: Equation, body: Body, position: int) -> Terms 
     layout = _programs.scan_layout(equation, body)
     inside = scope.inside(equation, body)
     terms = terms_of(inside, body.program.outvars[position])
-    passed, rest = _split_passed(terms)
-    products = [term for term in rest if isinstance(term, Product)]
-    if len(products) < len(rest):
+    passed = [term.position for term in terms if isinstance(term, Passed)]
+    products = [term for term in terms if isinstance(term, Product)]
+    if len(products) + len(passed) < len(terms):
         return None
     step = Axis(equation.params["length"])
     lifted = tuple(_stacked(scope, inside, equation, body, term, step) for term in products)

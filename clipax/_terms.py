@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from clipax import _programs
 from clipax._programs import Body, Equation, Program, Ref, is_variable
@@ -83,6 +84,8 @@ class Move(NamedTuple):
     def __call__(self, value: Array) -> Array:
         if self.name == "mapped":
             return jax.vmap(self.arguments)(value)
+        if self.name == "pad":
+            return jax.lax.pad(value, jnp.zeros((), value.dtype), self.arguments)
         return getattr(jax.lax, self.name)(value, *self.arguments)
 
 
@@ -102,8 +105,9 @@ class Scope:
         depends: Sequence[bool],
         path: tuple[Equation, ...] = (),
         outer: "Scope | None" = None,
+        is_step: bool = False,
     ):
-        self.program, self.path, self.outer = program, path, outer
+        self.program, self.path, self.outer, self.is_step = program, path, outer, is_step
         self.depending = {
             variable for variable, flag in zip(program.invars, depends, strict=True) if flag
         }
@@ -120,6 +124,16 @@ class Scope:
         """The equation that makes a variable, and at which of its outputs."""
         return self.made_by.get(atom, (None, 0)) if is_variable(atom) else (None, 0)
 
+    def origin(self, atom: Any) -> tuple["Scope", Any]:
+        """An operand of calls where it comes from: outside of them."""
+        scope: Scope = self
+        while scope.outer is not None and not scope.is_step:
+            if not is_variable(atom) or atom not in scope.program.invars:
+                break
+            atom = scope.path[-1].invars[scope.program.invars.index(atom)]
+            scope = scope.outer
+        return scope, atom
+
     def depends_on_example(self, variable: Any) -> bool:
         return is_variable(variable) and variable in self.depending
 
@@ -130,7 +144,8 @@ class Scope:
             each = [self.depends_on_example(operand) for operand in equation.invars]
             depends = [anything] * len(each) if body.is_scan else each
             path = (*self.path, equation)
-            self._bodies[id(equation)] = Scope(body.program, depends, path, self)
+            inside = Scope(body.program, depends, path, self, body.is_scan)
+            self._bodies[id(equation)] = inside
         return self._bodies[id(equation)]
 
     def whole(self, variable: Any, why: str) -> tuple[Whole]:
