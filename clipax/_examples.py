@@ -41,8 +41,10 @@ class Call:
     def __init__(
         self, loss_fn: Callable[..., Any], argnums: ArgNums, batch_argnums: ArgNums, has_aux: bool
     ):
-        self._loss_fn, self._argnums, self._has_aux = loss_fn, argnums, has_aux
+        self._loss_fn, self._has_aux = loss_fn, has_aux
         self._positions = _positions(argnums=argnums)
+        is_one = isinstance(argnums, int | np.integer)
+        self._argnums = self._positions[0] if is_one else self._positions
         self._batched = _positions(batch_argnums=batch_argnums)
         both = set(self._positions) & set(self._batched)
         if both:
@@ -64,7 +66,10 @@ class Call:
                     raise ValueError(
                         f"{name} has {position}, and there are {len(args)} arguments."
                     )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.differentiated(args)):
+        parameters = jax.tree_util.tree_leaves_with_path(self.differentiated(args))
+        if not parameters:
+            raise ValueError("There are no parameters: what argnums tells has no array.")
+        for path, leaf in parameters:
             if not _leaves.is_measured(leaf) or not hasattr(leaf, "dtype"):
                 kind = getattr(leaf, "dtype", type(leaf).__name__)
                 raise ValueError(
@@ -249,6 +254,11 @@ def _scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., An
         if has_aux and not (isinstance(returned, tuple) and len(returned) == 2):
             raise ValueError("With has_aux, loss_fn must return a pair (loss, aux).")
         loss = returned[0] if has_aux else returned
+        if not isinstance(loss, jax.Array | np.ndarray | np.generic | int | float):
+            raise ValueError(
+                f"loss_fn must return one real number for one example, got a"
+                f" {type(loss).__name__}. What it returns besides needs has_aux=True."
+            )
         if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), np.floating):
             kind = f"{jnp.result_type(loss)}{list(jnp.shape(loss))}"
             raise ValueError(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from clipax import _grams, _leaves
 from clipax._grams import Values
+from clipax._preparations import Windows
 from clipax._products import terms_of
 from clipax._programs import Ref
 from clipax._terms import Product, Scope, Whole
@@ -92,7 +93,15 @@ def plan(name: str, leaf: Any, scope: Scope, variable: Any) -> Plan:
     by_each = sum(map(_cost_of_each, aligned))
     if by_gram <= by_each:
         return Plan(*facts, found, Way.GRAM, f"{summed} x {summed}", by_gram, kept)
+    if size <= kept and not any(map(_has_windows, aligned)):
+        # As the program makes it: a factor that is one for all examples is then not repeated.
+        found = scope.whole(variable, "")
     return Plan(*facts, found, Way.EACH, "cheaper than its factors", by_each, min(size, kept))
+
+
+def _has_windows(term: Product) -> bool:
+    """Whether it is of a convolution, whose own program is slow for a batch of kernels."""
+    return any(isinstance(each, Windows) for each in term.lhs.preparations)
 
 
 def _entries(term: Product) -> int:
@@ -187,7 +196,7 @@ def _made(plan: Plan, products: Any, constant: Array | None, examples: int) -> A
         each = each + jax.vmap(functools.partial(_grams.assembled, term))(blocks).astype(
             plan.dtype
         )
-    return each if constant is None else each + constant
+    return each if constant is None else each + constant[None].astype(plan.dtype)
 
 
 def weighted_sum(plan: Plan, kept: Kept, weights: Array, is_kept_out: Array | None) -> Array:

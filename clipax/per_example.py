@@ -89,7 +89,7 @@ def clipped_grad(
       arXiv:2110.05679 (the Gram matrices). Bu et al., Differentially Private Optimization on
       Large Model at Small Cost, 2022, arXiv:2210.00038 (the factors kept for the sum).
     """
-    _checks.bound(_checks.non_negative, max_norm=max_norm)
+    _check_max_norm(max_norm)
     _checks.function(loss_fn=loss_fn, coefficient=coefficient)
     _checks.flag(has_aux=has_aux, mean=mean, skip_nonfinite=skip_nonfinite)
     if microbatch_size is not None:
@@ -102,7 +102,7 @@ def clipped_grad(
         return measured.clipped(bound, coefficient, mask, skip_nonfinite)
 
     def grad_fn(*args: Any, mask: Any = None, max_norm: Any = None) -> tuple[Any, PerExampleInfo]:
-        _checks.bound(_checks.non_negative, max_norm=0.0 if max_norm is None else max_norm)
+        _check_max_norm(0.0 if max_norm is None else max_norm)
         examples = call.check(args)
         mask = _checked_mask(mask, examples)
         bound = static_bound if max_norm is None else max_norm
@@ -234,7 +234,7 @@ def track_quantile(
         max_norm <- max_norm * exp(-learning_rate * (share of norms <= max_norm - quantile))
 
     Args:
-      max_norm: The bound that `clipped_grad` had, > 0, in the structure of `info.norms`. It
+      max_norm: The bound that `clipped_grad` had, >= 0, in the structure of `info.norms`. It
         is all the state that there is; 0.1 is a usual start.
       info: What `clipped_grad` returned.
       quantile: The share of examples that are to stay as they are, in (0, 1).
@@ -262,6 +262,7 @@ def track_quantile(
       Andrew et al., Differentially Private Learning with Adaptive Clipping, 2021,
       arXiv:1905.03871.
     """
+    _check_max_norm(max_norm)
     _checks.scalar(_checks.inside_unit_interval, quantile=quantile)
     _checks.scalar(_checks.positive, learning_rate=learning_rate)
 
@@ -274,6 +275,19 @@ def track_quantile(
         return jnp.where(jnp.any(info.is_counted), moved, wide).astype(jnp.asarray(bound).dtype)
 
     return _leaves.map_prefix(move, max_norm, info.norms, name="max_norm")
+
+
+def _check_max_norm(max_norm: Any) -> None:
+    def one_number(**arguments: Any) -> None:
+        _checks.scalar(_checks.non_negative, **arguments)
+
+    for leaf in jax.tree.leaves(max_norm):
+        if _checks.is_schedule(leaf):
+            raise ValueError(
+                f"max_norm must be a number or a tree of them, got the schedule {leaf!r}. Give"
+                " its value at the call: grad_fn(..., max_norm=schedule(count))."
+            )
+    _checks.bound(one_number, max_norm=max_norm)
 
 
 def _number_counted(info: PerExampleInfo, dtype: Any) -> Array:

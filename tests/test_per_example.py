@@ -1,0 +1,93 @@
+"""The gradient of each example clipped: equal to the plain way on everything in the zoo."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import per_example_zoo as zoo
+import pytest
+import trees
+
+import clipax
+
+# The program matters, not how fast it is.
+quick_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+
+
+def leaf_norms(each: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: np.sqrt(np.sum(np.abs(leaf.reshape(len(leaf), -1)) ** 2, 1)), each
+    )
+
+
+def hard(norms: np.ndarray, bound: Any) -> np.ndarray:
+    return np.minimum(1, bound / np.maximum(norms, 1e-300))
+
+
+def weighted_sum(each: Any, weights: np.ndarray) -> Any:
+    return jax.tree.map(lambda leaf: np.einsum("b,b...->...", weights, leaf), each)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if entry.is_rare else [])
+        for name, entry in zoo.ZOO.items()
+    ],
+)
+def test_equals_the_plain_way(name: str) -> None:
+    entry = zoo.ZOO[name]
+    loss_fn, params, batch = entry.build()
+
+    @quick_jit
+    def run(params: Any, batch: Any) -> Any:
+        plain = jax.vmap(jax.value_and_grad(loss_fn), (None, 0))(params, batch)
+        norms = clipax.per_example_norms(loss_fn, per_leaf=True)(params, batch)
+        bound = jnp.mean(jax.vmap(clipax.global_norm)(norms))
+        bounds = jax.tree.map(jnp.mean, norms)
+        clip, clip_sum = (clipax.clipped_grad(loss_fn, 1.0, mean=mean) for mean in (True, False))
+        by_one = clip(params, batch, max_norm=bound)
+        by_leaf, info = clip_sum(params, batch, max_norm=bounds)
+        return plain, norms, by_one, by_leaf, info.max_norm
+
+    (losses, each), norms, (grads, info), by_leaf, bounds = run(params, batch)
+    each = jax.tree.map(zoo.wide, each)
+    separate = leaf_norms(each)
+    total = np.sqrt(sum(norm**2 for norm in jax.tree.leaves(separate)))
+    clipped = jax.tree.map(
+        lambda leaf, norm, bound: weighted_sum(leaf, hard(norm, float(bound))),
+        each,
+        separate,
+        bounds,
+    )
+    assert 0 < info.clip_fraction < 1
+    near = functools.partial(zoo.assert_near, tolerance=entry.tolerance)
+    near(norms, separate)
+    near(info.norms, total)
+    near(info.losses, losses)
+    near(grads, weighted_sum(each, hard(total, float(info.max_norm)) / zoo.EXAMPLES))
+    near(by_leaf, clipped)
+    trees.assert_same_type(grads, params)
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_finds_the_norms_the_cheap_way(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    loss_fn, params, batch = zoo.ZOO[name].build()
+    wanted = zoo.ZOO[name].ways
+    clipax.explain(loss_fn, params, batch)
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith("leaf ")
+    assert "norm of one example" in head
+    assert len(lines) == len(jax.tree.leaves(params))
+    found = {
+        line.split()[0]: next(way for way in zoo.WAYS if f" {way} " in line) for line in lines
+    }
+    assert {leaf: found[leaf] for leaf in wanted} == wanted
