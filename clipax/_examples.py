@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _checks, _leaves, _plans, _programs, norms
+from clipax import _leaves, _plans, _programs, norms
 from clipax._plans import Plan
 from clipax._programs import Ref
 from clipax._terms import Scope
@@ -203,43 +203,47 @@ class Measured(NamedTuple):
     ) -> tuple[Any, PerExampleInfo]:
         """The sums of the clipped gradients, in the width of norms."""
         tree = jax.tree.unflatten(self.structure, self.leaf_norms)
-        sizes = _leaves.map_prefix(
-            lambda _, subtree: norms_over(subtree),
-            bound,
-            tree,
-            is_leaf=_checks.is_bound_leaf,
-            name="max_norm",
-        )
-        bounds = _leaves.map_prefix(
-            lambda value, size: jnp.asarray(value).astype(size.dtype),
-            bound,
-            sizes,
-            is_leaf=_checks.is_bound_leaf,
-            name="max_norm",
+        sizes = _for_each_bound(lambda _, subtree: norms_over(subtree), bound, tree)
+        bounds = _for_each_bound(
+            lambda value, size: jnp.asarray(value).astype(size.dtype), bound, sizes
         )
         counted = jnp.ones(self.losses.shape[0], bool) if mask is None else mask
         if skip_nonfinite:
             finite = [jnp.isfinite(size) for size in jax.tree.leaves(sizes)]
             counted = jnp.all(jnp.stack([counted, *finite]), 0)
-        factors = jax.tree.map(
-            lambda size, limit: jnp.where(
-                counted, coefficient(size, jnp.broadcast_to(limit, size.shape)), 0
-            ),
-            sizes,
-            bounds,
+
+        def factor(size: Array, limit: Array) -> Array:
+            found = coefficient(size, jnp.broadcast_to(limit, size.shape))
+            return jnp.where(counted, found, 0)
+
+        factors = jax.tree.map(factor, sizes, bounds)
+        sums = self._weighted_sums(
+            self._for_leaves(factors, tree),
+            None if mask is None and not skip_nonfinite else ~counted,
         )
-        weights: list[Array] = []
-        _leaves.map_prefix(
-            lambda factor, subtree: weights.extend([factor] * len(jax.tree.leaves(subtree))),
-            factors,
-            tree,
-            name="max_norm",
-        )
-        kept_out = None if mask is None and not skip_nonfinite else ~counted
-        rows = zip(self.plans, self.kept, weights, strict=True)
-        sums = [_plans.weighted_sum(plan, kept, weight, kept_out) for plan, kept, weight in rows]
         info = PerExampleInfo(self.losses, sizes, factors, counted, None, bounds, self.aux)
-        return jax.tree.unflatten(self.structure, sums), info
+        return sums, info
+
+    def _for_leaves(self, factors: Any, tree: Any) -> list[Array]:
+        weights: list[Array] = []
+
+        def extend(factor: Array, subtree: Any) -> None:
+            weights.extend([factor] * len(jax.tree.leaves(subtree)))
+
+        _for_each_bound(extend, factors, tree)
+        return weights
+
+    def _weighted_sums(self, weights: list[Array], is_kept_out: Array | None) -> Any:
+        rows = zip(self.plans, self.kept, weights, strict=True)
+        sums = [
+            _plans.weighted_sum(plan, kept, weight, is_kept_out) for plan, kept, weight in rows
+        ]
+        return jax.tree.unflatten(self.structure, sums)
+
+
+def _for_each_bound(function: Callable[..., Any], bound: Any, tree: Any) -> Any:
+    # None is no bound: parameters may be None in part, and so the bounds in their structure.
+    return _leaves.map_prefix(function, bound, tree, is_leaf=None, name="max_norm")
 
 
 def norms_over(tree: Any) -> Array:

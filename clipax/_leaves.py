@@ -55,7 +55,7 @@ def map_prefix(
     prefix: Any,
     tree: Any,
     *,
-    is_leaf: Callable[[Any], bool] = is_none,
+    is_leaf: Callable[[Any], bool] | None = is_none,
     name: str,
 ) -> Any:
     """Maps `function(prefix_leaf, subtree)`; the error says whose prefix did not fit."""

@@ -278,16 +278,16 @@ def track_quantile(
 
 
 def _check_max_norm(max_norm: Any) -> None:
-    def one_number(**arguments: Any) -> None:
-        _checks.scalar(_checks.non_negative, **arguments)
-
-    for leaf in jax.tree.leaves(max_norm):
+    if max_norm is None:
+        _checks.non_negative(max_norm=max_norm)
+    # Parameters may be None in part, and so a tree of bounds in their structure.
+    for path, leaf in jax.tree_util.tree_leaves_with_path(max_norm):
         if _checks.is_schedule(leaf):
             raise ValueError(
                 f"max_norm must be a number or a tree of them, got the schedule {leaf!r}. Give"
                 " its value at the call: grad_fn(..., max_norm=schedule(count))."
             )
-    _checks.bound(one_number, max_norm=max_norm)
+        _checks.scalar(_checks.non_negative, **{"max_norm" + jax.tree_util.keystr(path): leaf})
 
 
 def _number_counted(info: PerExampleInfo, dtype: Any) -> Array:
