@@ -83,8 +83,20 @@ def _largest_across_jvp(axes: Any, primals: Any, tangents: Any) -> Any:
 
 _Operation = tuple[Callable[..., Array], Callable[..., Any]]
 _Scales = Sequence[Any] | None
+_Read = Callable[[Array], Array]
 _SUM: _Operation = (jnp.sum, jax.lax.psum)
 _MAX: _Operation = (largest_of, _largest_across)
+
+
+def _as_it_is(x: Array) -> Array:
+    return x
+
+
+def _apart(x: Array) -> Array:
+    """The same array, which shares nothing with how it is scaled afterwards."""
+    # XLA would else convert a leaf of half the width once for both, and keep it in memory.
+    barrier: _Read = jax.lax.optimization_barrier
+    return barrier(x) if x.dtype.itemsize < 4 else x
 
 
 # Both are jitted so that eager calls are cached, and inlined under an outer jit.
@@ -94,11 +106,13 @@ def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float)
     width = _leaves.wide_dtype(*(array.dtype for array in arrays))
     stacks = _stacked_alike(arrays, layouts)
 
-    def reduce(operation: _Operation, power: float, scales: _Scales) -> list[Array]:
+    def reduce(
+        operation: _Operation, power: float, scales: _Scales, read: _Read = _as_it_is
+    ) -> list[Array]:
         local, _ = operation
         by_shards: dict[Any, list[Array]] = {}
         for members, shards in stacks:
-            stack = jnp.stack([arrays[index] for index in members])
+            stack = jnp.stack([read(arrays[index]) for index in members])
             part = local(_powers(stack, width, scales[0] if scales else None, power))
             by_shards.setdefault(shards, []).append(part)
         partial = [local(jnp.stack(parts)) for parts in by_shards.values()]
@@ -113,12 +127,14 @@ def separate_norms(
 ) -> list[Array]:
     """A norm for each array: a scalar over all of its axes, else with size one at the summed."""
 
-    def reduce(operation: _Operation, power: float, scales: _Scales) -> list[Array]:
+    def reduce(
+        operation: _Operation, power: float, scales: _Scales, read: _Read = _as_it_is
+    ) -> list[Array]:
         local, _ = operation
         each: Sequence[Any] = scales or [None] * len(arrays)
         parts = [
             local(
-                _powers(array, _leaves.wide_dtype(array.dtype), scale, power),
+                _powers(read(array), _leaves.wide_dtype(array.dtype), scale, power),
                 axis=layout.axes,
                 keepdims=len(layout.axes) < array.ndim,
             )
@@ -135,7 +151,7 @@ def _is_reduced_across(layouts: tuple[Layout, ...]) -> bool:
 
 
 def _p_norms(
-    reduce: Callable[[_Operation, float, _Scales], list[Array]],
+    reduce: Callable[..., list[Array]],
     ord: float,
     divisors: Sequence[float],
     is_reduced_across: bool,
@@ -154,8 +170,8 @@ def _p_norms(
         norms = roots(reduce(_SUM, ord, units))
         return [norm * unit for norm, unit in zip(norms, units, strict=True)]
 
-    def sums(scales: _Scales = None) -> list[Array]:
-        return reduce(_SUM, ord, scales)
+    def sums(scales: _Scales = None, read: _Read = _as_it_is) -> list[Array]:
+        return reduce(_SUM, ord, scales, read)
 
     # Where units are sharded, devices could take different branches, and wait in one of them
     # for those in the other.
@@ -175,7 +191,7 @@ def _at_the_right_scale(
     sums: Callable[..., list[Array]], roots: Callable[[list[Array]], list[Array]]
 ) -> list[Array]:
     """Norms that are read again only where their sum of squares left the range."""
-    plain = sums()
+    plain = sums(None, _apart)
     scales = [_scale_for(part) for part in plain]
     in_range = functools.reduce(jnp.logical_and, [jnp.all(scale == 1) for scale in scales])
 

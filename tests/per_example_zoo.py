@@ -63,6 +63,13 @@ class Source:
         return jnp.asarray(self._rng.integers(low, high, size=(EXAMPLES, *shape), dtype=np.int32))
 
 
+# The program matters, not how fast it is.
+_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 11):  # Later ones have no such option.
+    _OPTIONS["xla_cpu_use_fusion_emitters"] = False
+quick_jit = functools.partial(jax.jit, compiler_options=_OPTIONS)
+
+
 def wide(leaf: Any) -> np.ndarray:
     return np.asarray(leaf).astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
 

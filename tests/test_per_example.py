@@ -12,15 +12,6 @@ import trees
 
 import clipax
 
-# The program matters, not how fast it is.
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-
 
 def leaf_norms(each: Any) -> Any:
     return jax.tree.map(
@@ -47,7 +38,7 @@ def test_equals_the_plain_way(name: str) -> None:
     entry = zoo.ZOO[name]
     loss_fn, params, batch = entry.build()
 
-    @quick_jit
+    @zoo.quick_jit
     def run(params: Any, batch: Any) -> Any:
         plain = jax.vmap(jax.value_and_grad(loss_fn), (None, 0))(params, batch)
         norms = clipax.per_example_norms(loss_fn, per_leaf=True)(params, batch)
