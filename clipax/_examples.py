@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _leaves, _plans, _programs, norms
+from clipax import _compat, _leaves, _plans, _programs, norms
 from clipax._plans import Plan
 from clipax._programs import Ref
 from clipax._terms import Scope
@@ -76,7 +76,24 @@ class Call:
                     f"The parameter {_leaves.path_string(path) or 'itself'} must be an array of"
                     f" floats, got {kind}. Pass what is not differentiated as another argument."
                 )
+        self._refuse_summed_gradients(args)
         return self._examples(args)
+
+    def _refuse_summed_gradients(self, args: Sequence[Any]) -> None:
+        """Of what is the same on all devices, JAX sums the gradients of their examples."""
+
+        def varying(positions: Sequence[int]) -> set[Any]:
+            leaves = jax.tree.leaves([args[position] for position in positions])
+            return {axis for leaf in leaves for axis in _compat.varying_axes(leaf)}
+
+        shards = varying(self._batched) - varying(self._positions)
+        if shards:
+            raise ValueError(
+                f"The examples vary over the mesh axes {sorted(map(str, shards))}, and the"
+                " parameters do not: the gradient of one example would be summed with those on"
+                " other devices. Let the parameters vary, by jax.lax.pcast(params, axes,"
+                " to='varying') or, before jax 0.8.3, jax.lax.pvary, and sum what comes out."
+            )
 
     def _examples(self, args: Sequence[Any]) -> int:
         sizes: dict[int, str] = {}
