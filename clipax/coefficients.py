@@ -164,7 +164,7 @@ def normalized(norm: Array, max_norm: Array) -> Array:
 
 
 def automatic(stability: jax.typing.ArrayLike = 0.01) -> Coefficient:
-    """Makes `coefficient = max_norm / (norm + stability)`: AUTO-S, a length hardly set.
+    """Makes `coefficient = max_norm / (norm + stability)`: AUTO-S.
 
     For the gradients of examples (`clipped_grad`): all become about `max_norm` long, but for
     those that are hardly longer than `stability`. With `stability=0` it is `normalized`.
