@@ -372,7 +372,8 @@ def sliced(source: Source) -> Any:
 
     def loss_fn(params: Any, x: jax.Array) -> jax.Array:
         y = jnp.tanh(x[:, :10] @ params["w"][:10]) + jnp.sin(x[:, 8:] @ params["w"][8:])
-        return mean_square(y[:, :12] @ params["w"][:12, ::2] + y[:, 12:] @ params["w"][12:, 1::2])
+        even, odd = (lax.slice_in_dim(params["w"], start, 24, 2, axis=1) for start in (0, 1))
+        return mean_square(y[:, :12] @ even[:12] + y[:, 12:] @ odd[12:])
 
     return loss_fn, params, source.batch(2, 24)
 
@@ -611,16 +612,17 @@ def layers_under_scan_over_time(source: Source) -> Any:
     return loss_fn, params, source.batch(3, 16)
 
 
-@model(w=GRAM)
-def stack_sliced_for_two_scans(source: Source) -> Any:
-    params = {"w": source.stacked(5, 16, 16)}
+# Slices of different lengths are stacks of different lengths: these products do not compare.
+@model(one=GRAM, two=EACH)
+def stack_sliced_for_scans(source: Source) -> Any:
+    params = {"one": source.stacked(4, 16, 16), "two": source.stacked(5, 16, 16)}
 
     def loss_fn(params: Any, x: jax.Array) -> jax.Array:
         def layer(x: jax.Array, w: jax.Array) -> Any:
             return jnp.tanh(x @ w), None
 
-        x, _ = lax.scan(layer, x, params["w"][1:4])
-        x, _ = lax.scan(layer, x, params["w"][3:])
+        for stack in (params["one"][1:3], params["two"][1:4], params["two"][3:]):
+            x, _ = lax.scan(layer, x, stack)
         return mean_square(x)
 
     return loss_fn, params, source.batch(2, 16)
@@ -632,7 +634,7 @@ def stack_concatenated_for_a_scan(source: Source) -> Any:
 
     def loss_fn(params: Any, x: jax.Array) -> jax.Array:
         def layer(x: jax.Array, w: jax.Array) -> Any:
-            return jnp.tanh(x @ w), None
+            return x + jnp.tanh(x @ w), None
 
         padded = jnp.pad(params["w"][None], ((0, 1), (0, 4), (0, 0)))
         stack = jnp.concatenate([params["a"], params["b"], padded])
