@@ -10,8 +10,26 @@ import clipax
 ROOT = pathlib.Path(clipax.__file__).parent
 FLOORS = [
     {"_typing"},
-    {"_compat", "_leaves", "_checks", "_preparations", "_programs", "_transformation", "_window", "units"},
-    {"_safe_norm", "_matrices", "_products", "_terms", "_spectral", "norms", "_moments", "coefficients"},
+    {
+        "_compat",
+        "_leaves",
+        "_checks",
+        "_preparations",
+        "_programs",
+        "_transformation",
+        "_window",
+        "units",
+    },
+    {
+        "_safe_norm",
+        "_matrices",
+        "_products",
+        "_terms",
+        "_spectral",
+        "norms",
+        "_moments",
+        "coefficients",
+    },
     {"thresholds", "_grams", "_plans", "_examples"},
     {"_clip_by"},
     {"methods"},
