@@ -13,6 +13,7 @@ import trees
 
 from benchmarks import (
     methods,
+    per_example,
     timing,
     torch_peer,
     work_clip,
@@ -21,6 +22,7 @@ from benchmarks import (
     work_step,
     workloads,
 )
+from benchmarks.per_example_models import MODELS
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -308,3 +310,36 @@ def test_the_histories_are_reproduced(tmp_path):
         raw, clipped = of_sigma["adagc(raw_history=True)"], of_sigma["adagc()"]
         for high, low in zip(raw["median_bound"], clipped["median_bound"], strict=True):
             assert high >= low > 0
+
+
+@pytest.mark.slow
+def test_the_price_of_clipping_each_example(tmp_path):
+    output = tmp_path / "figures.json"
+    run = _ran("benchmarks.per_example", "--quick", "--output", str(output))
+    assert run.returncode == 0, run.stderr
+    results = json.loads(output.read_text())
+    assert set(results) == {"machine", "settings", "reached", *MODELS}
+    for name in MODELS:
+        cheap, every_way = results[name][:2]
+        assert _names(cheap) == list(per_example.CHEAP)
+        peers = [per_example.PRIVACY] if "jax_privacy" in results["machine"] else []
+        assert _names(every_way) == [
+            *per_example.CHEAP,
+            per_example.IN_PARTS,
+            per_example.EACH,
+            *peers,
+        ]
+        for table in results[name]:
+            assert table["title"] in run.stdout
+            medians = {row["name"]: row["median_s"] for row in table["rows"]}
+            for row in table["rows"]:
+                assert math.isclose(row["ratio"], row["median_s"] / medians[table["baseline"]])
+        measured = per_example.OURS, per_example.IN_PARTS, *peers
+        for row in every_way["rows"]:
+            assert row["temp_bytes"] > 0
+            # A way that gives other gradients ends the run.
+            assert (row["difference"] is not None) == (row["name"] in measured)
+    assert len(results["reached"]) == 9
+    for goal in results["reached"]:
+        assert goal["verdict"] in run.stdout
+        assert (goal["ratio"] is None) == goal["verdict"].startswith("not measured: ")
