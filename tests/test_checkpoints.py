@@ -242,6 +242,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_where_the_state_of_the_clip_goes(name: str, tmp_path: pathlib.Path) -> None:
     case, mesh = CASES[name], mesh_of(1)

@@ -83,6 +83,7 @@ def test_no_copy_of_the_updates_is_made(make: Any, dtype: Any) -> None:
     assert memory.temp_size_in_bytes < tree / 100
 
 
+@pytest.mark.slow
 @OLD_XLA
 @pytest.mark.parametrize(
     "method", [clipax.clip_by_global_norm(0.1), clipax.clip_by_leaf_norm(0.1)]

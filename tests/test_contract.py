@@ -38,6 +38,7 @@ def test_the_suite_finds_the_methods() -> None:
     )
 
 
+@pytest.mark.slow
 @methods
 def test_acts_on_the_trees_that_this_suite_uses(name: str) -> None:
     method, (params, updates) = trees.build(name), trees.params_and_updates()
@@ -122,6 +123,7 @@ def test_init_takes_shapes(name: str) -> None:
     method.update(updates, method.init(shapes), params)
 
 
+@pytest.mark.slow
 @methods
 def test_explicit_sharding_on_eight_devices(name: str) -> None:
     method, (params, updates) = trees.build(name), trees.params_and_updates()
@@ -146,6 +148,7 @@ def test_explicit_sharding_on_eight_devices(name: str) -> None:
     trees.assert_close(new_state, state_alone, rtol=1e-5)
 
 
+@pytest.mark.slow
 @methods
 def test_a_fresh_state_can_be_donated(name: str) -> None:
     method, (params, updates) = trees.build(name), trees.params_and_updates()
@@ -233,6 +236,7 @@ def test_scalars_and_complex_leaves(name: str) -> None:
         np.testing.assert_allclose(jnp.angle(clipped), jnp.angle(expected), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in METHODS if trees.has_a_bound(name)])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_huge_bounds_are_the_identity_bit_for_bit(name: str, dtype: str) -> None:
@@ -318,6 +322,7 @@ def test_multi_steps_clips_the_accumulated_update_once(name: str) -> None:
     assert clipax.metrics(state)
 
 
+@pytest.mark.slow
 @methods
 def test_apply_if_finite_freezes_the_state(name: str) -> None:
     method, (params, updates) = trees.build(name), trees.params_and_updates()

@@ -188,6 +188,7 @@ def in_shard_map(method: Any, axes: Any = ("x", "y"), **options: Any) -> Any:
     return run(jax.jit(step), method.init(params), sequence, params)
 
 
+@pytest.mark.slow
 @methods
 @pytest.mark.parametrize("axes", [("x", "y"), ("x",)], ids=["all", "some"])
 def test_shard_map_is_told_by_types(name: str, axes: Any) -> None:
@@ -238,6 +239,7 @@ def axes_that_shard(name: str, specs: Any) -> Any:
     return jax.tree.map(names, specs)
 
 
+@pytest.mark.slow
 @methods
 def test_shard_map_without_types_is_told_by_names(name: str) -> None:
     names = axes_that_shard(name, SPECS)

@@ -126,6 +126,7 @@ def pipeline(params: Any, inputs: Any) -> Any:
     return jax.lax.psum(jnp.where(is_last, loss, 0.0), "device")
 
 
+@pytest.mark.slow
 @clips
 def test_pipeline(clip: str) -> None:
     assert_trained_alike(layers, pipeline, clip)

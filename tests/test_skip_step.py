@@ -110,6 +110,7 @@ def oracle(norms: np.ndarray, losses: np.ndarray, rules: Rules) -> tuple[np.ndar
     return skipped, {name: window[-rules.window_size :] for name, window in past.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
     "rules",
@@ -234,6 +235,7 @@ def gradients(step: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), PARAMS)
 
 
+@pytest.mark.slow
 @promotes
 @every_optimizer
 @pytest.mark.parametrize("compiled", [False, True])
@@ -308,6 +310,7 @@ def train(optimizer: Any, *runs: list[Any]) -> list[tuple[Any, Any]]:
     return ends
 
 
+@pytest.mark.slow
 @promotes
 @every_optimizer
 @pytest.mark.parametrize(
@@ -521,6 +524,7 @@ def test_large_first_norms_do_not_stop_the_training_for_ever() -> None:
             assert skipped_at(series, **rules) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("z_max", [0.5, 3.0, 6.0, 10.0])
 @pytest.mark.parametrize("window_size", [4, 16, 128])
 @pytest.mark.parametrize("level", [1.01, 2.0, 1e6])

@@ -20,6 +20,7 @@ def cosine(one: Any, other: Any) -> float:
     return float(np.vdot(one, other).real / np.linalg.norm(one) / np.linalg.norm(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
 @pytest.mark.parametrize(
     "inner",

@@ -51,6 +51,7 @@ def build(setting: dict[str, Any], **more: Any) -> Any:
     return clipax.autoclip(**{names[key]: value for key, value in setting.items()}, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_the_oracle_globally(setting: dict[str, Any], seed: int) -> None:

@@ -426,6 +426,7 @@ def unconverged(least: float, iterations: int) -> float:
     return 1 - least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("over", [1.0, 2.0, 30.0, 1e3, 1e4])
 def test_errors_of_both_ways(name: str, over: float) -> None:
@@ -524,6 +525,7 @@ def derivatives(x: Any, direction: Any, weights: Any, coefficient: Any, iteratio
     return forwards, (ahead - behind) / 2e-5, backwards, jnp.sum((forwards * weights).real)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coefficient", [hard, square_root])
 @pytest.mark.parametrize("name", derivative_cases())
 def test_derivatives_equal_differences(name: str, coefficient: Any) -> None:
@@ -578,6 +580,7 @@ def test_derivatives_are_finite_everywhere(coefficient: Any, iterations: int | N
 # By iterations too, what the contract asks.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coefficient", [hard, square_root])
 def test_by_iterations_inside_transformations_of_jax(coefficient: Any) -> None:
     method = clipax.clip_by_spectral_norm(0.1, coefficient, iterations=10)
@@ -622,6 +625,7 @@ def layers() -> dict[str, Any]:
     return {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in LAYERS.items()}
 
 
+@pytest.mark.slow
 @either_way
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_matrices_come_out_as_they_were(axis_type: Any, iterations: int | None) -> None:
@@ -652,6 +656,7 @@ BY_SHARD = WHOLE | {"bias": PartitionSpec("x"), "layers": PartitionSpec("x")}
 TORN = WHOLE | {"kernel": PartitionSpec(None, "x")}
 
 
+@pytest.mark.slow
 @either_way
 def test_mapped_matrices_that_are_whole(iterations: int | None) -> None:
     updates = layers()

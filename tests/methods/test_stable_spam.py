@@ -65,6 +65,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_numpy_over_a_long_run(setting: Any, seed: int) -> None:
