@@ -50,10 +50,6 @@ class Sizes(NamedTuple):
     def result(self) -> int:
         return self.shared * self.rows * self.columns
 
-    @property
-    def factors(self) -> int:
-        return self.shared * self.summed * (self.rows + self.columns)
-
 
 def roles(term: Product) -> Roles:
     lhs, rhs = set(term.lhs.all_axes), set(term.rhs.all_axes)

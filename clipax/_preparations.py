@@ -1,5 +1,6 @@
 """What is done to an operand before it is a factor: each knows the value of one example."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,11 @@ import numpy as np
 from clipax._typing import Array
 
 
+def padded(value: Array, config: Sequence[tuple[int, int, int]]) -> Array:
+    """With zeros before, after and between the entries along each axis."""
+    return jax.lax.pad(value, jnp.zeros((), value.dtype), config)
+
+
 class Place(NamedTuple):
     """The place that an index tells; the size itself, which no place has, for one outside."""
 
@@ -16,19 +22,9 @@ class Place(NamedTuple):
     is_clipped: bool
 
     def __call__(self, indices: Array) -> Array:
-        indices = indices[..., 0]
         if self.is_clipped:
             return jnp.clip(indices, 0, self.size - 1)
         return jnp.where((indices >= 0) & (indices < self.size), indices, self.size)
-
-
-class FirstPlace(NamedTuple):
-    """The place of one row: where it would be outside, the nearest inside."""
-
-    size: int
-
-    def __call__(self, index: Array) -> Array:
-        return jnp.clip(index, 0, self.size - 1)
 
 
 class Squeezed(NamedTuple):
@@ -69,8 +65,7 @@ class Windows(NamedTuple):
             (low, high, step - 1)
             for (low, high), step in zip(self.padding, self.dilation, strict=True)
         ]
-        zero = jnp.zeros((), value.dtype)
-        value = jax.lax.pad(value, zero, [(0, 0, 0)] * 3 + edges)
+        value = padded(value, [(0, 0, 0)] * 3 + edges)
         lead = value.shape[:3]
         slices = []
         for result in np.ndindex(*self.results):
@@ -94,7 +89,7 @@ class Pad(NamedTuple):
     def __call__(self, value: Array) -> Array:
         config = [(0, 0, 0)] * value.ndim
         config[self.axis] = self.edges
-        return jax.lax.pad(value, jnp.zeros((), value.dtype), config)
+        return padded(value, config)
 
 
 class Cut(NamedTuple):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax import _programs
-from clipax._preparations import Cut, FirstPlace, Grouped, Pad, Place, Squeezed, Windows
+from clipax._preparations import Cut, Grouped, Pad, Place, Squeezed, Windows
 from clipax._programs import Body, Equation, Literal, is_variable, shape_of
 from clipax._terms import Axis, Move, Operand, Passed, Product, Scope, Term, Terms, Whole
 
@@ -132,7 +132,9 @@ def _scatter_add(scope: Scope, equation: Equation) -> Terms | None:
     for index, axis in zip(window, rest, strict=True):
         update_axes[index] = axis
     looked_up = [axis for index, axis in enumerate(update_axes) if index not in window]
-    tells = scope.operand(indices, looked_up, Place(out[place].size, _is_clipped(mode)))
+    tells = scope.operand(
+        indices, looked_up, Squeezed(-1), Place(out[place].size, _is_clipped(mode))
+    )
     new = _product(tells, scope.operand(updates, update_axes), out, one_hot=out[place])
     return None if new is None else terms_of(scope, operand) + new
 
@@ -154,7 +156,7 @@ def _dynamic_update_slice(scope: Scope, equation: Equation) -> Terms | None:
         return None
     (place,) = smaller
     rest = [axis for index, axis in enumerate(out) if index != place]
-    tells = scope.operand(starts[place], (), FirstPlace(out[place].size))
+    tells = scope.operand(starts[place], (), Place(out[place].size, is_clipped=True))
     row = scope.operand(update, rest, Squeezed(place))
     return _product(tells, row, out, one_hot=out[place])
 
@@ -219,8 +221,8 @@ def _each(scope: Scope, atom: Any, change: Callable[[Product], Product | None]) 
     return tuple(changed)
 
 
-def _moved(scope: Scope, equation: Equation, name: str, *arguments: Any) -> Terms | None:
-    move = Move(name, arguments)
+def _rev(scope: Scope, equation: Equation) -> Terms | None:
+    move = Move("rev", (tuple(equation.params["dimensions"]),))
     return _each(scope, equation.invars[0], lambda term: term._replace(moves=(*term.moves, move)))
 
 
@@ -236,8 +238,11 @@ def _transpose(scope: Scope, equation: Equation) -> Terms | None:
 
 
 def _reshape(scope: Scope, equation: Equation) -> Terms | None:
-    if equation.params["dimensions"] is not None:
-        return None
+    is_permuted = equation.params["dimensions"] is not None
+    return None if is_permuted else _in_the_new_shape(scope, equation)
+
+
+def _in_the_new_shape(scope: Scope, equation: Equation) -> Terms | None:
     shape = shape_of(equation.outvars[0])
     return _each(scope, equation.invars[0], lambda term: _reshaped(term, shape))
 
@@ -252,11 +257,9 @@ def _reshaped(term: Product, shape: tuple[int, ...]) -> Product:
 
 
 def _broadcast(scope: Scope, equation: Equation) -> Terms | None:
-    (operand, *_), result = equation.invars, equation.outvars[0]
-    if math.prod(shape_of(operand)) != math.prod(shape_of(result)):
-        return None
-    shape = shape_of(result)
-    return _each(scope, operand, lambda term: _reshaped(term, shape))
+    before, after = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
+    is_same_size = math.prod(before) == math.prod(after)
+    return _in_the_new_shape(scope, equation) if is_same_size else None
 
 
 def _reduce_sum(scope: Scope, equation: Equation) -> Terms | None:
@@ -420,11 +423,7 @@ _RULES: dict[str, Callable[[Scope, Equation], Terms | None]] = {
     "conv_general_dilated": _conv,
     "transpose": _transpose,
     "reshape": _reshape,
-    "squeeze": lambda scope, equation: _each(
-        scope,
-        equation.invars[0],
-        lambda term: _reshaped(term, shape_of(equation.outvars[0])),
-    ),
+    "squeeze": _in_the_new_shape,
     "broadcast_in_dim": _broadcast,
     "reduce_sum": _reduce_sum,
     "pad": _pad,
@@ -437,9 +436,7 @@ _RULES: dict[str, Callable[[Scope, Equation], Terms | None]] = {
     "copy": _same,
     "copy_p": _same,
     "sharding_constraint": _same,
-    "rev": lambda scope, equation: _moved(
-        scope, equation, "rev", tuple(equation.params["dimensions"])
-    ),
+    "rev": _rev,
 }
 
 
@@ -459,8 +456,7 @@ def _outwards(scope: Scope, inside: Scope, equation: Equation, term: Term) -> Te
     def lift(operand: Operand) -> Operand:
         variable = operand.ref.variable
         if operand.ref.path == inside.path and is_variable(variable) and variable in outer:
-            value = outer[variable]
-            return operand._replace(ref=scope.ref(value), depends=scope.depends_on_example(value))
+            return scope.naming(operand, outer[variable])
         return operand
 
     return _with_operands(term, lift) if isinstance(term, Product) else term
@@ -511,8 +507,7 @@ def _stacked(
         is_here = operand.ref.path == inside.path
         index, value = outer.get(operand.ref.variable, (None, None)) if is_here else (None, None)
         if index is not None and not layout.consts <= index < layout.consts + layout.carries:
-            depends = scope.depends_on_example(value)
-            operand = operand._replace(ref=scope.ref(value), depends=depends)
+            operand = scope.naming(operand, value)
             if index < layout.consts:
                 return operand
         return operand._replace(stacked=(step, *operand.stacked))

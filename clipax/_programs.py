@@ -157,9 +157,9 @@ def _operands(step: _Step) -> list[Variable]:
 
 
 def _live_inputs(step: _Step, body: Body) -> set[Variable]:
-    if not body.is_scan:
-        return _schedule(body.program, step.wanted_in(body))[1]
-    return _schedule(body.program, _wanted_of_scan(step, body))[1]
+    live = _live_carries(step, body) if body.is_scan else []
+    carried = [Ref((), body.program.outvars[index]) for index in live]
+    return _schedule(body.program, [*carried, *step.wanted_in(body)])[1]
 
 
 def _live_carries(step: _Step, body: Body) -> list[int]:
@@ -174,11 +174,6 @@ def _live_carries(step: _Step, body: Body) -> list[int]:
         if found == live:
             return sorted(live)
         live = found
-
-
-def _wanted_of_scan(step: _Step, body: Body) -> list[Ref]:
-    carried = [Ref((), body.program.outvars[index]) for index in _live_carries(step, body)]
-    return [*carried, *step.wanted_in(body)]
 
 
 def _evaluate(

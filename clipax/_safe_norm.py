@@ -61,7 +61,7 @@ def _largest_jvp(axis: Any, keepdims: bool, primals: Any, tangents: Any) -> Any:
     return _largest(*primals, axis, keepdims), jax.jvp(derived, primals, tangents)[1]
 
 
-def largest_of(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+def _largest_of(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
     return _largest(x, axis, keepdims)
 
 
@@ -85,7 +85,7 @@ _Operation = tuple[Callable[..., Array], Callable[..., Any]]
 _Scales = Sequence[Any] | None
 _Read = Callable[[Array], Array]
 _SUM: _Operation = (jnp.sum, jax.lax.psum)
-_MAX: _Operation = (largest_of, _largest_across)
+_MAX: _Operation = (_largest_of, _largest_across)
 
 
 def _as_it_is(x: Array) -> Array:

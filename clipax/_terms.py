@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 
 from clipax import _programs
+from clipax._preparations import padded
 from clipax._programs import Body, Equation, Program, Ref, is_variable
 from clipax._typing import Array
 
@@ -85,7 +85,7 @@ class Move(NamedTuple):
         if self.name == "mapped":
             return jax.vmap(self.arguments)(value)
         if self.name == "pad":
-            return jax.lax.pad(value, jnp.zeros((), value.dtype), self.arguments)
+            return padded(value, self.arguments)
         return getattr(jax.lax, self.name)(value, *self.arguments)
 
 
@@ -153,6 +153,10 @@ class Scope:
 
     def ref(self, atom: Any) -> Ref:
         return _programs.ref(self.path, atom)
+
+    def naming(self, operand: Operand, atom: Any) -> Operand:
+        """An operand by what it is in this scope."""
+        return operand._replace(ref=self.ref(atom), depends=self.depends_on_example(atom))
 
     def operand(self, variable: Any, axes: Sequence[Axis], *preparations: Any) -> Operand:
         depends = self.depends_on_example(variable)

@@ -102,10 +102,9 @@ def clipped_grad(
         return measured.clipped(bound, coefficient, mask, skip_nonfinite)
 
     def grad_fn(*args: Any, mask: Any = None, max_norm: Any = None) -> tuple[Any, PerExampleInfo]:
-        _check_max_norm(0.0 if max_norm is None else max_norm)
-        examples = call.check(args)
-        mask = _checked_mask(mask, examples)
         bound = static_bound if max_norm is None else max_norm
+        _check_max_norm(bound)
+        mask = _checked_mask(mask, call.check(args))
         if microbatch_size is None:
             sums, info = clip_part(args, mask, bound)
         else:
