@@ -1,8 +1,10 @@
 """What is compared: every method of clipax, and what optax has in its place."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import clipax
@@ -10,6 +12,8 @@ import clipax
 Optimizer = optax.GradientTransformation
 Clips = dict[str, Optimizer]
 ALONE = "alone"
+READ_ONCE = "limit: alone, and one read"
+SCALED = "limit: behind a number"
 READ = "clip_by_leaf_norm + metrics(per_leaf=True)"
 
 # Those that are measured without an optimizer too.
@@ -63,7 +67,28 @@ def _group(clips: Clips, baseline: str = ALONE) -> Group:
     return Group({ALONE: _alone} | {name: _before(clips[name]) for name in clips}, baseline)
 
 
+def _read_once() -> Optimizer:
+    """What a norm of the gradients costs at the least: their squares are summed, and no more."""
+
+    def squares(updates: Any, state: Any, params: Any = None) -> Any:
+        del state, params
+        return updates, [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in updates.values()]
+
+    return optax.GradientTransformation(lambda params: [jnp.zeros(()) for _ in params], squares)
+
+
+def _scaled_by_a_number() -> Optimizer:
+    """A clip that measures nothing."""
+
+    def scale(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+        return jax.tree.map(lambda leaf: (leaf * state).astype(leaf.dtype), updates), state
+
+    return optax.GradientTransformation(lambda _: jnp.full((), 0.3), scale)
+
+
 GROUPS: dict[str, Group] = {name: _group(clips) for name, clips in CLIPS.items()} | {
+    "global": _group({READ_ONCE: _read_once(), SCALED: _scaled_by_a_number()} | CLIPS["global"]),
     "value": _group(
         {
             "clip_by_value": clipax.clip_by_value(1.0),

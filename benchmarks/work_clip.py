@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import timing, torch_peer, workloads
+from benchmarks import machine, timing, torch_peer, workloads
 from benchmarks.methods import CLIPS, PAIRS, Optimizer
 from benchmarks.timing import Table, Work
 from benchmarks.workloads import BIG, SMALL
@@ -52,6 +52,7 @@ def run(is_quick: bool, is_full: bool, show: Callable[[str], None]) -> list[Tabl
         rounds = 3 if is_quick else 20 if tree.bytes > 200e6 else 40 if tree.bytes > 50e6 else 200
         for group in groups:
             made = _table(tree, pristine, group, donates, rounds)
+            machine.release_memory()
             show(timing.text(made))
             tables.append(made)
     return tables

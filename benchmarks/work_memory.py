@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from benchmarks import machine, timing, workloads
-from benchmarks.methods import ALONE, GROUPS, OPTIMIZERS
+from benchmarks.methods import ALONE, GROUPS, OPTIMIZERS, READ_ONCE
 from benchmarks.timing import Table
 from benchmarks.work_step import Step, jitted_step
 from benchmarks.workloads import BIG, Tree
@@ -46,7 +46,7 @@ def _table(tree: Tree, is_quick: bool) -> Table:
 
 
 def _names() -> list[str]:
-    return list(GROUPS["global"].rows)
+    return [name for name in GROUPS["global"].rows if name != READ_ONCE]
 
 
 def _temp_bytes(name: str, tree: Tree) -> int | None:

@@ -12,7 +12,7 @@ import jax
 import optax
 
 import clipax
-from benchmarks import timing, workloads
+from benchmarks import machine, timing, workloads
 from benchmarks.methods import CLIPS, GROUPS, OPTIMIZERS, PAIRS, READ, Optimizer
 from benchmarks.timing import Table, Work
 from benchmarks.workloads import BIG, MATRICES, SMALL
@@ -73,6 +73,7 @@ def run(is_quick: bool, is_full: bool, show: Callable[[str], None]) -> list[Tabl
         gradients = workloads.gradients(tree)
         for group in plan.groups:
             made = _table(tree, gradients, plan.optimizer, group, rounds=_rounds(tree, is_quick))
+            machine.release_memory()
             show(timing.text(made))
             tables.append(made)
     return tables

@@ -60,9 +60,9 @@ def narrowed(values: Updates, updates: Updates) -> Updates:
 
 def all_finite(values: Updates, *, axis_name: AxisName) -> Array:
     """Whether every entry of every leaf is finite, on all shards."""
-    # By a sum: a maximum over shards can lose a NaN.
-    bad = jax.tree.map(lambda x: (~jnp.isfinite(x)).astype(jnp.float32), values)
-    return global_norm(bad, 1, axis_name=axis_name) == 0
+    # By a sum, which zeros cannot overflow. What is not finite, less itself, is NaN.
+    zeros = jax.tree.map(lambda x: x - x, values)
+    return jnp.isfinite(global_norm(zeros, 1, axis_name=axis_name))
 
 
 # Jitted, so that eager calls round as an outer jit does, which fuses product and sum. Where

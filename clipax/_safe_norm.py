@@ -42,8 +42,8 @@ _RANGES = {
 _LARGEST_STACKED = 2**14
 
 
-# An all-reduce can drop a NaN from a maximum of floats. As integers, the bits of numbers
-# >= 0 have the same order, and NaN comes last.
+# A reduction across devices can drop a NaN from a maximum of floats. As integers, the bits of
+# numbers >= 0 have the same order, and NaN comes last.
 def _as_bits(x: Array) -> Array:
     integer = jnp.dtype(f"int{8 * x.dtype.itemsize}")
     return jax.lax.bitcast_convert_type(x, integer) & np.iinfo(integer).max
@@ -86,17 +86,20 @@ _Scales = Sequence[Any] | None
 _Read = Callable[[Array], Array]
 _SUM: _Operation = (jnp.sum, jax.lax.psum)
 _MAX: _Operation = (_largest_of, _largest_across)
+_FLOAT_MAX: _Operation = (functools.partial(jnp.max, initial=0), _MAX_ACROSS)
 
 
 def _as_it_is(x: Array) -> Array:
     return x
 
 
+_BARRIER: _Read = jax.lax.optimization_barrier
+
+
 def _apart(x: Array) -> Array:
     """The same array, which shares nothing with how it is scaled afterwards."""
     # XLA would else convert a leaf of half the width once for both, and keep it in memory.
-    barrier: _Read = jax.lax.optimization_barrier
-    return barrier(x) if x.dtype.itemsize < 4 else x
+    return _BARRIER(x) if x.dtype.itemsize < 4 else x
 
 
 # Both are jitted so that eager calls are cached, and inlined under an outer jit.
@@ -111,9 +114,10 @@ def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float)
     ) -> list[Array]:
         local, _ = operation
         by_shards: dict[Any, list[Array]] = {}
-        for members, shards in stacks:
+        each = _told_apart(scales[0], len(stacks)) if scales else [None] * len(stacks)
+        for (members, shards), scale in zip(stacks, each, strict=True):
             stack = jnp.stack([read(arrays[index]) for index in members])
-            part = local(_powers(stack, width, scales[0] if scales else None, power))
+            part = local(_powers(stack, width, scale, power))
             by_shards.setdefault(shards, []).append(part)
         partial = [local(jnp.stack(parts)) for parts in by_shards.values()]
         return [local(jnp.stack(_across_shards(operation, partial, list(by_shards))))]
@@ -146,6 +150,13 @@ def separate_norms(
     return _p_norms(reduce, ord, divisors, _is_reduced_across(layouts))
 
 
+def _told_apart(scale: Any, number: int) -> list[Any]:
+    """The scale so often, and the compiler does not know that it is one."""
+    if isinstance(scale, float):
+        return [scale] * number
+    return list(_BARRIER(jnp.stack([scale] * number)))
+
+
 def _is_reduced_across(layouts: tuple[Layout, ...]) -> bool:
     return any(layout.shards for layout in layouts)
 
@@ -158,7 +169,7 @@ def _p_norms(
 ) -> list[Array]:
     """`(sum |x|^p)^(1/p)` from sums of scaled entries that stay in range."""
     if ord == math.inf:
-        return reduce(_MAX, 1.0, None)
+        return _largest_entries(reduce, is_reduced_across)
     if ord == 1:
         return reduce(_SUM, 1.0, None)
 
@@ -166,7 +177,7 @@ def _p_norms(
         return [_root(part / n, ord) for part, n in zip(sums, divisors, strict=True)]
 
     if ord != 2:
-        units = [finite_or_one(largest) for largest in reduce(_MAX, 1.0, None)]
+        units = [finite_or_one(each) for each in _largest_entries(reduce, is_reduced_across)]
         norms = roots(reduce(_SUM, ord, units))
         return [norm * unit for norm, unit in zip(norms, units, strict=True)]
 
@@ -185,6 +196,21 @@ def _p_norms(
             default=functools.partial(_at_every_scale, sums, roots),
         )
     )
+
+
+def _largest_entries(reduce: Callable[..., list[Array]], is_reduced_across: bool) -> list[Array]:
+    def of_integers() -> list[Array]:
+        return reduce(_MAX, 1.0, None)
+
+    def of_floats() -> list[Array]:
+        sums = reduce(_SUM, 2.0, None, _apart)
+        rows = zip(sums, reduce(_FLOAT_MAX, 1.0, None, _BARRIER), strict=True)
+        return [jnp.where(jnp.isnan(part), jnp.nan, largest) for part, largest in rows]
+
+    if is_reduced_across:
+        return of_integers()
+    # A CPU's library reduces floats alone, and them many times as fast.
+    return list(jax.lax.platform_dependent(cpu=of_floats, default=of_integers))
 
 
 def _at_the_right_scale(
@@ -238,8 +264,10 @@ def _powers(x: Array, width: Any, scale: Any, power: float) -> Array:
         if scale is None:
             return part.astype(width)
         # XLA keeps this maximum: of constants, it would else square the scale first. What it
-        # puts in the place of zero has a square of zero.
-        modulus = jnp.maximum(jnp.abs(part.astype(width) * scale), np.finfo(width).tiny)
+        # puts in the place of zero has a square of zero. Taken from the scale, lest leaves of
+        # one shape share it: then it would be spread out for all of them, and kept in memory.
+        floor = jnp.minimum(scale, np.finfo(width).tiny)
+        modulus = jnp.maximum(jnp.abs(part.astype(width) * scale), floor)
         # Entries that are not tiny must stay finite too, or their derivative would be NaN.
         is_for_tiny = isinstance(scale, float) and scale > 1
         return jnp.minimum(modulus, scale) if is_for_tiny else modulus

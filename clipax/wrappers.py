@@ -83,14 +83,15 @@ def observe(
 
 
 def _cosine(one: Updates, other: Updates, axis_name: AxisName) -> Array:
-    # By polarization, `4 <a, b> = |a + b|^2 - |a - b|^2` on unit vectors: it takes norms
-    # alone, so that range and sharding stay the norm's business.
+    # By the law of cosines, `|a - b|^2 = |a|^2 + |b|^2 - 2 <a, b>`, on vectors of length about
+    # one: it takes norms alone, so that range and sharding stay the norm's business.
     norm = functools.partial(global_norm, axis_name=axis_name)
     one, other = _measured_in_both(one, other), _measured_in_both(other, one)
     (one, length), (other, other_length) = _in_units(one, norm(one)), _in_units(other, norm(other))
-    total = norm(jax.tree.map(jnp.add, one, other))
-    difference = norm(jax.tree.map(jnp.subtract, one, other))
-    return (total - difference) * (total + difference) / (4 * length * other_length)
+    distance = norm(jax.tree.map(jnp.subtract, one, other))
+    product = (length * length + other_length * other_length - distance * distance) / 2
+    lengths = length * other_length
+    return product / jnp.where(lengths == 0, 1, lengths)
 
 
 def _measured_in_both(one: Updates, other: Updates) -> Updates:
@@ -101,14 +102,14 @@ def _measured_in_both(one: Updates, other: Updates) -> Updates:
 
 
 def _in_units(updates: Updates, norm: Array) -> tuple[Updates, Array]:
-    """The updates over a unit near their norm, and what is then their length; 1 for zeros."""
+    """The updates over a unit near their norm, and what is then their length."""
     divisor = _leaves.unit_of(norm)
 
     def divide(leaf: Any) -> Array:
         wide = _leaves.widened(jnp.asarray(leaf), norm.dtype)
         return wide / divisor.astype(wide.dtype)
 
-    return jax.tree.map(divide, updates), jnp.where(norm == 0, 1, norm / divisor)
+    return jax.tree.map(divide, updates), norm / divisor
 
 
 class SkipState(NamedTuple):
