@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from clipax import _compat, _leaves, _plans, _programs, norms
 from clipax._plans import Plan
@@ -14,6 +15,10 @@ from clipax._terms import Scope
 from clipax._typing import Array, Coefficient, Norms
 
 ArgNums = int | Sequence[int]
+Outputs = Callable[[Any, Any, Any], Any]
+"""What comes out, by how parameters, what there is one of for each example, and the rest lie."""
+# JAX gives it no type.
+_automatic: Callable[..., Any] = jax.sharding.auto_axes
 
 
 class PerExampleInfo(NamedTuple):
@@ -196,6 +201,38 @@ class Call:
         )
         last = jax.tree.map(lambda leaf: leaf[-1], infos.max_norm)
         return total, joined._replace(max_norm=last)
+
+    def with_automatic_axes(
+        self, function: Callable[..., Any], args: Sequence[Any], *others: Any, out: Outputs
+    ) -> Any:
+        """Calls `function(args, *others)` where no mesh axis is explicit.
+
+        There, every sum and every shape of the program would have to be told how it is sharded.
+        """
+        meshes = [_mesh_of(leaf) for leaf in jax.tree.leaves((args, others))]
+        mesh = next((each for each in meshes if AxisType.Explicit in each.axis_types), None)
+        if mesh is None:
+            return function(args, *others)
+        examples = [jax.tree.leaves(args[position])[0] for position in self._batched]
+        spread = {_spec_on(mesh, leaf)[:1] for leaf in examples} - {(None,), ()}
+        by_example = PartitionSpec(*next(iter(spread), ()))
+        shardings = out(
+            jax.tree.map(
+                lambda leaf: NamedSharding(mesh, PartitionSpec(*_spec_on(mesh, leaf))),
+                self.differentiated(args),
+            ),
+            NamedSharding(mesh, by_example),
+            NamedSharding(mesh, PartitionSpec()),
+        )
+        return jax.jit(_automatic(function, out_sharding=shardings))(args, *others)
+
+
+def _mesh_of(leaf: Any) -> Any:
+    return jax.typeof(leaf).sharding.mesh
+
+
+def _spec_on(mesh: Any, leaf: Any) -> tuple[Any, ...]:
+    return tuple(jax.typeof(leaf).sharding.spec) if _mesh_of(leaf) == mesh else ()
 
 
 class Planned(NamedTuple):

@@ -48,7 +48,7 @@ class Grouped(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Entry `[..., k, p]` is what a convolution multiplies entry `p` with for result `k`."""
+    """Entry `[n, *p, *k, ...]` is what a convolution multiplies entry `p` with for result `k`."""
 
     spec: tuple[int, ...]
     groups: int
@@ -60,24 +60,30 @@ class Windows(NamedTuple):
     spacing: tuple[int, ...]
 
     def __call__(self, value: Array) -> Array:
-        value = Grouped(self.spec, self.groups)(value)
+        first, *others = self.spec
+        # The channels last, as they usually are: windows are then runs that stay together.
+        value = jnp.transpose(value, (*others, first))
         edges = [
             (low, high, step - 1)
             for (low, high), step in zip(self.padding, self.dilation, strict=True)
         ]
-        value = padded(value, [(0, 0, 0)] * 3 + edges)
-        lead = value.shape[:3]
+        value = padded(value, [(0, 0, 0), *edges, (0, 0, 0)])
+        count, *_, channels = value.shape
         slices = []
         for result in np.ndindex(*self.results):
-            first = [index * stride for index, stride in zip(result, self.strides, strict=True)]
-            last = [
-                start + (count - 1) * step + 1
-                for start, count, step in zip(first, self.places, self.spacing, strict=True)
+            starts = [index * stride for index, stride in zip(result, self.strides, strict=True)]
+            limits = [
+                start + (size - 1) * step + 1
+                for start, size, step in zip(starts, self.places, self.spacing, strict=True)
             ]
             slices.append(
-                jax.lax.slice(value, (0, 0, 0, *first), (*lead, *last), (1, 1, 1, *self.spacing))
+                jax.lax.slice(
+                    value, (0, *starts, 0), (count, *limits, channels), (1, *self.spacing, 1)
+                )
             )
-        return jnp.stack(slices, 3).reshape(*lead, *self.results, *self.places)
+        grouped = (self.groups, channels // self.groups)
+        windows = jnp.stack(slices, 1 + len(self.places))
+        return windows.reshape(count, *self.places, *self.results, *grouped)
 
 
 class Pad(NamedTuple):

@@ -193,13 +193,15 @@ def _conv(scope: Scope, equation: Equation) -> Terms | None:
         *(tuple(params[name]) for name in ("lhs_dilation", "rhs_dilation")),
     )
     grouped = Grouped(tuple(numbers.rhs_spec), groups)
-    out = [row, group, column, *window]
+    out = [*window, row, group, column]
+    # As a convolution numbers them: rows, columns, window.
+    order = [len(window), len(window) + 1, *range(len(window))]
     moves = (
-        Move("reshape", ((row.size, groups * column.size, *results[2:]),)),
-        Move("transpose", (tuple(int(axis) for axis in np.argsort(numbers.out_spec)),)),
+        Move("reshape", ((*results[2:], row.size, groups * column.size),)),
+        Move("transpose", (tuple(order[int(axis)] for axis in np.argsort(numbers.out_spec)),)),
     )
     return _product(
-        scope.operand(lhs, [group, row, feature, *window, *places], windows),
+        scope.operand(lhs, [feature, *places, *window, group, row], windows),
         scope.operand(rhs, [group, column, feature, *places], grouped),
         out,
         moves=moves,

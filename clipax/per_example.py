@@ -56,7 +56,8 @@ def clipped_grad(
       `loss_fn`, to be called under `jax.jit`. `grads` has the structure, shapes and dtypes of
       the parameters; `info` is a `PerExampleInfo`. `mask`, one boolean an example, leaves
       examples out: those that pad a batch. `max_norm` takes the place of the bound above,
-      as one that `track_quantile` moves.
+      as one that `track_quantile` moves. On a mesh the batch may be sharded along the
+      examples; where its axes are explicit, `loss_fn` is called with automatic ones.
 
     Raises:
       ValueError: An argument is not as above; on a call, a parameter is no array of floats,
@@ -101,10 +102,7 @@ def clipped_grad(
         measured = call.measure(args)
         return measured.clipped(bound, coefficient, mask, skip_nonfinite)
 
-    def grad_fn(*args: Any, mask: Any = None, max_norm: Any = None) -> tuple[Any, PerExampleInfo]:
-        bound = static_bound if max_norm is None else max_norm
-        _check_max_norm(bound)
-        mask = _checked_mask(mask, call.check(args))
+    def clip_all(args: Any, mask: Array | None, bound: Any) -> tuple[Any, PerExampleInfo]:
         if microbatch_size is None:
             sums, info = clip_part(args, mask, bound)
         else:
@@ -117,6 +115,21 @@ def clipped_grad(
         params = call.differentiated(args)
         grads = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), sums, params)
         return grads, info._replace(clip_fraction=clip_fraction)
+
+    def grad_fn(*args: Any, mask: Any = None, max_norm: Any = None) -> tuple[Any, PerExampleInfo]:
+        bound = static_bound if max_norm is None else max_norm
+        _check_max_norm(bound)
+        mask = _checked_mask(mask, call.check(args))
+        return call.with_automatic_axes(
+            clip_all,
+            args,
+            mask,
+            bound,
+            out=lambda grads, each, one: (
+                grads,
+                PerExampleInfo(each, each, each, each, clip_fraction=one, max_norm=one, aux=each),
+            ),
+        )
 
     return grad_fn
 
@@ -155,11 +168,14 @@ def per_example_norms(
     _checks.flag(has_aux=has_aux, per_leaf=per_leaf)
     call = Call(loss_fn, argnums, batch_argnums, has_aux)
 
-    def norm_fn(*args: Any) -> Any:
-        call.check(args)
+    def measure(args: Any) -> Any:
         measured = call.measure(args)
         tree = jax.tree.unflatten(measured.structure, measured.leaf_norms)
         return tree if per_leaf else norms_over(tree)
+
+    def norm_fn(*args: Any) -> Any:
+        call.check(args)
+        return call.with_automatic_axes(measure, args, out=lambda grads, each, one: each)
 
     return norm_fn
 

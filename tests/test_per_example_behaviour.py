@@ -74,11 +74,6 @@ def every_way() -> tuple[Callable[..., jax.Array], Any, Any]:
     return loss_fn, params, batch
 
 
-def without_look_ups(params: Any, example: Any) -> jax.Array:
-    x = jnp.tanh(example["x"] @ params["gram"] + params["each"][None])
-    return example["size"] * zoo.mean_square(x.sum(0) @ params["outer"])
-
-
 def plain(loss_fn: Any, *args: Any, argnums: Any = 0, batch_argnums: Any = (1,)) -> Any:
     """The gradient of each example, in NumPy."""
     in_axes = [0 if position in batch_argnums else None for position in range(len(args))]
@@ -649,20 +644,9 @@ def test_trains_in_place() -> None:
     zoo.assert_near(losses, np.array([3 * 0.7 + 4 * 0.35, 0.5 * 0.35]))
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        AxisType.Auto,
-        # The mean over a sharded axis, norms of unused leaves, and norms that are measured
-        # again are not told there how they are sharded.
-        pytest.param(AxisType.Explicit, marks=pytest.mark.xfail(reason="not told its sharding")),
-    ],
-)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_sharded_batch_gives_the_same(kind: AxisType) -> None:
     loss_fn, params, batch = every_way()
-    if kind is AxisType.Explicit:
-        # There a look-up must be told how its result is sharded: this model does not.
-        loss_fn = without_look_ups
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     grad_fn = zoo.quick_jit(clipax.clipped_grad(loss_fn, 0.1))
     grads, info = grad_fn(params, batch)
@@ -678,6 +662,46 @@ def test_a_sharded_batch_gives_the_same(kind: AxisType) -> None:
     kinds = [operation.kind for operation in hlo.computations(compiled.as_text())["ENTRY"]]
     assert "all-reduce" in kinds
     assert not [kind for kind in kinds if kind.startswith("all-gather")]
+
+
+@pytest.mark.parametrize("is_eager", [True, False])
+def test_explicit_mesh_axes_shard_examples_and_parameters(is_eager: bool) -> None:
+    def loss_fn(params: Any, example: Any, key: jax.Array, scale: float) -> Any:
+        hidden = jnp.tanh(example @ params["in"]) + 0.1 * jax.random.normal(key, (16,))
+        return scale * jnp.mean(jnp.square(hidden @ params["out"])), hidden
+
+    source = zoo.Source(7)
+    params = {"in": source.weight(8, 16), "out": source.weight(16, 4)}
+    args = (params, source.weight(16, 8), jax.random.split(jax.random.key(0), 16), 2.0)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    places = {"in": PartitionSpec(None, "model"), "out": PartitionSpec("model")}
+    laid = jax.tree.map(lambda leaf, spec: put(mesh, leaf, spec), params, places)
+    rows = PartitionSpec("data")
+    of_mesh = (laid, put(mesh, args[1], rows), put(mesh, args[2], rows), 2.0)
+    bounds = {"in": 0.1, "out": 0.05}
+    options: Any = {"batch_argnums": (1, 2), "has_aux": True}
+    for more in ({}, {"microbatch_size": 4}):
+        grad_fn = clipax.clipped_grad(loss_fn, bounds, **options, **more)
+        run = grad_fn if is_eager else jax.jit(grad_fn)
+        grads, info = run(*args)
+        sharded, of_sharded = run(*of_mesh)
+        zoo.assert_near(sharded, grads)
+        zoo.assert_near(of_sharded._replace(is_counted=None), info._replace(is_counted=None))
+        assert all(lie_alike(sharded[name], laid[name]) for name in laid)
+        assert lie_alike(of_sharded.norms["in"], of_mesh[2])
+        assert lie_alike(of_sharded.aux, of_mesh[1])
+    norm_fn = clipax.per_example_norms(loss_fn, **options)
+    norms = (norm_fn if is_eager else jax.jit(norm_fn))(*of_mesh)
+    zoo.assert_near(norms, norm_fn(*args))
+    assert lie_alike(norms, of_mesh[2])
+
+
+def lie_alike(one: jax.Array, other: jax.Array) -> bool:
+    return one.sharding.is_equivalent_to(other.sharding, one.ndim)
+
+
+def put(mesh: Any, value: jax.Array, spec: PartitionSpec) -> jax.Array:
+    return jax.device_put(value, NamedSharding(mesh, spec))
 
 
 def test_memory_is_that_of_one_gradient() -> None:
