@@ -8,7 +8,7 @@ from jax.extend import core
 from jax.sharding import PartitionSpec
 
 # JAX gives it no type.
-_spec: Callable[..., PartitionSpec] = PartitionSpec
+partition_spec: Callable[..., PartitionSpec] = PartitionSpec
 
 
 def bound_axes() -> tuple[Hashable, ...]:
@@ -38,7 +38,7 @@ def reduced_spec(x: Any) -> PartitionSpec | None:
     """How `x` is sharded once it is summed over its devices; None where it is already."""
     spec = jax.typeof(x).sharding.spec
     if spec.unreduced or spec.reduced:
-        return _spec(*getattr(spec, "partitions", spec))  # jax >= 0.9
+        return partition_spec(*getattr(spec, "partitions", spec))  # jax >= 0.9
     return None
 
 

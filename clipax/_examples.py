@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
 
 from clipax import _compat, _leaves, _plans, _programs, norms
 from clipax._plans import Plan
@@ -213,17 +213,16 @@ class Call:
         mesh = next((each for each in meshes if AxisType.Explicit in each.axis_types), None)
         if mesh is None:
             return function(args, *others)
-        examples = [jax.tree.leaves(args[position])[0] for position in self._batched]
-        spread = {_spec_on(mesh, leaf)[:1] for leaf in examples} - {(None,), ()}
-        by_example = PartitionSpec(*next(iter(spread), ()))
-        shardings = out(
-            jax.tree.map(
-                lambda leaf: NamedSharding(mesh, PartitionSpec(*_spec_on(mesh, leaf))),
-                self.differentiated(args),
-            ),
-            NamedSharding(mesh, by_example),
-            NamedSharding(mesh, PartitionSpec()),
+
+        def on_mesh(*axes: Any) -> NamedSharding:
+            return NamedSharding(mesh, _compat.partition_spec(*axes))
+
+        batch = jax.tree.leaves([args[position] for position in self._batched])
+        spread = {_spec_on(mesh, leaf)[:1] for leaf in batch} - {(None,), ()}
+        params = jax.tree.map(
+            lambda leaf: on_mesh(*_spec_on(mesh, leaf)), self.differentiated(args)
         )
+        shardings = out(params, on_mesh(*next(iter(spread), ())), on_mesh())
         return jax.jit(_automatic(function, out_sharding=shardings))(args, *others)
 
 

@@ -175,7 +175,7 @@ def per_example_norms(
 
     def norm_fn(*args: Any) -> Any:
         call.check(args)
-        return call.with_automatic_axes(measure, args, out=lambda grads, each, one: each)
+        return call.with_automatic_axes(measure, args, out=lambda _, each, __: each)
 
     return norm_fn
 
