@@ -91,7 +91,7 @@ def _cosine(one: Updates, other: Updates, axis_name: AxisName) -> Array:
     distance = norm(jax.tree.map(jnp.subtract, one, other))
     product = (length * length + other_length * other_length - distance * distance) / 2
     lengths = length * other_length
-    return product / jnp.where(lengths == 0, 1, lengths)
+    return jnp.where(lengths == 0, 0, product / jnp.where(lengths == 0, 1, lengths))
 
 
 def _measured_in_both(one: Updates, other: Updates) -> Updates:

@@ -73,14 +73,34 @@ HALF = pytest.param(jnp.bfloat16, marks=OLD_XLA)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, HALF])
-@pytest.mark.parametrize("make", [clipax.clip_by_global_norm, clipax.clip_by_block_rms])
+@pytest.mark.parametrize(
+    "make",
+    [
+        clipax.clip_by_global_norm,
+        clipax.clip_by_leaf_norm,
+        clipax.clip_by_block_rms,
+        pytest.param(clipax.clip_by_value, marks=OLD_XLA),
+    ],
+)
 def test_no_copy_of_the_updates_is_made(make: Any, dtype: Any) -> None:
-    # Of unlike shapes: what is computed out of range, in a branch, is shared by the alike.
-    updates = {name: jnp.ones((512, 500 + ord(name)), dtype) for name in "abcd"}
+    # Alike, for such leaves could share what only a branch needs.
+    updates = {name: jnp.ones((512, 600), dtype) for name in "abcd"}
     clip = make(0.1)
-    memory = jax.jit(clip.update).lower(updates, clip.init(updates)).compile().memory_analysis()
+    if make is clipax.clip_by_value and dtype != jnp.float32 and jax.__version_info__ < (0, 12):
+        pytest.skip("XLA before jax 0.12 converts the leaf once, for the maximum and for the clip")
+    assert share_of_temporaries(clip, updates) < 0.01
+    if dtype == jnp.float32:
+        # Adam of bfloat16 has a copy of whatever is scaled before it.
+        assert share_of_temporaries(optax.chain(clip, optax.adam(0.1)), updates) < 0.01
+
+
+def share_of_temporaries(optimizer: Any, updates: Any) -> float:
+    """The memory of a step, next to that of the updates."""
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(updates)
+        lowered = jax.jit(optimizer.update).lower(updates, state, updates)
     tree = sum(leaf.nbytes for leaf in updates.values())
-    assert memory.temp_size_in_bytes < tree / 100
+    return lowered.compile().memory_analysis().temp_size_in_bytes / tree
 
 
 @pytest.mark.slow
