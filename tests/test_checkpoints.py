@@ -152,6 +152,7 @@ def under_a_clip_from_here(state: Any, updates: list[Any], params: Any) -> list[
     return went_on(ADAM, (found[0], optax.EmptyState()), clipped, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [8, 4])
 def test_a_clip_is_put_before_a_saved_optimizer(devices: int, tmp_path: pathlib.Path) -> None:
     """The recipe in the README."""

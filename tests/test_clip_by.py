@@ -138,6 +138,7 @@ def on_mesh(tree: Any, kind: AxisType, spec: PartitionSpec) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, spec))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_histories_have_one_structure_however_norms_are_sharded(kind: AxisType) -> None:
     params = {"a": jnp.ones((8, 2)), "b": jnp.ones((8, 2)), "c": jnp.ones(3)}

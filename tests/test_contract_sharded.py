@@ -97,7 +97,9 @@ def assert_same_sharding(one: Any, other: Any) -> None:
 
 
 @methods
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
 def test_sharded_arrays(name: str, kind: AxisType) -> None:
     params, sequence = params_and_sequence()
     params, sequence = placed(params, kind), [placed(updates, kind) for updates in sequence]

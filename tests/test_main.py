@@ -80,6 +80,7 @@ def test_all_methods_run_by_default(tmp_path):
         assert record["test_accuracy"][0] > 0
 
 
+@pytest.mark.slow
 def test_json_is_complete(some_methods):
     document = some_methods[1]
     assert {key: document[key] for key in ("optimizer", "steps", "seeds")} == {

@@ -111,6 +111,7 @@ def test_nothing_to_measure_is_zero(updates: Any, ord: float | None) -> None:
     assert float(clipax.global_norm(updates, ord)) == 0
 
 
+@pytest.mark.slow
 def test_thousands_of_small_leaves_are_summed_wide() -> None:
     leaves = [jnp.ones((16,), jnp.bfloat16)] * 2000
     np.testing.assert_allclose(clipax.global_norm(leaves), math.sqrt(32000), rtol=1e-6)
@@ -385,6 +386,7 @@ def test_types_are_believed_before_axis_name() -> None:
     np.testing.assert_allclose(norm, expected, rtol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [clipax.clip_by_global_norm, clipax.clip_by_leaf_norm])
 def test_what_varies_and_is_no_shard_is_measured_alone(method: Any) -> None:
     """As the gradients of examples, each of which is clipped by itself."""

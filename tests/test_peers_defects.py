@@ -54,6 +54,7 @@ def test_float16_entries_of_300_are_clipped_to_one(wrap, entries):
     np.testing.assert_allclose(clipped, np.full(entries, entries**-0.5), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_two_thousand_bfloat16_leaves_of_sixteen_ones_have_the_norm_178_9():
     """optax: a norm of 64, and "clipped to 1.0" comes out at 2.795."""
     updates = [jnp.ones(16, jnp.bfloat16)] * 2000

@@ -664,7 +664,7 @@ def test_a_sharded_batch_gives_the_same(kind: AxisType) -> None:
     assert not [kind for kind in kinds if kind.startswith("all-gather")]
 
 
-@pytest.mark.parametrize("is_eager", [True, False])
+@pytest.mark.parametrize("is_eager", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_explicit_mesh_axes_shard_examples_and_parameters(is_eager: bool) -> None:
     def loss_fn(params: Any, example: Any, key: jax.Array, scale: float) -> Any:
         hidden = jnp.tanh(example @ params["in"]) + 0.1 * jax.random.normal(key, (16,))

@@ -161,6 +161,7 @@ def test_equals_numpy_over_a_long_run(coefficient: Any) -> None:
     assert_equals_numpy(method, FORMULAS[coefficient], 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coefficient", [hard, square_root])
 def test_equals_numpy_over_a_long_run_by_iterations(coefficient: Any) -> None:
     method = clipax.clip_by_spectral_norm(
@@ -206,6 +207,7 @@ def test_worked_by_hand(iterations: int | None) -> None:
     trees.assert_close(clipped, jnp.full((2, 2, 2, 2), 0.25), atol=3e-7)
 
 
+@pytest.mark.slow
 def test_the_axes_of_a_kernel() -> None:
     """Each reading against the matrix written out."""
     kernel = np.random.default_rng(1).normal(size=(3, 2, 4, 5)).astype(np.float32)
@@ -471,6 +473,7 @@ def test_with_too_few_iterations(iterations: int, largest: float) -> None:
         assert (got <= exact * (1 + above) + 1e-6).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 def test_the_recorded_norm_by_iterations_is_a_bound(name: str, dtype: str) -> None:
@@ -541,6 +544,7 @@ def test_derivatives_equal_differences(name: str, coefficient: Any) -> None:
         np.testing.assert_allclose(backwards, expected, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coefficient", [hard, square_root])
 def test_derivatives_are_the_same_by_iterations(coefficient: Any) -> None:
     x = derivative_cases()["repeated"].astype(np.float32)

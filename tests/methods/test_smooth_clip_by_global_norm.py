@@ -79,6 +79,7 @@ def test_a_longer_update_stays_longer(coefficient: Any) -> None:
     assert (np.diff(after(clipax.clip_by_global_norm(1.0)))[1:] == 0).all()
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3])
 def test_the_derivative_at_zero_is_the_identity(coefficient: Any, size: float) -> None:
