@@ -72,7 +72,9 @@ def _read_once() -> Optimizer:
 
     def squares(updates: Any, state: Any, params: Any = None) -> Any:
         del state, params
-        return updates, [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in updates.values()]
+        # XLA would else keep the squares, which Adam needs too.
+        apart: Any = jax.lax.optimization_barrier(updates)
+        return updates, [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in apart.values()]
 
     return optax.GradientTransformation(lambda params: [jnp.zeros(()) for _ in params], squares)
 

@@ -93,13 +93,10 @@ def _as_it_is(x: Array) -> Array:
     return x
 
 
-_BARRIER: _Read = jax.lax.optimization_barrier
-
-
-def _apart(x: Array) -> Array:
-    """The same array, which shares nothing with how it is scaled afterwards."""
-    # XLA would else convert a leaf of half the width once for both, and keep it in memory.
-    return _BARRIER(x) if x.dtype.itemsize < 4 else x
+# What is read through it shares nothing with what becomes of the updates. XLA would else make
+# their squares once for a norm and for Adam, or convert a leaf of half the width once for a norm
+# and for its scaling, and keep that in memory.
+_apart: _Read = jax.lax.optimization_barrier
 
 
 # Both are jitted so that eager calls are cached, and inlined under an outer jit.
@@ -154,7 +151,7 @@ def _told_apart(scale: Any, number: int) -> list[Any]:
     """The scale so often, and the compiler does not know that it is one."""
     if isinstance(scale, float):
         return [scale] * number
-    return list(_BARRIER(jnp.stack([scale] * number)))
+    return list(_apart(jnp.stack([scale] * number)))
 
 
 def _is_reduced_across(layouts: tuple[Layout, ...]) -> bool:
@@ -204,7 +201,7 @@ def _largest_entries(reduce: Callable[..., list[Array]], is_reduced_across: bool
 
     def of_floats() -> list[Array]:
         sums = reduce(_SUM, 2.0, None, _apart)
-        rows = zip(sums, reduce(_FLOAT_MAX, 1.0, None, _BARRIER), strict=True)
+        rows = zip(sums, reduce(_FLOAT_MAX, 1.0, None, _apart), strict=True)
         return [jnp.where(jnp.isnan(part), jnp.nan, largest) for part, largest in rows]
 
     if is_reduced_across:
