@@ -94,7 +94,8 @@ def _bars(axes: Any, tables: list[Table], names: dict[str, str], baseline: str) 
                 label=label if at == 0 else None,
             )
             axes.annotate(f"{middle:.2f}", (x, high), (0, 2), ha="center", **_NUMBER)
-    ticks = [f"{table['about']['tree']}\n{table['about']['dtype']}" for table in tables]
+    wheres = (f"{table['about']['tree']} {table['about']['dtype']}" for table in tables)
+    ticks = [where.replace(" ", "\n") for where in wheres]
     axes.set_xticks(range(len(tables)), ticks)
     axes.set_ylabel("ratio of medians", fontsize="small")
     axes.legend(frameon=False, fontsize="small", loc="upper right", ncols=2)

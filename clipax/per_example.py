@@ -212,7 +212,8 @@ def explain(
     """
     call = Call(loss_fn, argnums, batch_argnums, has_aux)
     call.check(args)
-    plans = call.plans(args).plans
+    # How arrays are sharded makes no difference to what is printed.
+    plans = call.plans(jax.tree.map(_shape, args)).plans
     rows: list[tuple[str, ...]] = [
         ("leaf", "shape", "norm of one example", "why", "products", "kept")
     ]
@@ -222,6 +223,12 @@ def explain(
         texts = [text.ljust(width) for text, width in zip(row[:4], widths[:4], strict=True)]
         numbers = [text.rjust(width + 2) for text, width in zip(row[4:], widths[4:], strict=True)]
         print(" ".join([*texts, *numbers]))  # noqa: T201
+
+
+def _shape(leaf: Any) -> Any:
+    if not hasattr(leaf, "dtype"):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def _row(plan: Plan) -> tuple[str, ...]:

@@ -665,7 +665,9 @@ def test_a_sharded_batch_gives_the_same(kind: AxisType) -> None:
 
 
 @pytest.mark.parametrize("is_eager", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_explicit_mesh_axes_shard_examples_and_parameters(is_eager: bool) -> None:
+def test_explicit_mesh_axes_shard_examples_and_parameters(
+    is_eager: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     def loss_fn(params: Any, example: Any, key: jax.Array, scale: float) -> Any:
         hidden = jnp.tanh(example @ params["in"]) + 0.1 * jax.random.normal(key, (16,))
         return scale * jnp.mean(jnp.square(hidden @ params["out"])), hidden
@@ -690,6 +692,10 @@ def test_explicit_mesh_axes_shard_examples_and_parameters(is_eager: bool) -> Non
         assert all(lie_alike(sharded[name], laid[name]) for name in laid)
         assert lie_alike(of_sharded.norms["in"], of_mesh[2])
         assert lie_alike(of_sharded.aux, of_mesh[1])
+    clipax.explain(loss_fn, *args, **options)
+    clipax.explain(loss_fn, *of_mesh, **options)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
     norm_fn = clipax.per_example_norms(loss_fn, **options)
     norms = (norm_fn if is_eager else jax.jit(norm_fn))(*of_mesh)
     zoo.assert_near(norms, norm_fn(*args))
