@@ -342,7 +342,7 @@ def test_the_price_of_clipping_each_example(tmp_path):
             assert row["temp_bytes"] > 0
             # A way that gives other gradients ends the run.
             assert (row["difference"] is not None) == (row["name"] in measured)
-    assert len(results["reached"]) == 9
+    assert len(results["reached"]) == 10
     for goal in results["reached"]:
         assert goal["verdict"] in run.stdout
         assert (goal["ratio"] is None) == goal["verdict"].startswith("not measured: ")
