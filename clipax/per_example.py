@@ -14,6 +14,9 @@ from clipax._plans import Plan
 from clipax._typing import Array, Bound, Coefficient, Norms
 from clipax.coefficients import hard
 
+# JAX gives it no type.
+_without_sharding: Callable[..., Any] = jax.ShapeDtypeStruct
+
 
 def clipped_grad(
     loss_fn: Callable[..., Any],
@@ -228,7 +231,7 @@ def explain(
 def _shape(leaf: Any) -> Any:
     if not hasattr(leaf, "dtype"):
         return leaf
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return _without_sharding(leaf.shape, leaf.dtype)
 
 
 def _row(plan: Plan) -> tuple[str, ...]:
