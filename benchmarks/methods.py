@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import clipax
+from benchmarks import workloads
 
 Optimizer = optax.GradientTransformation
 Clips = dict[str, Optimizer]
@@ -74,7 +75,7 @@ def _read_once() -> Optimizer:
         del state, params
         # XLA would else keep the squares, which Adam needs too.
         apart: Any = jax.lax.optimization_barrier(updates)
-        return updates, [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in apart.values()]
+        return updates, list(map(workloads.sum_of_squares, apart.values()))
 
     return optax.GradientTransformation(lambda params: [jnp.zeros(()) for _ in params], squares)
 
@@ -84,7 +85,7 @@ def _scaled_by_a_number() -> Optimizer:
 
     def scale(updates: Any, state: Any, params: Any = None) -> Any:
         del params
-        return jax.tree.map(lambda leaf: (leaf * state).astype(leaf.dtype), updates), state
+        return jax.tree.map(lambda leaf: workloads.scaled(leaf, state), updates), state
 
     return optax.GradientTransformation(lambda _: jnp.full((), 0.3), scale)
 

@@ -108,21 +108,17 @@ def reads(measured: Any) -> dict[str, Work]:
     return {name: _held(program, measured) for name, program in PROGRAMS.items()}
 
 
-def _squares(leaf: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(leaf.astype(jnp.float32)))
-
-
 def _dot(leaf: jax.Array) -> jax.Array:
     return jnp.vdot(leaf, leaf, preferred_element_type=jnp.float32)
 
 
 def _scaled(leaf: jax.Array) -> jax.Array:
-    return (leaf * jnp.float32(0.3)).astype(leaf.dtype)
+    return workloads.scaled(leaf, jnp.float32(0.3))
 
 
 PROGRAMS = {
     name: jax.jit(functools.partial(jax.tree.map, number))
-    for name, number in zip(READS, (_squares, _dot), strict=True)
+    for name, number in zip(READS, (workloads.sum_of_squares, _dot), strict=True)
 }
 _SCALE = jax.jit(functools.partial(jax.tree.map, _scaled), donate_argnums=0)
 

@@ -87,6 +87,16 @@ def restored(spent: Any, pristine: Any) -> Any:
     return jax.tree.map(jnp.copy, pristine)
 
 
+def sum_of_squares(leaf: jax.Array) -> jax.Array:
+    """The plainest read of every entry."""
+    return jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+
+
+def scaled(leaf: jax.Array, number: jax.Array) -> jax.Array:
+    """The plainest product, in the leaf's own dtype."""
+    return (leaf * number).astype(leaf.dtype)
+
+
 def require_close(one: Any, other: Any, what: str, rtol: float = 1e-3) -> None:
     """A peer that does other work would make its time no news."""
     for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):

@@ -162,8 +162,9 @@ def _verdicts(results, stdout):
         else:
             under = goal["ratio"] < goal["bar"]
             assert goal["verdict"] == ("reached" if under else "not reached")
-        says_why = goal["verdict"].startswith("not measured: no GPU")
-        assert "GPU" not in goal["work"] or says_why
+        assert "GPU" not in goal["work"] or goal["verdict"] == (
+            "not measured: no GPU; tests/test_cuda.py reads the compiled programs"
+        )
 
 
 def _names(table):
