@@ -7,8 +7,9 @@ import jax
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
-# JAX gives it no type.
+# JAX gives them no type.
 partition_spec: Callable[..., PartitionSpec] = PartitionSpec
+optimization_barrier: Callable[[Any], Any] = jax.lax.optimization_barrier
 
 
 def bound_axes() -> tuple[Hashable, ...]:

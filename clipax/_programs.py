@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from clipax import _compat
 from clipax._typing import Array
 
 Program = core.Jaxpr
 Equation = core.JaxprEqn
 Variable = core.Var
 Literal = core.Literal
-_barrier: Callable[..., list[Any]] = jax.lax.optimization_barrier
 # Equations that only wrap a program. What is traced under `jit` had another name before jax 0.7.
 _CALLS = {"jit", "pjit", "closed_call", "core_call"}
 _REMATS = {"checkpoint", "remat", "remat2"}
@@ -227,7 +227,7 @@ def _call(step: _Step, body: Body, operands: list[Any]) -> list[Any]:
     if step.equation.primitive.name in _REMATS and step.equation.params["prevent_cse"]:
         # Else the compiler would keep what is meant to be computed again.
         present = [index for index, operand in enumerate(operands) if operand is not None]
-        kept = _barrier([operands[index] for index in present])
+        kept = _compat.optimization_barrier([operands[index] for index in present])
         for index, value in zip(present, kept, strict=True):
             operands[index] = value
     return _evaluate(body.program, _body_inputs(body, operands), step.wanted_in(body))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _leaves
+from clipax import _compat, _leaves
 from clipax._typing import Array
 
 
@@ -83,20 +83,30 @@ def _largest_across_jvp(axes: Any, primals: Any, tangents: Any) -> Any:
 
 _Operation = tuple[Callable[..., Array], Callable[..., Any]]
 _Scales = Sequence[Any] | None
-_Read = Callable[[Array], Array]
 _SUM: _Operation = (jnp.sum, jax.lax.psum)
 _MAX: _Operation = (_largest_of, _largest_across)
 _FLOAT_MAX: _Operation = (functools.partial(jnp.max, initial=0), _MAX_ACROSS)
 
 
-def _as_it_is(x: Array) -> Array:
-    return x
-
-
-# What is read through it shares nothing with what becomes of the updates. XLA would else make
+# What is read of these shares nothing with what becomes of the updates. XLA would else make
 # their squares once for a norm and for Adam, or convert a leaf of half the width once for a norm
-# and for its scaling, and keep that in memory.
-_apart: _Read = jax.lax.optimization_barrier
+# and for its scaling, and keep that in memory. Each waits for itself only.
+def _apart(arrays: Sequence[Array]) -> list[Array]:
+    return [_compat.optimization_barrier(array) for array in arrays]
+
+
+def _for_one_read(arrays: Sequence[Array]) -> list[Array]:
+    """The arrays, so that several sums over each become one read of it."""
+
+    def as_they_are(*arrays: Array) -> list[Array]:
+        return list(arrays)
+
+    def apart(*arrays: Array) -> list[Array]:
+        return _apart(arrays)
+
+    # A TPU sums a gradient in the kernel that makes it. A GPU does not, and joins its sums
+    # only if what they read is not known to be the result of a matrix product.
+    return list(jax.lax.platform_dependent(*arrays, tpu=as_they_are, default=apart))
 
 
 # Both are jitted so that eager calls are cached, and inlined under an outer jit.
@@ -107,19 +117,19 @@ def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float)
     stacks = _stacked_alike(arrays, layouts)
 
     def reduce(
-        operation: _Operation, power: float, scales: _Scales, read: _Read = _as_it_is
+        arrays: Sequence[Array], operation: _Operation, power: float, scales: _Scales = None
     ) -> list[Array]:
         local, _ = operation
         by_shards: dict[Any, list[Array]] = {}
         each = _told_apart(scales[0], len(stacks)) if scales else [None] * len(stacks)
         for (members, shards), scale in zip(stacks, each, strict=True):
-            stack = jnp.stack([read(arrays[index]) for index in members])
+            stack = jnp.stack([arrays[index] for index in members])
             part = local(_powers(stack, width, scale, power))
             by_shards.setdefault(shards, []).append(part)
         partial = [local(jnp.stack(parts)) for parts in by_shards.values()]
         return [local(jnp.stack(_across_shards(operation, partial, list(by_shards))))]
 
-    return _p_norms(reduce, ord, [1.0], _is_reduced_across(layouts))[0]
+    return _p_norms(reduce, arrays, ord, [1.0], _is_reduced_across(layouts))[0]
 
 
 @functools.partial(jax.jit, static_argnames=("layouts", "ord"), inline=True)
@@ -129,13 +139,13 @@ def separate_norms(
     """A norm for each array: a scalar over all of its axes, else with size one at the summed."""
 
     def reduce(
-        operation: _Operation, power: float, scales: _Scales, read: _Read = _as_it_is
+        arrays: Sequence[Array], operation: _Operation, power: float, scales: _Scales = None
     ) -> list[Array]:
         local, _ = operation
         each: Sequence[Any] = scales or [None] * len(arrays)
         parts = [
             local(
-                _powers(read(array), _leaves.wide_dtype(array.dtype), scale, power),
+                _powers(array, _leaves.wide_dtype(array.dtype), scale, power),
                 axis=layout.axes,
                 keepdims=len(layout.axes) < array.ndim,
             )
@@ -144,64 +154,69 @@ def separate_norms(
         return _across_shards(operation, parts, [layout.shards for layout in layouts])
 
     divisors = [layout.divisor for layout in layouts]
-    return _p_norms(reduce, ord, divisors, _is_reduced_across(layouts))
+    return _p_norms(reduce, arrays, ord, divisors, _is_reduced_across(layouts))
 
 
 def _told_apart(scale: Any, number: int) -> list[Any]:
     """The scale so often, and the compiler does not know that it is one."""
     if isinstance(scale, float):
         return [scale] * number
-    return list(_apart(jnp.stack([scale] * number)))
+    return list(_compat.optimization_barrier(jnp.stack([scale] * number)))
 
 
 def _is_reduced_across(layouts: tuple[Layout, ...]) -> bool:
     return any(layout.shards for layout in layouts)
 
 
+_Reduce = Callable[..., list[Array]]
+_Roots = Callable[[list[Array]], list[Array]]
+
+
 def _p_norms(
-    reduce: Callable[..., list[Array]],
+    reduce: _Reduce,
+    arrays: Sequence[Array],
     ord: float,
     divisors: Sequence[float],
     is_reduced_across: bool,
 ) -> list[Array]:
     """`(sum |x|^p)^(1/p)` from sums of scaled entries that stay in range."""
     if ord == math.inf:
-        return _largest_entries(reduce, is_reduced_across)
+        return _largest_entries(reduce, arrays, is_reduced_across)
     if ord == 1:
-        return reduce(_SUM, 1.0, None)
+        return reduce(arrays, _SUM, 1.0)
 
     def roots(sums: list[Array]) -> list[Array]:
         return [_root(part / n, ord) for part, n in zip(sums, divisors, strict=True)]
 
     if ord != 2:
-        units = [finite_or_one(each) for each in _largest_entries(reduce, is_reduced_across)]
-        norms = roots(reduce(_SUM, ord, units))
+        largest = _largest_entries(reduce, arrays, is_reduced_across)
+        units = [finite_or_one(each) for each in largest]
+        norms = roots(reduce(arrays, _SUM, ord, units))
         return [norm * unit for norm, unit in zip(norms, units, strict=True)]
-
-    def sums(scales: _Scales = None, read: _Read = _as_it_is) -> list[Array]:
-        return reduce(_SUM, ord, scales, read)
 
     # Where units are sharded, devices could take different branches, and wait in one of them
     # for those in the other.
     if is_reduced_across:
-        return _at_every_scale(sums, roots)
+        return _at_every_scale(reduce, roots, arrays)
     # An accelerator computes faster than it reads; and what may be read again cannot be
     # fused with what produces it.
     return list(
         jax.lax.platform_dependent(
-            cpu=functools.partial(_at_the_right_scale, sums, roots),
-            default=functools.partial(_at_every_scale, sums, roots),
+            cpu=functools.partial(_at_the_right_scale, reduce, roots, arrays),
+            default=functools.partial(_at_every_scale, reduce, roots, arrays),
         )
     )
 
 
-def _largest_entries(reduce: Callable[..., list[Array]], is_reduced_across: bool) -> list[Array]:
+def _largest_entries(
+    reduce: _Reduce, arrays: Sequence[Array], is_reduced_across: bool
+) -> list[Array]:
     def of_integers() -> list[Array]:
-        return reduce(_MAX, 1.0, None)
+        return reduce(arrays, _MAX, 1.0)
 
     def of_floats() -> list[Array]:
-        sums = reduce(_SUM, 2.0, None, _apart)
-        rows = zip(sums, reduce(_FLOAT_MAX, 1.0, None, _apart), strict=True)
+        sums = reduce(_apart(arrays), _SUM, 2.0)
+        rows = zip(sums, reduce(_apart(arrays), _FLOAT_MAX, 1.0), strict=True)
         return [jnp.where(jnp.isnan(part), jnp.nan, largest) for part, largest in rows]
 
     if is_reduced_across:
@@ -210,28 +225,26 @@ def _largest_entries(reduce: Callable[..., list[Array]], is_reduced_across: bool
     return list(jax.lax.platform_dependent(cpu=of_floats, default=of_integers))
 
 
-def _at_the_right_scale(
-    sums: Callable[..., list[Array]], roots: Callable[[list[Array]], list[Array]]
-) -> list[Array]:
+def _at_the_right_scale(reduce: _Reduce, roots: _Roots, arrays: Sequence[Array]) -> list[Array]:
     """Norms that are read again only where their sum of squares left the range."""
-    plain = sums(None, _apart)
+    plain = reduce(_apart(arrays), _SUM, 2.0)
     scales = [_scale_for(part) for part in plain]
     in_range = functools.reduce(jnp.logical_and, [jnp.all(scale == 1) for scale in scales])
 
     def rescaled() -> list[Array]:
-        return [norm / scale for norm, scale in zip(roots(sums(scales)), scales, strict=True)]
+        norms = roots(reduce(arrays, _SUM, 2.0, scales))
+        return [norm / scale for norm, scale in zip(norms, scales, strict=True)]
 
     return list(jax.lax.cond(in_range, lambda: roots(plain), rescaled))
 
 
-def _at_every_scale(
-    sums: Callable[..., list[Array]], roots: Callable[[list[Array]], list[Array]]
-) -> list[Array]:
+def _at_every_scale(reduce: _Reduce, roots: _Roots, arrays: Sequence[Array]) -> list[Array]:
     """Norms from three sums of squares in one read, each taken where it is in range."""
-    plain = sums()
+    arrays = _for_one_read(arrays)
+    plain = reduce(arrays, _SUM, 2.0)
     ranges = [_RANGES[part.dtype] for part in plain]
-    as_huge = roots(sums([within.scale_of_huge for within in ranges]))
-    as_tiny = roots(sums([within.scale_of_tiny for within in ranges]))
+    as_huge = roots(reduce(arrays, _SUM, 2.0, [within.scale_of_huge for within in ranges]))
+    as_tiny = roots(reduce(arrays, _SUM, 2.0, [within.scale_of_tiny for within in ranges]))
     rows = zip(plain, ranges, roots(plain), as_huge, as_tiny, strict=True)
     return [
         jnp.where(
