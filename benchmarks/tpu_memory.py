@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 import clipax
 from benchmarks import reproduce_spikes
 from benchmarks.reproduce_shared import json_ready
-from tests.accelerators import chips, placed
+from tests.accelerators import chips, placed, why_not
 
 MAX_NORM = 1.0
 LEARNING_RATE = 1e-3
@@ -43,6 +43,8 @@ def main() -> None:
 
     if arguments.spikes:
         result = spikes(arguments.quick)
+    elif reason := why_not("tpu"):
+        parser.error(reason)
     else:
         sizes = {"width": 256, "depth": 2, "batch": 64} if arguments.quick else {}
         result = memory(arguments.chips, **sizes)

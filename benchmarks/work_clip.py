@@ -20,6 +20,7 @@ from benchmarks.workloads import BIG, SMALL
 MAX_NORM = 1.0
 LIMIT = "limit: read, then scale"
 READS = ("one read: sum of squares", "one read: dot")
+COLUMNS = "one read: sums of columns"
 SCALE = "scale by a number"
 
 Plan = tuple[str, str, tuple[str, ...], bool]
@@ -66,6 +67,8 @@ def _table(tree: workloads.Tree, pristine: Any, group: str, donates: bool, round
     notes = []
     if group == "global" and donates:
         notes = _with_torch(works, clips, pristine, tree)
+    if group == "unit":
+        works[COLUMNS] = _held(_SUM_COLUMNS, measured)
     works |= reads(measured) | {SCALE: _held(_SCALE, pristine)}
     seconds = timing.interleaved(works, rounds, pause=0.005)
     notes += _require_the_same(clips, tree)
@@ -120,6 +123,9 @@ PROGRAMS = {
     name: jax.jit(functools.partial(jax.tree.map, number))
     for name, number in zip(READS, (workloads.sum_of_squares, _dot), strict=True)
 }
+_SUM_COLUMNS = jax.jit(
+    functools.partial(jax.tree.map, functools.partial(workloads.sum_of_squares, axis=0))
+)
 _SCALE = jax.jit(functools.partial(jax.tree.map, _scaled), donate_argnums=0)
 
 

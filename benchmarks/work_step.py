@@ -83,7 +83,7 @@ def _rounds(tree: workloads.Tree, is_quick: bool) -> int:
     if is_quick:
         return 3
     # The smaller, the more the median needs.
-    return 16 if tree.bytes > 200e6 else 30 if tree.bytes > 50e6 else 100
+    return 30 if tree.bytes > 50e6 else 100
 
 
 def _table(tree: workloads.Tree, gradients: Any, optimizer: str, group: str, rounds: int) -> Table:

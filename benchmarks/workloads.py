@@ -87,9 +87,9 @@ def restored(spent: Any, pristine: Any) -> Any:
     return jax.tree.map(jnp.copy, pristine)
 
 
-def sum_of_squares(leaf: jax.Array) -> jax.Array:
+def sum_of_squares(leaf: jax.Array, axis: int | None = None) -> jax.Array:
     """The plainest read of every entry."""
-    return jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+    return jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis)
 
 
 def scaled(leaf: jax.Array, number: jax.Array) -> jax.Array:

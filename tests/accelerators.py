@@ -71,11 +71,20 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def needs(extra: str, *distributions: str) -> Any:
-    """Skips where a compiler is not installed, and says which extra installs it."""
-    missing = [name for name in distributions if not _is_installed(name)]
-    reason = f'{" and ".join(missing)} not installed: pip install "clipax[{extra}]"'
-    return pytest.mark.skipif(bool(missing), reason=reason)
+_COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")}
+
+
+def needs(extra: str) -> Any:
+    """Skips where the compiler is not installed that an extra installs."""
+    return pytest.mark.skipif(bool(why_not(extra)), reason=why_not(extra))
+
+
+def why_not(extra: str) -> str:
+    """What is not installed of a compiler, and how it would be; empty where nothing lacks."""
+    missing = [name for name in _COMPILERS[extra] if not _is_installed(name)]
+    if not missing:
+        return ""
+    return f'{" and ".join(missing)} not installed: pip install "clipax[{extra}]"'
 
 
 def _is_installed(distribution: str) -> bool:

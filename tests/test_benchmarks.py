@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerators
 import pytest
 import trees
 
@@ -96,7 +97,8 @@ def _clips(results, stdout):
             table = next(tables)
             about = {"tree": tree, "dtype": dtype, "group": group, "donated": donates}
             assert about.items() < table["about"].items()
-            least = [*work_clip.READS, work_clip.SCALE]
+            columns = [work_clip.COLUMNS] if group == "unit" else []
+            least = [*columns, *work_clip.READS, work_clip.SCALE]
             has_torch = group == "global" and donates and "torch" in results["machine"]
             peers = [torch_peer.NAME] if has_torch else []
             clips = list(methods.CLIPS[group])
@@ -225,6 +227,17 @@ def test_an_unknown_work_is_refused():
 
 
 # -- python -m benchmarks.tpu_memory and benchmarks.reproduce ------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("benchmarks.tpu_memory", "tpu"), ("benchmarks.gpu_programs", "cuda")]
+)
+def test_a_compiler_that_is_not_there_is_named(module, extra):
+    if not accelerators.why_not(extra):
+        pytest.skip(f"the extra {extra} is installed")
+    run = _ran(module)
+    assert run.returncode == 2
+    assert f'not installed: pip install "clipax[{extra}]"' in run.stderr
 
 
 @pytest.mark.slow

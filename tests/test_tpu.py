@@ -14,7 +14,7 @@ import trees
 
 import clipax
 
-pytestmark = [pytest.mark.tpu, accelerators.needs("tpu", "libtpu")]
+pytestmark = [pytest.mark.tpu, accelerators.needs("tpu")]
 METHODS = sorted(trees.public_factories())
 every_chip = pytest.mark.parametrize("chip", accelerators.TPUS)
 
