@@ -1,6 +1,7 @@
 """What differs between the versions of JAX, each with the version it belongs to."""
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -10,6 +11,14 @@ from jax.sharding import PartitionSpec
 # JAX gives them no type.
 partition_spec: Callable[..., PartitionSpec] = PartitionSpec
 optimization_barrier: Callable[[Any], Any] = jax.lax.optimization_barrier
+# Before, derivatives of doubles need that JAX computes with doubles everywhere.
+HAS_DOUBLES = jax.__version_info__ >= (0, 10)
+
+
+def doubles() -> AbstractContextManager[Any]:
+    """Where float64 stays float64, whatever is set elsewhere."""
+    made: AbstractContextManager[Any] = jax.enable_x64(True)
+    return made
 
 
 def bound_axes() -> tuple[Hashable, ...]:

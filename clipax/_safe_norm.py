@@ -129,7 +129,7 @@ def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float)
         partial = [local(jnp.stack(parts)) for parts in by_shards.values()]
         return [local(jnp.stack(_across_shards(operation, partial, list(by_shards))))]
 
-    return _p_norms(reduce, arrays, ord, [1.0], _is_reduced_across(layouts))[0]
+    return _p_norms(reduce, arrays, layouts, ord, [1.0])[0]
 
 
 @functools.partial(jax.jit, static_argnames=("layouts", "ord"), inline=True)
@@ -154,7 +154,7 @@ def separate_norms(
         return _across_shards(operation, parts, [layout.shards for layout in layouts])
 
     divisors = [layout.divisor for layout in layouts]
-    return _p_norms(reduce, arrays, ord, divisors, _is_reduced_across(layouts))
+    return _p_norms(reduce, arrays, layouts, ord, divisors)
 
 
 def _told_apart(scale: Any, number: int) -> list[Any]:
@@ -164,22 +164,20 @@ def _told_apart(scale: Any, number: int) -> list[Any]:
     return list(_compat.optimization_barrier(jnp.stack([scale] * number)))
 
 
-def _is_reduced_across(layouts: tuple[Layout, ...]) -> bool:
-    return any(layout.shards for layout in layouts)
-
-
 _Reduce = Callable[..., list[Array]]
 _Roots = Callable[[list[Array]], list[Array]]
+_Form = Callable[[_Reduce, _Roots, Sequence[Array]], list[Array]]
 
 
 def _p_norms(
     reduce: _Reduce,
     arrays: Sequence[Array],
+    layouts: Sequence[Layout],
     ord: float,
     divisors: Sequence[float],
-    is_reduced_across: bool,
 ) -> list[Array]:
     """`(sum |x|^p)^(1/p)` from sums of scaled entries that stay in range."""
+    is_reduced_across = any(layout.shards for layout in layouts)
     if ord == math.inf:
         return _largest_entries(reduce, arrays, is_reduced_across)
     if ord == 1:
@@ -200,12 +198,12 @@ def _p_norms(
         return _at_every_scale(reduce, roots, arrays)
     # An accelerator computes faster than it reads; and what may be read again cannot be
     # fused with what produces it.
-    return list(
-        jax.lax.platform_dependent(
-            cpu=functools.partial(_at_the_right_scale, reduce, roots, arrays),
-            default=functools.partial(_at_every_scale, reduce, roots, arrays),
-        )
-    )
+    forms: dict[str, _Form] = {"cpu": _at_the_right_scale, "default": _at_every_scale}
+    if _are_of_units(arrays, layouts) and _can_be_doubled(arrays):
+        # For sums of columns, a GPU's compiler writes what it has scaled to memory first.
+        forms |= {"cuda": _in_doubles, "rocm": _in_doubles}
+    named = {name: functools.partial(form, reduce, roots, arrays) for name, form in forms.items()}
+    return list(jax.lax.platform_dependent(**named))
 
 
 def _largest_entries(
@@ -238,6 +236,13 @@ def _at_the_right_scale(reduce: _Reduce, roots: _Roots, arrays: Sequence[Array])
     return list(jax.lax.cond(in_range, lambda: roots(plain), rescaled))
 
 
+def _in_doubles(reduce: _Reduce, roots: _Roots, arrays: Sequence[Array]) -> list[Array]:
+    """Norms from sums of squares in twice the width, which have every float32 in their range."""
+    with _compat.doubles():
+        wide = [_leaves.widened(array, np.float64) for array in arrays]
+        return [norm.astype(np.float32) for norm in roots(reduce(wide, _SUM, 2.0))]
+
+
 def _at_every_scale(reduce: _Reduce, roots: _Roots, arrays: Sequence[Array]) -> list[Array]:
     """Norms from three sums of squares in one read, each taken where it is in range."""
     arrays = _for_one_read(arrays)
@@ -254,6 +259,16 @@ def _at_every_scale(reduce: _Reduce, roots: _Roots, arrays: Sequence[Array]) -> 
         )
         for part, within, norm, huge, tiny in rows
     ]
+
+
+def _can_be_doubled(arrays: Sequence[Array]) -> bool:
+    widths = {_leaves.wide_dtype(array.dtype) for array in arrays}
+    return _compat.HAS_DOUBLES and widths == {np.dtype(np.float32)}
+
+
+def _are_of_units(arrays: Sequence[Array], layouts: Sequence[Layout]) -> bool:
+    rows = zip(arrays, layouts, strict=True)
+    return any(len(layout.axes) < array.ndim for array, layout in rows)
 
 
 def _stacked_alike(

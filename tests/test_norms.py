@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import clipax
-from clipax import _safe_norm
+from clipax import _compat, _safe_norm
 
 ORDERS = [0.5, 1, 2, 3, math.inf, None]
 
@@ -277,7 +277,17 @@ def test_norm_facts(values: list[float], factor: float) -> None:
         np.testing.assert_allclose(float(norm(jnp.asarray(scaled))), of_x * factor, rtol=1e-5)
 
 
-@pytest.mark.parametrize("way", [_safe_norm._at_the_right_scale, _safe_norm._at_every_scale])
+_WAYS = [
+    _safe_norm._at_the_right_scale,
+    _safe_norm._at_every_scale,
+    pytest.param(
+        _safe_norm._in_doubles,
+        marks=pytest.mark.skipif(not _compat.HAS_DOUBLES, reason="jax < 0.10 has no such form"),
+    ),
+]
+
+
+@pytest.mark.parametrize("way", _WAYS)
 @pytest.mark.parametrize(
     "entries",
     [
@@ -297,7 +307,7 @@ def test_norm_facts(values: list[float], factor: float) -> None:
 def test_the_way_of_accelerators_is_as_safe_as_that_of_cpus(way: Any, entries: Any) -> None:
     def norm(x: Any) -> Any:
         def reduce(arrays: Any, operation: Any, power: float, scales: Any = (None,)) -> Any:
-            powers = _safe_norm._powers(arrays[0], jnp.float32, scales[0], power)
+            powers = _safe_norm._powers(arrays[0], arrays[0].dtype, scales[0], power)
             return [jnp.sum(powers)]
 
         def roots(sums: Any) -> Any:
@@ -324,6 +334,22 @@ def test_accelerators_read_once(platform: str) -> None:
     # A platform chooses by a constant; that values choose shows as a truth turned into an index.
     by_values = "(tensor<i1>) -> tensor<i32>"
     assert [program(each).count(by_values) for each in (platform, "cpu")] == [0, 1]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+@pytest.mark.parametrize("norm", [clipax.unit_norm, clipax.leaf_norm])
+def test_gpus_sum_units_in_doubles(platform: str, norm: Any) -> None:
+    def total(x: Any) -> Any:
+        return jnp.sum(norm({"x": x})["x"])
+
+    def program(function: Any) -> str:
+        traced = jax.jit(function).trace(jnp.ones((30, 40)))
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    is_expected = platform in ("cuda", "rocm") and norm is clipax.unit_norm and _compat.HAS_DOUBLES
+    assert ("xf64>" in program(total)) == is_expected
+    # JAX verifies what it lowers: its derivatives must be of one width too.
+    assert "tensor<30x40xf32>" in program(jax.grad(total))
 
 
 SHARDED, REPLICATED = np.arange(64, dtype=np.float32).reshape(8, 8), np.full(3, 40, np.float32)
