@@ -29,7 +29,6 @@ _GROUPS = ("global", "leaf", "unit", "value", "scalar history")
 _WIDTHS = (1024, 4096, 1024, 4096, 1024)
 _QUICK_WIDTHS = (96, 160, 96)
 _BATCH = 384
-_NO_KERNELS = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 
 
 class Program(NamedTuple):
@@ -74,7 +73,7 @@ def _compiled(optimizer: Optimizer, widths: tuple[int, ...], dtype: str) -> Prog
     matrices = {layer["kernel"].size for layer in params}
     return Program(
         reads=len(hlo.passes_for_a_reduction(program, matrices)),
-        kernels=sum(each.kind not in _NO_KERNELS for each in hlo.computations(program)["ENTRY"]),
+        kernels=hlo.kernels(program),
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
     )
 

@@ -143,8 +143,10 @@ def axis_tuple(leaf: Any, axes: Axes) -> tuple[int, ...]:
 
 def filled_like(norm: Array, value: Any) -> Array:
     """An array of a value in the shape, dtype and sharding of a norm."""
-    # Chosen by the norm: a constant would not have its sharding.
-    return jnp.where(jnp.isnan(norm), value, jnp.asarray(value).astype(norm.dtype))
+    # Chosen by the norm: a constant would not have its sharding. And what XLA knows to be one
+    # value, it computes elsewhere and copies, in a kernel for each norm.
+    filled = _compat.optimization_barrier(jnp.asarray(value).astype(norm.dtype))
+    return jnp.where(jnp.isnan(norm), value, filled)
 
 
 def in_dtype_of(norm: Array, *values: Any) -> tuple[Array, ...]:

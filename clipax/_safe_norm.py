@@ -24,6 +24,24 @@ class Layout(NamedTuple):
     """What the sum of squares is divided by, as n for a root mean square."""
 
 
+class _Stack(NamedTuple):
+    """Arrays that are reduced as one."""
+
+    members: list[int]
+    """Their positions among all arrays."""
+    layout: Layout
+
+    def of(self, arrays: Sequence[Array]) -> Array:
+        return jnp.stack([arrays[member] for member in self.members])
+
+    def scales_of(self, arrays: Array, scales: Sequence[Any]) -> Any:
+        """The members' scales, to multiply a stack of arrays by."""
+        if isinstance(scales[0], float):
+            return scales[self.members[0]]
+        stack = self.of(scales)
+        return jnp.expand_dims(stack, tuple(range(stack.ndim, arrays.ndim)))
+
+
 class _Range(NamedTuple):
     """Where sums of squares are trusted, and the scales that bring the others there."""
 
@@ -37,8 +55,9 @@ _RANGES = {
     jnp.dtype(np.float64): _Range(2.0**-900, 2.0**-600, 2.0**511),
 }
 
-# In a sum over a tree, alike leaves up to this many elements share one reduction: a tree
-# of a thousand small leaves then compiles a few kernels, and little is copied to stack them.
+# Alike leaves up to this many elements share one reduction: a tree of a thousand small leaves
+# then compiles a few kernels, and little is copied to stack them. Norms of larger ones do not
+# wait for each other, so that a gradient can be used, and freed, before the next one is made.
 _LARGEST_STACKED = 2**14
 
 
@@ -122,14 +141,13 @@ def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float)
         local, _ = operation
         by_shards: dict[Any, list[Array]] = {}
         each = _told_apart(scales[0], len(stacks)) if scales else [None] * len(stacks)
-        for (members, shards), scale in zip(stacks, each, strict=True):
-            stack = jnp.stack([arrays[index] for index in members])
-            part = local(_powers(stack, width, scale, power))
-            by_shards.setdefault(shards, []).append(part)
+        for stack, scale in zip(stacks, each, strict=True):
+            part = local(_powers(stack.of(arrays), width, scale, power))
+            by_shards.setdefault(stack.layout.shards, []).append(part)
         partial = [local(jnp.stack(parts)) for parts in by_shards.values()]
         return [local(jnp.stack(_across_shards(operation, partial, list(by_shards))))]
 
-    return _p_norms(reduce, arrays, layouts, ord, [1.0])[0]
+    return _p_norms(reduce, arrays, layouts, ord, [1.0], reduce_stacked=reduce)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("layouts", "ord"), inline=True)
@@ -138,23 +156,39 @@ def separate_norms(
 ) -> list[Array]:
     """A norm for each array: a scalar over all of its axes, else with size one at the summed."""
 
-    def reduce(
-        arrays: Sequence[Array], operation: _Operation, power: float, scales: _Scales = None
+    def reduce_by(
+        stacks: list[_Stack],
+        arrays: Sequence[Array],
+        operation: _Operation,
+        power: float,
+        scales: _Scales = None,
     ) -> list[Array]:
         local, _ = operation
-        each: Sequence[Any] = scales or [None] * len(arrays)
-        parts = [
-            local(
-                _powers(array, _leaves.wide_dtype(array.dtype), scale, power),
-                axis=layout.axes,
-                keepdims=len(layout.axes) < array.ndim,
-            )
-            for array, layout, scale in zip(arrays, layouts, each, strict=True)
-        ]
-        return _across_shards(operation, parts, [layout.shards for layout in layouts])
+        parts = []
+        for stack in stacks:
+            stacked, axes = stack.of(arrays), stack.layout.axes
+            width = _leaves.wide_dtype(stacked.dtype)
+            scale = stack.scales_of(stacked, scales) if scales else None
+            powers = _powers(stacked, width, scale, power)
+            is_partial = 1 + len(axes) < stacked.ndim
+            parts.append(local(powers, tuple(1 + axis for axis in axes), keepdims=is_partial))
+        complete = _across_shards(operation, parts, [stack.layout.shards for stack in stacks])
+        # Taken apart at once: XLA computes what follows from elements of one array in one
+        # kernel, but would copy results out of an array in a kernel for each.
+        result: list[Any] = [None] * len(arrays)
+        for stack, part in zip(stacks, complete, strict=True):
+            for member, row in zip(stack.members, part, strict=True):
+                result[member] = row
+        return result
 
+    # A GPU launches kernels for each sum, and for what follows from it. Other compilers make
+    # one kernel for all that is alike, but another one for each place in a stack.
+    alone = [_Stack([index], layout) for index, layout in enumerate(layouts)]
+    reduce, reduce_stacked = (
+        functools.partial(reduce_by, stacks) for stacks in (alone, _stacked_alike(arrays, layouts))
+    )
     divisors = [layout.divisor for layout in layouts]
-    return _p_norms(reduce, arrays, layouts, ord, divisors)
+    return _p_norms(reduce, arrays, layouts, ord, divisors, reduce_stacked=reduce_stacked)
 
 
 def _told_apart(scale: Any, number: int) -> list[Any]:
@@ -166,6 +200,7 @@ def _told_apart(scale: Any, number: int) -> list[Any]:
 
 _Reduce = Callable[..., list[Array]]
 _Roots = Callable[[list[Array]], list[Array]]
+_Branch = Callable[[], list[Array]]
 _Form = Callable[[_Reduce, _Roots, Sequence[Array]], list[Array]]
 
 
@@ -175,11 +210,13 @@ def _p_norms(
     layouts: Sequence[Layout],
     ord: float,
     divisors: Sequence[float],
+    *,
+    reduce_stacked: _Reduce,
 ) -> list[Array]:
     """`(sum |x|^p)^(1/p)` from sums of scaled entries that stay in range."""
     is_reduced_across = any(layout.shards for layout in layouts)
     if ord == math.inf:
-        return _largest_entries(reduce, arrays, is_reduced_across)
+        return _largest_entries(reduce, reduce_stacked, arrays, is_reduced_across)
     if ord == 1:
         return reduce(arrays, _SUM, 1.0)
 
@@ -187,7 +224,7 @@ def _p_norms(
         return [_root(part / n, ord) for part, n in zip(sums, divisors, strict=True)]
 
     if ord != 2:
-        largest = _largest_entries(reduce, arrays, is_reduced_across)
+        largest = _largest_entries(reduce, reduce_stacked, arrays, is_reduced_across)
         units = [finite_or_one(each) for each in largest]
         norms = roots(reduce(arrays, _SUM, ord, units))
         return [norm * unit for norm, unit in zip(norms, units, strict=True)]
@@ -196,31 +233,39 @@ def _p_norms(
     # for those in the other.
     if is_reduced_across:
         return _at_every_scale(reduce, roots, arrays)
-    # An accelerator computes faster than it reads; and what may be read again cannot be
-    # fused with what produces it.
-    forms: dict[str, _Form] = {"cpu": _at_the_right_scale, "default": _at_every_scale}
-    if _are_of_units(arrays, layouts) and _can_be_doubled(arrays):
-        # For sums of columns, a GPU's compiler writes what it has scaled to memory first.
-        forms |= {"cuda": _in_doubles, "rocm": _in_doubles}
-    named = {name: functools.partial(form, reduce, roots, arrays) for name, form in forms.items()}
-    return list(jax.lax.platform_dependent(**named))
+
+    def branch(form: _Form, reduce: _Reduce) -> _Branch:
+        return functools.partial(form, reduce, roots, arrays)
+
+    # For sums of columns, a GPU's compiler writes what it has scaled to memory first.
+    doubled = _are_of_units(arrays, layouts) and _can_be_doubled(arrays)
+    return _by_platform(
+        cpu=branch(_at_the_right_scale, reduce),
+        gpu=branch(_in_doubles if doubled else _at_every_scale, reduce_stacked),
+        # An accelerator computes faster than it reads; and what may be read again cannot be
+        # fused with what produces it.
+        default=branch(_at_every_scale, reduce),
+    )
+
+
+def _by_platform(*, cpu: _Branch, gpu: _Branch, default: _Branch) -> list[Array]:
+    return list(jax.lax.platform_dependent(cpu=cpu, cuda=gpu, rocm=gpu, default=default))
 
 
 def _largest_entries(
-    reduce: _Reduce, arrays: Sequence[Array], is_reduced_across: bool
+    reduce: _Reduce, reduce_stacked: _Reduce, arrays: Sequence[Array], is_reduced_across: bool
 ) -> list[Array]:
-    def of_integers() -> list[Array]:
-        return reduce(arrays, _MAX, 1.0)
-
     def of_floats() -> list[Array]:
         sums = reduce(_apart(arrays), _SUM, 2.0)
         rows = zip(sums, reduce(_apart(arrays), _FLOAT_MAX, 1.0), strict=True)
         return [jnp.where(jnp.isnan(part), jnp.nan, largest) for part, largest in rows]
 
+    of_integers = functools.partial(reduce, arrays, _MAX, 1.0)
     if is_reduced_across:
         return of_integers()
+    of_stacks = functools.partial(reduce_stacked, arrays, _MAX, 1.0)
     # A CPU's library reduces floats alone, and them many times as fast.
-    return list(jax.lax.platform_dependent(cpu=of_floats, default=of_integers))
+    return _by_platform(cpu=of_floats, gpu=of_stacks, default=of_integers)
 
 
 def _at_the_right_scale(reduce: _Reduce, roots: _Roots, arrays: Sequence[Array]) -> list[Array]:
@@ -271,15 +316,12 @@ def _are_of_units(arrays: Sequence[Array], layouts: Sequence[Layout]) -> bool:
     return any(len(layout.axes) < array.ndim for array, layout in rows)
 
 
-def _stacked_alike(
-    arrays: Sequence[Array], layouts: Sequence[Layout]
-) -> list[tuple[list[int], tuple[Hashable, ...]]]:
-    """Positions of arrays that are reduced as one, with the mapped axes of each stack."""
+def _stacked_alike(arrays: Sequence[Array], layouts: Sequence[Layout]) -> list[_Stack]:
     groups: dict[Any, list[int]] = {}
     for index, (array, layout) in enumerate(zip(arrays, layouts, strict=True)):
-        alike = (jax.typeof(array), layout.shards)
+        alike = (jax.typeof(array), layout)
         groups.setdefault(alike if array.size <= _LARGEST_STACKED else index, []).append(index)
-    return [(members, layouts[members[0]].shards) for members in groups.values()]
+    return [_Stack(members, layouts[members[0]]) for members in groups.values()]
 
 
 def _powers(x: Array, width: Any, scale: Any, power: float) -> Array:

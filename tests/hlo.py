@@ -21,6 +21,7 @@ Computations = dict[str, list[Operation]]
 # A type is `f32[8,128]{1,0:T(8,128)}`, or several in parentheses: a kind comes after a space.
 _LINE = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.+?) ([a-z][\w-]*)\(([^)]*)\)(.*)")
 _HEADER = re.compile(r"(ENTRY )?%([\w.-]+) \(.*\{$")
+_NO_KERNELS = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 
 
 @functools.lru_cache(maxsize=8)
@@ -42,6 +43,11 @@ def all_reduces(program: str) -> int:
     """How many the whole program has; an asynchronous one counts once."""
     kinds = [operation.kind for body in computations(program).values() for operation in body]
     return kinds.count("all-reduce") + kinds.count("all-reduce-start")
+
+
+def kernels(program: str) -> int:
+    """How many the main computation launches."""
+    return sum(each.kind not in _NO_KERNELS for each in computations(program)["ENTRY"])
 
 
 def passes_for_a_reduction(program: str, sizes: set[int]) -> list[str]:

@@ -43,6 +43,12 @@ def passes(method: Any) -> int:
     return len(hlo.passes_for_a_reduction(step_with(method, 1, WIDTHS).as_text(), matrices))
 
 
+def kernels_for_small_layers(method: Any, depth: int) -> int:
+    widths = [SMALL[0]] * (depth + 1)
+    ours, adam = (step_with(each, 1, widths).as_text() for each in (method, optax.identity()))
+    return hlo.kernels(ours) - hlo.kernels(adam)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_it_compiles_for_one_and_for_four(name: str) -> None:
     assert hlo.all_reduces(step_with(trees.build(name), 1, SMALL).as_text()) == 0
@@ -71,6 +77,21 @@ def test_all_reduces_do_not_grow_with_the_number_of_leaves(method: Any) -> None:
 )
 def test_a_norm_reads_the_gradients_as_often_as_optax(ours: Any, theirs: Any) -> None:
     assert passes(ours) <= passes(theirs)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        clipax.clip_by_global_norm(1.0),
+        clipax.clip_by_leaf_norm(1.0),
+        clipax.clip_by_block_rms(1.0),
+        clipax.clip_by_unit_norm(1.0),
+        clipax.adaptive_grad_clip(0.01),
+        clipax.clip_by_value(1.0),
+    ],
+)
+def test_small_leaves_share_kernels(method: Any) -> None:
+    assert kernels_for_small_layers(method, 16) - kernels_for_small_layers(method, 8) <= 4
 
 
 def test_a_global_norm_needs_the_memory_of_optax() -> None:
