@@ -31,15 +31,20 @@ class _Stack(NamedTuple):
     """Their positions among all arrays."""
     layout: Layout
 
-    def of(self, arrays: Sequence[Array]) -> Array:
-        return jnp.stack([arrays[member] for member in self.members])
+    @property
+    def is_one(self) -> bool:
+        return len(self.members) == 1
 
-    def scales_of(self, arrays: Array, scales: Sequence[Any]) -> Any:
-        """The members' scales, to multiply a stack of arrays by."""
-        if isinstance(scales[0], float):
-            return scales[self.members[0]]
-        stack = self.of(scales)
-        return jnp.expand_dims(stack, tuple(range(stack.ndim, arrays.ndim)))
+    @property
+    def axes(self) -> tuple[int, ...]:
+        return self.layout.axes if self.is_one else tuple(1 + axis for axis in self.layout.axes)
+
+    def of(self, arrays: Sequence[Array]) -> Array:
+        chosen = [arrays[member] for member in self.members]
+        return chosen[0] if self.is_one else jnp.stack(chosen)
+
+    def rows(self, part: Array) -> list[Array]:
+        return [part] if self.is_one else list(part)
 
 
 class _Range(NamedTuple):
@@ -166,27 +171,26 @@ def separate_norms(
         local, _ = operation
         parts = []
         for stack in stacks:
-            stacked, axes = stack.of(arrays), stack.layout.axes
-            width = _leaves.wide_dtype(stacked.dtype)
-            scale = stack.scales_of(stacked, scales) if scales else None
-            powers = _powers(stacked, width, scale, power)
-            is_partial = 1 + len(axes) < stacked.ndim
-            parts.append(local(powers, tuple(1 + axis for axis in axes), keepdims=is_partial))
+            first = arrays[stack.members[0]]
+            # Where several arrays are stacked, their scale is one.
+            scale = scales[stack.members[0]] if scales else None
+            powers = _powers(stack.of(arrays), _leaves.wide_dtype(first.dtype), scale, power)
+            parts.append(local(powers, stack.axes, keepdims=len(stack.axes) < first.ndim))
         complete = _across_shards(operation, parts, [stack.layout.shards for stack in stacks])
         # Taken apart at once: XLA computes what follows from elements of one array in one
         # kernel, but would copy results out of an array in a kernel for each.
         result: list[Any] = [None] * len(arrays)
         for stack, part in zip(stacks, complete, strict=True):
-            for member, row in zip(stack.members, part, strict=True):
+            for member, row in zip(stack.members, stack.rows(part), strict=True):
                 result[member] = row
         return result
 
     # A GPU launches kernels for each sum, and for what follows from it. Other compilers make
     # one kernel for all that is alike, but another one for each place in a stack.
     alone = [_Stack([index], layout) for index, layout in enumerate(layouts)]
-    reduce, reduce_stacked = (
-        functools.partial(reduce_by, stacks) for stacks in (alone, _stacked_alike(arrays, layouts))
-    )
+    alike = _stacked_alike(arrays, layouts)
+    reduce = functools.partial(reduce_by, alone)
+    reduce_stacked = reduce if len(alike) == len(alone) else functools.partial(reduce_by, alike)
     divisors = [layout.divisor for layout in layouts]
     return _p_norms(reduce, arrays, layouts, ord, divisors, reduce_stacked=reduce_stacked)
 
@@ -200,7 +204,7 @@ def _told_apart(scale: Any, number: int) -> list[Any]:
 
 _Reduce = Callable[..., list[Array]]
 _Roots = Callable[[list[Array]], list[Array]]
-_Branch = Callable[[], list[Array]]
+_Branch = Callable[[Sequence[Array]], list[Array]]
 _Form = Callable[[_Reduce, _Roots, Sequence[Array]], list[Array]]
 
 
@@ -235,37 +239,52 @@ def _p_norms(
         return _at_every_scale(reduce, roots, arrays)
 
     def branch(form: _Form, reduce: _Reduce) -> _Branch:
-        return functools.partial(form, reduce, roots, arrays)
+        return functools.partial(form, reduce, roots)
 
     # For sums of columns, a GPU's compiler writes what it has scaled to memory first.
     doubled = _are_of_units(arrays, layouts) and _can_be_doubled(arrays)
+    on_gpus = branch(_in_doubles if doubled else _at_every_scale, reduce_stacked)
     return _by_platform(
-        cpu=branch(_at_the_right_scale, reduce),
-        gpu=branch(_in_doubles if doubled else _at_every_scale, reduce_stacked),
+        arrays,
         # An accelerator computes faster than it reads; and what may be read again cannot be
         # fused with what produces it.
         default=branch(_at_every_scale, reduce),
+        cpu=branch(_at_the_right_scale, reduce),
+        gpu=on_gpus if doubled or reduce_stacked is not reduce else None,
     )
 
 
-def _by_platform(*, cpu: _Branch, gpu: _Branch, default: _Branch) -> list[Array]:
-    return list(jax.lax.platform_dependent(cpu=cpu, cuda=gpu, rocm=gpu, default=default))
+def _by_platform(
+    arrays: Sequence[Array], *, default: _Branch, cpu: _Branch, gpu: _Branch | None
+) -> list[Array]:
+    branches = {"default": default, "cpu": cpu}
+    if gpu is not None:
+        branches |= dict.fromkeys(("cuda", "rocm"), jax.jit(gpu, inline=True))  # traced once
+    result: list[Array] = jax.lax.platform_dependent(list(arrays), **branches)
+    return result
 
 
 def _largest_entries(
     reduce: _Reduce, reduce_stacked: _Reduce, arrays: Sequence[Array], is_reduced_across: bool
 ) -> list[Array]:
-    def of_floats() -> list[Array]:
+    def of_floats(arrays: Sequence[Array]) -> list[Array]:
         sums = reduce(_apart(arrays), _SUM, 2.0)
         rows = zip(sums, reduce(_apart(arrays), _FLOAT_MAX, 1.0), strict=True)
         return [jnp.where(jnp.isnan(part), jnp.nan, largest) for part, largest in rows]
 
-    of_integers = functools.partial(reduce, arrays, _MAX, 1.0)
+    def of_integers(reduce: _Reduce, arrays: Sequence[Array]) -> list[Array]:
+        return reduce(arrays, _MAX, 1.0)
+
     if is_reduced_across:
-        return of_integers()
-    of_stacks = functools.partial(reduce_stacked, arrays, _MAX, 1.0)
-    # A CPU's library reduces floats alone, and them many times as fast.
-    return _by_platform(cpu=of_floats, gpu=of_stacks, default=of_integers)
+        return of_integers(reduce, arrays)
+    on_gpus = functools.partial(of_integers, reduce_stacked)
+    return _by_platform(
+        arrays,
+        default=functools.partial(of_integers, reduce),
+        # A CPU's library reduces floats alone, and them many times as fast.
+        cpu=of_floats,
+        gpu=on_gpus if reduce_stacked is not reduce else None,
+    )
 
 
 def _at_the_right_scale(reduce: _Reduce, roots: _Roots, arrays: Sequence[Array]) -> list[Array]:
