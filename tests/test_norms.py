@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -350,6 +351,44 @@ def test_gpus_sum_units_in_doubles(platform: str, norm: Any) -> None:
     assert ("xf64>" in program(total)) == is_expected
     # JAX verifies what it lowers: its derivatives must be of one width too.
     assert "tensor<30x40xf32>" in program(jax.grad(total))
+
+
+@pytest.fixture
+def the_form_of_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No GPU is needed to see that its form gives the same."""
+
+    def by_platform(arrays: Any, *, default: Any, cpu: Any, gpu: Any) -> Any:
+        return (gpu or default)(list(arrays))
+
+    monkeypatch.setattr(_safe_norm, "_by_platform", by_platform)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("the_form_of_gpus")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_each_of_the_small_leaves_that_share_a_sum_has_its_own_norm(dtype: str) -> None:
+    def leaf(scale: float, *shape: int) -> Any:
+        return jnp.asarray(scale * np.arange(1, 1 + math.prod(shape)).reshape(shape), dtype)
+
+    scales = (1.0, 1e20, 1e-30, 0.0, math.nan, math.inf, 3.0)
+    # Stacks of leaves that do not follow each other, one alone, and one that is too large.
+    tree = [leaf(scale, *shape) for scale in scales for shape in ((2, 3), (5,), (3, 2))]
+    tree += [leaf(2.0, 4, 4), leaf(1.0, 150, 150)]
+    rows = [np.asarray(each, np.complex128) for each in tree]
+
+    def compare(norms: Any, expected: Any) -> None:
+        for norm, value in zip(norms, expected, strict=True):
+            np.testing.assert_allclose(np.asarray(norm), value, rtol=3e-6)
+
+    with np.errstate(invalid="ignore"):
+        compare(clipax.leaf_norm(tree), [np.sqrt(np.sum(abs(row) ** 2)) for row in rows])
+        compare(clipax.block_rms(tree), [np.sqrt(np.mean(abs(row) ** 2)) for row in rows])
+        compare(clipax.leaf_norm(tree, ord=math.inf), [np.max(abs(row)) for row in rows])
+        units = [row.reshape(-1, row.shape[-1]) if row.ndim > 1 else row[:, None] for row in rows]
+        sums = [np.sqrt(np.sum(abs(unit) ** 2, axis=0)) for unit in units]
+        compare([norm.ravel() for norm in clipax.unit_norm(tree)], sums)
 
 
 SHARDED, REPLICATED = np.arange(64, dtype=np.float32).reshape(8, 8), np.full(3, 40, np.float32)
