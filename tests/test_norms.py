@@ -367,7 +367,13 @@ def the_form_of_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("the_form_of_gpus")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("bfloat16", "complex64")),
+    ],
+)
 def test_each_of_the_small_leaves_that_share_a_sum_has_its_own_norm(dtype: str) -> None:
     def leaf(scale: float, *shape: int) -> Any:
         return jnp.asarray(scale * np.arange(1, 1 + math.prod(shape)).reshape(shape), dtype)
