@@ -152,7 +152,7 @@ def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float)
         partial = [local(jnp.stack(parts)) for parts in by_shards.values()]
         return [local(jnp.stack(_across_shards(operation, partial, list(by_shards))))]
 
-    return _p_norms(reduce, arrays, layouts, ord, [1.0], reduce_stacked=reduce)[0]
+    return _p_norms(reduce, arrays, layouts, ord, [1.0])[0]
 
 
 @functools.partial(jax.jit, static_argnames=("layouts", "ord"), inline=True)
@@ -190,9 +190,9 @@ def separate_norms(
     alone = [_Stack([index], layout) for index, layout in enumerate(layouts)]
     alike = _stacked_alike(arrays, layouts)
     reduce = functools.partial(reduce_by, alone)
-    reduce_stacked = reduce if len(alike) == len(alone) else functools.partial(reduce_by, alike)
+    reduce_stacked = functools.partial(reduce_by, alike) if len(alike) < len(alone) else None
     divisors = [layout.divisor for layout in layouts]
-    return _p_norms(reduce, arrays, layouts, ord, divisors, reduce_stacked=reduce_stacked)
+    return _p_norms(reduce, arrays, layouts, ord, divisors, reduce_stacked)
 
 
 def _told_apart(scale: Any, number: int) -> list[Any]:
@@ -214,8 +214,7 @@ def _p_norms(
     layouts: Sequence[Layout],
     ord: float,
     divisors: Sequence[float],
-    *,
-    reduce_stacked: _Reduce,
+    reduce_stacked: _Reduce | None = None,
 ) -> list[Array]:
     """`(sum |x|^p)^(1/p)` from sums of scaled entries that stay in range."""
     is_reduced_across = any(layout.shards for layout in layouts)
@@ -243,14 +242,14 @@ def _p_norms(
 
     # For sums of columns, a GPU's compiler writes what it has scaled to memory first.
     doubled = _are_of_units(arrays, layouts) and _can_be_doubled(arrays)
-    on_gpus = branch(_in_doubles if doubled else _at_every_scale, reduce_stacked)
+    on_gpus = branch(_in_doubles if doubled else _at_every_scale, reduce_stacked or reduce)
     return _by_platform(
         arrays,
         # An accelerator computes faster than it reads; and what may be read again cannot be
         # fused with what produces it.
         default=branch(_at_every_scale, reduce),
         cpu=branch(_at_the_right_scale, reduce),
-        gpu=on_gpus if doubled or reduce_stacked is not reduce else None,
+        gpu=on_gpus if doubled or reduce_stacked else None,
     )
 
 
@@ -265,7 +264,10 @@ def _by_platform(
 
 
 def _largest_entries(
-    reduce: _Reduce, reduce_stacked: _Reduce, arrays: Sequence[Array], is_reduced_across: bool
+    reduce: _Reduce,
+    reduce_stacked: _Reduce | None,
+    arrays: Sequence[Array],
+    is_reduced_across: bool,
 ) -> list[Array]:
     def of_floats(arrays: Sequence[Array]) -> list[Array]:
         sums = reduce(_apart(arrays), _SUM, 2.0)
@@ -277,13 +279,12 @@ def _largest_entries(
 
     if is_reduced_across:
         return of_integers(reduce, arrays)
-    on_gpus = functools.partial(of_integers, reduce_stacked)
     return _by_platform(
         arrays,
         default=functools.partial(of_integers, reduce),
         # A CPU's library reduces floats alone, and them many times as fast.
         cpu=of_floats,
-        gpu=on_gpus if reduce_stacked is not reduce else None,
+        gpu=functools.partial(of_integers, reduce_stacked) if reduce_stacked else None,
     )
 
 
