@@ -24,6 +24,7 @@ FLOORS = [
         "_safe_norm",
         "_matrices",
         "_products",
+        "_singular",
         "_terms",
         "_spectral",
         "norms",
