@@ -168,10 +168,13 @@ def _by_powers(
 
 
 def _power_of_modulus(x: Array, ord: jax.typing.ArrayLike) -> Array:
+    square = x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
     if not isinstance(ord, jax.Array) and ord == 2:
-        return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
-    is_zero = x == 0
-    return jnp.where(is_zero, 0, _power(jnp.abs(jnp.where(is_zero, 1, x)), ord))
+        return square
+    # Of other powers, the second derivative at zero is left out: zero, or infinite.
+    at_zero = jnp.where(jnp.asarray(ord) == 2, square, 0)
+    modulus = jnp.abs(jnp.where(x == 0, 1, x))
+    return jnp.where(x == 0, at_zero, _power(modulus, ord))
 
 
 def hypotenuse(one: Array, other: Array) -> Array:

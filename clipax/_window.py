@@ -53,7 +53,8 @@ def quantile(window: WindowState, q: jax.typing.ArrayLike) -> Array:
         for index in (below, below + 1)
     )
     # An empty window has inf on both sides, and inf - inf is not a step.
-    step = jnp.where(high > low, high - low, 0.0)
+    is_step = high > low
+    step = jnp.where(is_step, high - jnp.where(is_step, low, 0.0), 0.0)
     return (low + weight.astype(step.dtype) * step)[..., 0]
 
 

@@ -125,7 +125,7 @@ def adagc(
         def bound(norm: Array, average: Array) -> Array:
             factor = global_factor.astype(norm.dtype)
             # An infinite norm times zero is no bound.
-            at_start = jnp.where(factor == 0, 0, norm * factor)
+            at_start = jnp.where(factor == 0, 0, norm) * factor
             (share,) = _leaves.in_dtype_of(norm, ratio)
             return jnp.where(follows_itself(average), share * average, at_start)
 

@@ -110,7 +110,7 @@ def u_clip(
         if max_carry is not None:
             (bound,) = _leaves.in_dtype_of(norm, max_carry)
             factor = hard(norm, bound)
-            carry, norm = scale_updates(carry, factor), norm * factor
+            carry, norm = scale_updates(carry, factor), jnp.where(is_finite, norm, 0) * factor
         new_state = UClipState(carry, norm, inner_state)
         return _moments.narrowed(clipped, updates), _leaves.choose(is_finite, new_state, state)
 

@@ -169,7 +169,8 @@ def zclip(
         old, new = _leaves.in_dtype_of(value, decay, 1 - decay)
         weight = jnp.where(is_warmed_up, new, 1 / (count + 1).astype(value.dtype))
         past = jnp.where(is_warmed_up, old, 1 - weight)
-        deviation = value - mean
+        # Of a norm that is not finite nothing is kept, but zero times inf would be NaN.
+        deviation = jnp.where(jnp.isfinite(value), value - mean, 0)
         # The paper's average takes the deviation from the new mean, and Welford's variance
         # the geometric mean of both: so the one has a factor more.
         share = weight * past * jnp.where(is_warmed_up, past, 1)
