@@ -13,7 +13,7 @@ from clipax import _leaves
 
 
 def is_schedule(value: Any) -> bool:
-    return callable(value) and not isinstance(value, jax.Array)
+    return _leaves.is_function(value)
 
 
 def non_negative(**arguments: Any) -> None:
@@ -57,7 +57,8 @@ def bound(requirement: Callable[..., None], **arguments: Any) -> None:
 def one_bound(requirement: Callable[..., None], **arguments: Any) -> None:
     """As `bound`, for methods that have one norm and so take no tree of bounds."""
     for name, value in arguments.items():
-        if isinstance(value, (dict, list, tuple)):
+        is_tree = not is_schedule(value) and not jax.tree_util.all_leaves([value])
+        if is_tree and value is not None:
             raise ValueError(
                 f"{name} must be one number, array or schedule, got the tree {value!r}:"
                 " this method has one norm for all leaves."
@@ -151,21 +152,42 @@ def transformation(**arguments: Any) -> None:
             raise ValueError(f"{name} must be an optax.GradientTransformation, got {value!r}.")
 
 
-def _require(arguments: dict[str, Any], holds: Callable[[float], bool], wanted: str) -> None:
+def known_norm(**arguments: Any) -> None:
+    """Requires real numbers >= 0, NaN or inf, where one is given: norms that were measured."""
     for name, value in arguments.items():
-        if isinstance(value, jax.Array):
-            if isinstance(value, jax.core.Tracer) or not value.is_fully_addressable:
-                continue
-        elif not isinstance(value, (int, float, np.number, np.ndarray)) or isinstance(value, bool):
-            raise ValueError(f"{name} must be {wanted}, got {value!r}.")
-        values = np.asarray(value)
-        if not _is_real(values.dtype) or not all(
-            not math.isnan(item) and holds(item) for item in values.astype(float).ravel()
-        ):
-            raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+            _require(
+                {name + jax.tree_util.keystr(path): leaf},
+                lambda item: not item < 0,
+                "a norm, a number >= 0, or a tree of them in the structure of the method's",
+                is_nan_allowed=True,
+            )
 
 
-def _is_real(dtype: Any) -> bool:
+def _require(
+    arguments: dict[str, Any],
+    holds: Callable[[float], bool],
+    wanted: str,
+    *,
+    is_nan_allowed: bool = False,
+) -> None:
+    for name, value in arguments.items():
+        is_number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array))
+        if not is_number or isinstance(value, bool) or not _is_real(value):
+            raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+        if isinstance(value, jax.Array) and not _is_known(value):
+            continue
+        for item in np.asarray(value).astype(float).ravel():
+            if not (holds(item) and (is_nan_allowed or not math.isnan(item))):
+                raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+
+
+def _is_known(array: jax.Array) -> bool:
+    return not isinstance(array, jax.core.Tracer) and array.is_fully_addressable
+
+
+def _is_real(value: Any) -> bool:
+    dtype = getattr(value, "dtype", np.dtype(type(value)) if np.isscalar(value) else None)
     return jnp.issubdtype(dtype, np.integer) or jnp.issubdtype(dtype, np.floating)
 
 

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 # JAX gives them no type.
 partition_spec: Callable[..., PartitionSpec] = PartitionSpec
+shape_dtype_struct: Callable[..., jax.ShapeDtypeStruct] = jax.ShapeDtypeStruct
 optimization_barrier: Callable[[Any], Any] = jax.lax.optimization_barrier
 # Before, derivatives of doubles need that JAX computes with doubles everywhere.
 HAS_DOUBLES = jax.__version_info__ >= (0, 10)
@@ -19,6 +20,11 @@ def doubles() -> AbstractContextManager[Any]:
     """Where float64 stays float64, whatever is set elsewhere."""
     made: AbstractContextManager[Any] = jax.enable_x64(True)
     return made
+
+
+def stands_for_params(params: Any) -> bool:
+    """Whether Optax asks, by `optax.tree_map_params`, where parameters would be in a state."""
+    return type(params).__name__ == "_ParamsPlaceholder"
 
 
 def bound_axes() -> tuple[Hashable, ...]:

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
-from clipax import _compat
+from clipax import _compat, _paths
 from clipax._typing import Array, Axes, AxisName, LeafRule, Updates
 
 
@@ -40,9 +41,20 @@ def is_none(node: Any) -> bool:
     return node is None
 
 
-def only_measured(updates: Updates) -> Updates:
-    """The updates with None for every leaf that is not measured."""
-    return jax.tree.map(lambda leaf: leaf if is_measured(leaf) else None, updates)
+def only_measured(updates: Updates, mask: LeafRule = True) -> Updates:
+    """The updates with None for every leaf that is not measured, or masked out."""
+    leaves, treedef = jax.tree.flatten(updates)
+    rows = zip(leaves, wanted(updates, mask), strict=True)
+    return jax.tree.unflatten(treedef, [leaf if is_wanted else None for leaf, is_wanted in rows])
+
+
+def over(updates: Updates, some: Updates) -> Updates:
+    """Some leaves, with None in the place of the others, over the leaves that were there."""
+    treedef = jax.tree.structure(updates)
+    if jax.tree.structure(some) == treedef:
+        return some
+    rows = zip(jax.tree.leaves(updates), up_to(treedef, some), strict=True)
+    return jax.tree.unflatten(treedef, [old if new is None else new for old, new in rows])
 
 
 def up_to(treedef: Any, tree: Any) -> list[Any]:
@@ -70,22 +82,56 @@ def map_prefix(
     return jax.tree.unflatten(treedef, map(function, leaves, subtrees))
 
 
+def map_measured(
+    function: Callable[..., Any], updates: Updates, *prefixes: Any, name: str = "coefficients"
+) -> Updates:
+    """Maps `function(leaf, *values)` over measured leaves of which every prefix says something."""
+    leaves, treedef = jax.tree.flatten(updates)
+    columns = [
+        _paths.spread(prefix, updates, is_leaf=is_none, is_optional=is_unmeasured, name=name)
+        for prefix in prefixes
+    ]
+    mapped = [
+        function(leaf, *values)
+        if is_measured(leaf) and not any(value is None for value in values)
+        else leaf
+        for leaf, *values in zip(leaves, *columns, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, mapped)
+
+
+def is_unmeasured(leaf: Any) -> bool:
+    return not is_measured(leaf)
+
+
+def is_function(value: Any) -> bool:
+    """Whether it is called, and not a tree of numbers that could be called too, as a layer."""
+    if not callable(value) or isinstance(value, jax.Array):
+        return False
+    return isinstance(value, jax.tree_util.Partial) or not (
+        # An object that is no pytree is its own leaf.
+        jax.tree.leaves(value) and not jax.tree_util.all_leaves([value])
+    )
+
+
 def per_leaf(updates: Updates, **rule: LeafRule) -> list[Any]:
     """What `name=rule` says of each leaf, in the order of `jax.tree.leaves`."""
     ((name, value),) = rule.items()
-    # A module of parameters can be callable too, but it is a tree.
-    if callable(value) and jax.tree_util.all_leaves([value]):
-        return [
-            value(path_string(path), leaf) if is_measured(leaf) else None
-            for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
-        ]
-    values: list[Any] = []
-
-    def extend(leaf_value: Any, subtree: Any) -> None:
-        values.extend([leaf_value] * len(jax.tree.leaves(subtree)))
-
-    map_prefix(extend, value, updates, is_leaf=is_rule_value, name=name)
-    return values
+    if is_function(value):
+        rows = zip(_paths.of_leaves(updates), jax.tree.leaves(updates), strict=True)
+        return [value(path, leaf) if is_measured(leaf) else None for path, leaf in rows]
+    if is_rule_value(value) and type(value) is not tuple:
+        return [value] * len(jax.tree.leaves(updates))
+    for pair in _paths.paired_tuples(value, updates, is_rule_value):
+        if len(set(pair)) > 1:
+            raise ValueError(
+                f"{name} has {pair!r}, which is one value for all leaves of a tuple of"
+                f" {len(pair)}, but could be meant as one for each. Write a list:"
+                f" {list(pair)!r} for one each, {[pair] * len(pair)!r} for the same."
+            )
+    return _paths.spread(
+        value, updates, is_leaf=is_rule_value, is_optional=is_unmeasured, name=name
+    )
 
 
 def is_rule_value(node: Any) -> bool:
@@ -177,11 +223,68 @@ def is_float0(leaf: Any) -> bool:
 
 
 def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:
-    """Zeros in the structure, type and sharding of the norms of `params`."""
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-        shapes = jax.eval_shape(norm, params)
-        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    return jax.tree.map(lambda size: filled_like(size, 0.0), norm(params))
+    """Zeros in the type and sharding of the norms of `params`, flat by path."""
+    if not any(map(_is_no_value, jax.tree.leaves(params))):
+        return jax.tree.map(lambda size: filled_like(size, 0.0), _paths.flat(norm(params)))
+    shapes = jax.tree.map(_shape_on_device, params)
+    sharded = {
+        path: leaf.sharding
+        for path, leaf in zip(_paths.of_leaves(shapes), jax.tree.leaves(shapes), strict=True)
+        if getattr(leaf, "sharding", None) is not None
+    }
+    whole = next(iter(sharded.values()), None)
+
+    def zero(path: str, norm: Any) -> Any:
+        sharding = sharded.get(path, whole)
+        if isinstance(sharding, NamedSharding):
+            # What is summed has one entry left, on every device.
+            kept = zip(norm.shape, tuple(sharding.spec), strict=False)
+            spec = [part if size > 1 else None for size, part in kept]
+            sharding = NamedSharding(sharding.mesh, _compat.partition_spec(*spec))
+        return jnp.zeros(norm.shape, norm.dtype, device=sharding)
+
+    norms = _paths.flat(jax.eval_shape(norm, shapes))
+    if not isinstance(norms, dict):
+        return zero("", norms)
+    return {path: None if size is None else zero(path, size) for path, size in norms.items()}
+
+
+def _is_no_value(leaf: Any) -> bool:
+    """Whether it is a shape, or lies in a memory in which nothing is computed."""
+    return isinstance(leaf, jax.ShapeDtypeStruct) or _shape_on_device(leaf) is not leaf
+
+
+def _shape_on_device(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or isinstance(leaf, jax.core.Tracer):
+        return leaf
+    sharding = leaf.sharding
+    if sharding is None:
+        return leaf
+    device = next(iter(sharding.device_set))
+    usual = device.default_memory().kind
+    if sharding.memory_kind in (None, usual):
+        return leaf
+    return _compat.shape_dtype_struct(
+        leaf.shape, leaf.dtype, sharding=sharding.with_memory_kind(usual)
+    )
+
+
+def beside(norms: Any, state: Any) -> Any:
+    """The state with what lies on one device laid on the mesh of the norms."""
+    leaves = [leaf for leaf in jax.tree.leaves(norms) if isinstance(leaf, jax.Array)]
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return state
+    meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
+    if not meshes:
+        return state
+    whole = NamedSharding(meshes[0], _compat.partition_spec())
+
+    def lay(leaf: Any) -> Any:
+        is_array = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        is_beside = is_array and not isinstance(leaf.sharding, NamedSharding)
+        return jax.device_put(leaf, whole) if is_beside else leaf
+
+    return jax.tree.map(lay, state)
 
 
 class Alike:

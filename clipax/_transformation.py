@@ -16,9 +16,12 @@ _sum_over: Callable[..., Array] = jax.lax.psum
 
 
 def transformation(
-    init_fn: Callable[..., Any], update_fn: Callable[..., Any]
+    init_fn: Callable[..., Any], update_fn: Callable[..., Any], kind: type | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation of whole leaves, which is handed the unreduced ones summed."""
+    """A transformation of whole leaves, which is handed the unreduced ones summed.
+
+    With a `kind`, it needs a state of this kind.
+    """
 
     def init(params: Updates) -> Any:
         return init_fn(reduced(params))
@@ -26,9 +29,20 @@ def transformation(
     def update(
         updates: Updates, state: Any, params: Updates | None = None, **extra_args: Any
     ) -> tuple[Updates, Any]:
+        if kind is not None and not isinstance(state, kind):
+            raise no_state(kind, state)
         return update_fn(reduced(updates), state, reduced(params), **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def no_state(kind: type, given: Any) -> ValueError:
+    name = "None" if given is None else f"a {type(given).__name__}"
+    return ValueError(
+        f"state must be the {kind.__name__} that init(params) or the last update returned, got"
+        f" {name}: this method has a memory, or a schedule. Call state = method.init(params)"
+        " once, and pass the state that each update returns to the next."
+    )
 
 
 def reduced(tree: Updates) -> Updates:

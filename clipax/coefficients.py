@@ -1,6 +1,6 @@
 """The coefficient axis, and the one place where updates are scaled."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -237,19 +237,48 @@ def scale_updates(updates: Updates, coefficients: Norms) -> Updates:
 
     Args:
       updates: Any pytree.
-      coefficients: A tree prefix of it; each leaf broadcasts against what it scales.
+      coefficients: A tree prefix of it, or a dict from paths such as "encoder/kernel"; each
+        leaf broadcasts against what it scales.
 
     Example:
       >>> scale_updates({"w": jnp.array([3.0, 4.0]), "n": 7}, jnp.array(0.5))
       {'n': 7, 'w': Array([1.5, 2. ], dtype=float32)}
     """
+    return _leaves.map_measured(_scale_leaf, updates, coefficients)
 
-    def scale_subtree(coefficient: Array | None, subtree: Updates) -> Updates:
-        if coefficient is None:
-            return subtree
-        return jax.tree.map(lambda leaf: _scale_leaf(leaf, coefficient), subtree)
 
-    return _leaves.map_prefix(scale_subtree, coefficients, updates, name="coefficients")
+class Factors(NamedTuple):
+    """A coefficient as a product, since one float cannot hold it where it is very small."""
+
+    first: Norms
+    """1, but for a power of two where the coefficient is below the smallest normal float."""
+    second: Norms
+
+    @property
+    def product(self) -> Norms:
+        return jax.tree.map(jnp.multiply, self.first, self.second)
+
+    def scale(self, updates: Updates) -> Updates:
+        return _leaves.map_measured(_scale_leaf, updates, self.first, self.second)
+
+
+def in_two(coefficient: Coefficient, norms: Norms, max_norms: Norms) -> Factors:
+    """The coefficient of each norm in two factors, so that the largest floats can be clipped."""
+    sizes, treedef = jax.tree.flatten(norms)
+    rows = zip(sizes, treedef.flatten_up_to(max_norms), strict=True)
+    pairs = [_in_two(coefficient, norm, max_norm) for norm, max_norm in rows]
+    return Factors(*(jax.tree.unflatten(treedef, [pair[row] for pair in pairs]) for row in (0, 1)))
+
+
+def _in_two(coefficient: Coefficient, norm: Array, max_norm: Array) -> tuple[Array, Array]:
+    whole = coefficient(norm, max_norm)
+    limits = np.finfo(norm.dtype)
+    step = 2.0 ** -(limits.maxexp // 2)
+    # So far above its bound, a norm and one that is less by the step leave the same direction.
+    is_far = jnp.isfinite(norm) & (max_norm > 0) & (norm * step > max_norm / step**0.5)
+    is_lost = is_far & (whole < limits.tiny)
+    nearer = coefficient(jnp.where(is_lost, norm * step, norm), max_norm)
+    return jnp.where(is_lost, step, jnp.ones_like(norm)), nearer
 
 
 def _smaller_over_larger(norm: Array, max_norm: Array) -> tuple[Array, Array]:
@@ -266,14 +295,16 @@ def _smaller_over_larger(norm: Array, max_norm: Array) -> tuple[Array, Array]:
     return quotient, jnp.where(within, 1.0, quotient)
 
 
-def _scale_leaf(leaf: Any, coefficient: Array) -> Any:
-    if not _leaves.is_measured(leaf):
-        return leaf
+def _scale_leaf(leaf: Any, *factors: Array) -> Array:
     leaf = jnp.asarray(leaf)
-    wide = _leaves.wide_dtype(leaf.dtype, coefficient.dtype)
-    factor = coefficient.astype(wide)
+    wide = _leaves.wide_dtype(leaf.dtype, *(factor.dtype for factor in factors))
+
+    def scale(part: Array) -> Array:
+        for factor in factors:
+            part = part.astype(wide) * factor.astype(wide)
+        return part
+
     if jnp.iscomplexobj(leaf):
         # A complex product would mix inf * 0 = NaN of one part into the other.
-        parts = (part.astype(wide) * factor for part in (leaf.real, leaf.imag))
-        return jax.lax.complex(*parts).astype(leaf.dtype)
-    return (leaf.astype(wide) * factor).astype(leaf.dtype)
+        return jax.lax.complex(scale(leaf.real), scale(leaf.imag)).astype(leaf.dtype)
+    return scale(leaf).astype(leaf.dtype)

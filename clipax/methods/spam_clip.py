@@ -131,7 +131,7 @@ def spam_clip(
         usual = jax.tree.map(lambda size: jnp.where(is_on & (size > 0), size, jnp.inf), rms)
         relative = jax.tree.map(lambda x, size: jnp.abs(x) / size, wide, usual)
         _, clip = record.update(relative, state.clip)
-        clipped = jax.tree.map(_clip_leaf, wide, usual, clip.max_norm)
+        clipped = _leaves.map_measured(_clip_leaf, wide, usual, clip.max_norm)
 
         def learn(old: Array, x: Array) -> Array:
             return _moments.power_mean(old, jnp.abs(x), 1 - decay)

@@ -13,7 +13,7 @@ from clipax import _checks, _leaves, _moments
 from clipax._clip_by import ClipState, clip_by
 from clipax._transformation import transformation
 from clipax._typing import Array, AxisName, Norms, Updates
-from clipax.coefficients import normalized, scale_updates
+from clipax.coefficients import Factors, hard, in_two, normalized
 from clipax.norms import global_norm, leaf_norm
 from clipax.thresholds import Threshold, fixed, per_norm
 
@@ -161,7 +161,8 @@ def stable_spam(
             lambda leaf: _leaves.widened(jnp.asarray(leaf)), _leaves.only_measured(updates)
         )
         _, clip = entries.update(wide, state.clip)
-        clipped = jax.tree.map(_clip_leaf, clip.max_norm, clip.coefficient, wide)
+        factors = in_two(hard, clip.norm, clip.max_norm)
+        clipped = _leaves.map_measured(_clip_leaf, wide, clip.max_norm, *factors)
         moments = state.moments
         if normalize:
             # Both halves have a scalar a leaf, and one record of them is enough.
@@ -203,9 +204,7 @@ def _normalized(norm: Array, max_norm: Array) -> Array:
     return jnp.where(jnp.isfinite(norm), normalized(norm, max_norm), jnp.nan)
 
 
-def _clip_leaf(bound: Array, factor: Array, leaf: Array | None) -> Array | None:
-    if leaf is None:
-        return None
+def _clip_leaf(leaf: Array, bound: Array, first: Array, second: Array) -> Array:
     moduli = jnp.abs(leaf)
-    bound, factor = _leaves.in_dtype_of(moduli, bound, factor)
-    return scale_updates(leaf, jnp.where(moduli > bound, factor, 1))
+    exceeds = moduli > bound.astype(moduli.dtype)
+    return Factors(*(jnp.where(exceeds, factor, 1) for factor in (first, second))).scale(leaf)
