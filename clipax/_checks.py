@@ -110,8 +110,11 @@ def positive_integer(**arguments: Any) -> None:
     """Requires integers >= 1 that are known while tracing."""
     static(**arguments)
     for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not is_integer or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+        if value > np.iinfo(np.int32).max:
+            raise ValueError(f"{name} must be an integer < 2^31, got {value!r}.")
 
 
 def warmup(warmup_steps: int | None, window_size: int) -> int:
@@ -129,8 +132,12 @@ def flag(**arguments: Any) -> None:
 
 
 def axis_name(**arguments: Any) -> None:
-    """Requires that no leaf's mapped axes are named twice."""
+    """Requires names, and that no leaf's mapped axes are named twice."""
     for name, value in arguments.items():
+        if _leaves.is_function(value):
+            raise ValueError(
+                f"{name} must be a name, several, or a tree prefix of them, got {value!r}."
+            )
         for leaf in jax.tree.leaves(value, is_leaf=_leaves.is_rule_value):
             names = _leaves.names_of(leaf)
             twice = {axis for axis in names if names.count(axis) > 1}
@@ -150,6 +157,21 @@ def transformation(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, optax.GradientTransformation):
             raise ValueError(f"{name} must be an optax.GradientTransformation, got {value!r}.")
+
+
+def norms(values: Any) -> None:
+    """Requires that a norm of the user's own gives real numbers."""
+    for leaf in jax.tree.leaves(values):
+        if not isinstance(leaf, (float, np.ndarray, np.generic, jax.Array)) or not _is_real(leaf):
+            raise ValueError(f"norm must give real numbers, got {leaf!r}.")
+
+
+def scheduled(**arguments: Any) -> None:
+    """Requires that a schedule gives real numbers; those below zero count as zero."""
+    for name, value in arguments.items():
+        is_number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array))
+        if not is_number or not _is_real(value):
+            raise ValueError(f"{name} must be a schedule that gives numbers, got {value!r}.")
 
 
 def known_norm(**arguments: Any) -> None:
@@ -177,9 +199,16 @@ def _require(
             raise ValueError(f"{name} must be {wanted}, got {value!r}.")
         if isinstance(value, jax.Array) and not _is_known(value):
             continue
-        for item in np.asarray(value).astype(float).ravel():
+        for item in _as_floats(value):
             if not (holds(item) and (is_nan_allowed or not math.isnan(item))):
                 raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+
+
+def _as_floats(value: Any) -> list[float]:
+    try:
+        return [float(item) for item in np.asarray(value).ravel()]
+    except OverflowError:
+        return [math.nan]  # An integer beyond all floats, which no requirement holds of.
 
 
 def _is_known(array: jax.Array) -> bool:
@@ -187,7 +216,7 @@ def _is_known(array: jax.Array) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    dtype = getattr(value, "dtype", np.dtype(type(value)) if np.isscalar(value) else None)
+    dtype = getattr(value, "dtype", np.dtype(float))
     return jnp.issubdtype(dtype, np.integer) or jnp.issubdtype(dtype, np.floating)
 
 

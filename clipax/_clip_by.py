@@ -1,6 +1,5 @@
 """The one place where updates are measured, scaled and remembered."""
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -91,12 +90,18 @@ def clip_by(
     """
     _checks.function(norm=norm, coefficient=coefficient)
     threshold = as_threshold(threshold)
+    _checks.flag(known_norm=known_norm)
     _checks.static(mask=mask)
     _checks.axis_name(axis_name=axis_name)
     takes_names = _takes_axis_name(norm)
 
     def measured_over(names: AxisName) -> Norm:
-        return norm if names is None else functools.partial(norm, axis_name=names)
+        def measured(updates: Updates) -> Norms:
+            norms = norm(updates) if names is None else norm(updates, axis_name=names)
+            _checks.norms(norms)
+            return norms
+
+        return measured
 
     def init_fn(params: Updates) -> ClipState:
         # Mapped axes are rarely bound outside a step, and only its type is asked of the norm.
@@ -119,8 +124,10 @@ def clip_by(
     ) -> tuple[Updates, ClipState]:
         wanted = updates if mask is True else _leaves.only_measured(updates, mask)
         last = state if isinstance(state, ClipState) else None
-        is_open = axis_name is None and takes_names and last is not None
-        measure = measured_over(_axes_summed(wanted, last.norm) if is_open else axis_name)
+        names = axis_name
+        if names is None and takes_names and last is not None:
+            names = _axes_summed(wanted, last.norm)
+        measure = measured_over(names)
         known = extra_args.get("norm") if known_norm else None
         if known is None:
             norms = _paths.flat(measure(wanted))

@@ -50,10 +50,8 @@ def only_measured(updates: Updates, mask: LeafRule = True) -> Updates:
 
 def over(updates: Updates, some: Updates) -> Updates:
     """Some leaves, with None in the place of the others, over the leaves that were there."""
-    treedef = jax.tree.structure(updates)
-    if jax.tree.structure(some) == treedef:
-        return some
-    rows = zip(jax.tree.leaves(updates), up_to(treedef, some), strict=True)
+    leaves, treedef = jax.tree.flatten(updates)
+    rows = zip(leaves, up_to(treedef, some), strict=True)
     return jax.tree.unflatten(treedef, [old if new is None else new for old, new in rows])
 
 
@@ -172,17 +170,19 @@ def wanted(updates: Updates, mask: LeafRule = True) -> list[bool]:
     return answers
 
 
-def axis_tuple(leaf: Any, axes: Axes) -> tuple[int, ...]:
-    """Axes counted from the front, in order."""
+def axis_tuple(leaf: Any, **argument: Axes) -> tuple[int, ...]:
+    """Axes of a leaf counted from the front, in order."""
+    ((name, axes),) = argument.items()
     rank = jnp.ndim(leaf)
     given: tuple[Any, ...] = axes if isinstance(axes, tuple) else (axes,)
     for axis in given:
         if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
-            raise ValueError(f"An axis must be an integer, got {axis!r} in {axes!r}.")
+            raise ValueError(f"{name} must be an integer, got {axis!r} in {axes!r}.")
         if not -rank <= axis < rank:
             raise ValueError(
-                f"A leaf of shape {jnp.shape(leaf)} has no axis {axis}. Give the axes leaf"
-                " by leaf, as a tree prefix or a function (path, leaf) -> axes."
+                f"A leaf of shape {jnp.shape(leaf)} has no axis {axis}, got"
+                f" {name}={axes!r}. Give {name} leaf by leaf, as a tree prefix or a function"
+                " (path, leaf) -> axes."
             )
     return tuple(sorted({int(axis) % rank for axis in given}))
 
@@ -225,7 +225,8 @@ def is_float0(leaf: Any) -> bool:
 def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:
     """Zeros in the type and sharding of the norms of `params`, flat by path."""
     if not any(map(_is_no_value, jax.tree.leaves(params))):
-        return jax.tree.map(lambda size: filled_like(size, 0.0), _paths.flat(norm(params)))
+        norms = norm(params)
+        return jax.tree.map(lambda size: filled_like(size, 0.0), _paths.flat(norms))
     shapes = jax.tree.map(_shape_on_device, params)
     sharded = {
         path: leaf.sharding

@@ -265,7 +265,7 @@ class Factors(NamedTuple):
 def in_two(coefficient: Coefficient, norms: Norms, max_norms: Norms) -> Factors:
     """The coefficient of each norm in two factors, so that the largest floats can be clipped."""
     sizes, treedef = jax.tree.flatten(norms)
-    rows = zip(sizes, treedef.flatten_up_to(max_norms), strict=True)
+    rows = zip(sizes, _leaves.up_to(treedef, max_norms), strict=True)
     pairs = [_in_two(coefficient, norm, max_norm) for norm, max_norm in rows]
     return Factors(*(jax.tree.unflatten(treedef, [pair[row] for pair in pairs]) for row in (0, 1)))
 
@@ -273,12 +273,14 @@ def in_two(coefficient: Coefficient, norms: Norms, max_norms: Norms) -> Factors:
 def _in_two(coefficient: Coefficient, norm: Array, max_norm: Array) -> tuple[Array, Array]:
     whole = coefficient(norm, max_norm)
     limits = np.finfo(norm.dtype)
-    step = 2.0 ** -(limits.maxexp // 2)
-    # So far above its bound, a norm and one that is less by the step leave the same direction.
-    is_far = jnp.isfinite(norm) & (max_norm > 0) & (norm * step > max_norm / step**0.5)
+    half = 2.0 ** -(limits.maxexp // 2)
+    # So far above its bound, a norm and one that is less by a factor leave the same direction.
+    is_far = (norm * half > max_norm / half**0.5) & (max_norm > 0) & jnp.isfinite(norm)
     is_lost = is_far & (whole < limits.tiny)
-    nearer = coefficient(jnp.where(is_lost, norm * step, norm), max_norm)
-    return jnp.where(is_lost, step, jnp.ones_like(norm)), nearer
+    is_lost_by_half = norm * half > max_norm * 2.0 ** (limits.maxexp * 7 // 8)
+    first = jnp.where(is_lost, jnp.where(is_lost_by_half, limits.tiny, half), 1)
+    first = first.astype(norm.dtype)
+    return first, coefficient(norm * first, max_norm)
 
 
 def _smaller_over_larger(norm: Array, max_norm: Array) -> tuple[Array, Array]:

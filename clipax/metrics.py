@@ -32,7 +32,8 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
     Returns:
       A dict from names to scalars, copies of what the state holds. Of a state with an axis of
       members, as `vmap` makes it, each has that axis; in general, call
-      `jax.vmap(clipax.metrics)`, since norms of units alone do not tell one. A clipping state gives
+      `jax.vmap(clipax.metrics)`, since norms of units alone do not tell one. A clipping
+      state gives
 
       | key | value |
       |---|---|
@@ -95,11 +96,11 @@ def _axes_of_members(state: Any) -> int:
         scalar = state.norm_in if isinstance(state, ObserveState) else state.is_skipped
         return int(jnp.ndim(scalar))
     # Norms of units are arrays themselves, with an axis of one entry at least.
-    norms = jax.tree.leaves(state.norm)
-    least = min(norms, key=jnp.ndim, default=None)
-    rank = 0 if least is None else least.ndim
-    is_plain = rank != 1 or len({norm.shape[0] for norm in norms}) > 1 or least.shape[0] == 1
-    return 0 if is_plain else 1
+    shapes = [norm.shape for norm in jax.tree.leaves(state.norm)]
+    if min(map(len, shapes), default=0) != 1:
+        return 0
+    members = {shape[0] for shape in shapes}
+    return int(len(members) == 1 and members != {1})
 
 
 def _find(tree: Any, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -170,7 +170,7 @@ def unit_norm(
     summed: list[tuple[int, ...] | None] = []
     for leaf, is_wanted, unit in zip(jax.tree.leaves(updates), wanted, units, strict=True):
         is_split = is_wanted and unit is not None and (callable(rule) or jnp.ndim(leaf) > 1)
-        summed.append(_other_axes(leaf, unit) if is_split else None)
+        summed.append(_other_axes(leaf, unit_axis=unit) if is_split else None)
     order = _checks.order(ord)
     return _leafwise(updates, wanted, summed, ord=order, axis_name=axis_name)
 
@@ -281,15 +281,15 @@ def _leafwise(
 
 def _summed_axes(leaf: Any, axes: Axes, stack_axis: Axes) -> tuple[int, ...] | None:
     if stack_axis is None:
-        return None if axes is None else _leaves.axis_tuple(leaf, axes)
+        return None if axes is None else _leaves.axis_tuple(leaf, axes=axes)
     if axes is not None:
         raise ValueError(
             f"Give a leaf either axes or stack_axis, got axes={axes!r} and"
             f" stack_axis={stack_axis!r} for the shape {jnp.shape(leaf)}."
         )
-    return _other_axes(leaf, stack_axis)
+    return _other_axes(leaf, stack_axis=stack_axis)
 
 
-def _other_axes(leaf: Any, axes: Axes) -> tuple[int, ...]:
-    kept = _leaves.axis_tuple(leaf, axes)
-    return tuple(axis for axis in range(jnp.ndim(leaf)) if axis not in kept)
+def _other_axes(leaf: Any, **kept: Axes) -> tuple[int, ...]:
+    axes = _leaves.axis_tuple(leaf, **kept)
+    return tuple(axis for axis in range(jnp.ndim(leaf)) if axis not in axes)

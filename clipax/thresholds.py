@@ -86,6 +86,7 @@ def bounded(
             # A schedule of Optax promotes its integer count to a float.
             with jax.numpy_dtype_promotion("standard"):
                 leaf = leaf(count)
+            _checks.scheduled(**{name: leaf})
         return _bound_like(norm, -leaf if is_lower else leaf, name)
 
     return Threshold(init_fn, update_fn)
@@ -153,7 +154,6 @@ def per_norm(rule: optax.GradientTransformation) -> Threshold:
       >>> threshold.update(jnp.array(4.0), threshold.init(jnp.array(4.0)))[0]
       Array(3., dtype=float32)
     """
-
     _checks.transformation(rule=rule)
 
     def init_fn(norms: Norms) -> Any:

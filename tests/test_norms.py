@@ -484,7 +484,7 @@ def test_types_alone_do_not_tell_whether_units_are_sharded_and_names_do(in_axes:
     def units(names: Any) -> Any:
         return lambda u: clipax.unit_norm(u, unit_axis=1, axis_name=names)["sharded"]
 
-    with pytest.raises(ValueError, match="only some of its axes are summed. Pass axis_name="):
+    with pytest.raises(ValueError, match=r"only some of its axes are summed\. Pass axis_name="):
         mapped(units(None), in_axes=in_axes)
     names, out_specs = ("y", None) if in_axes[0] else ((), PartitionSpec(*in_axes))
     norms = mapped(units(names), in_axes=in_axes, out_specs=out_specs)
