@@ -47,7 +47,8 @@ def varying_over(x: Any, axes: Iterable[Hashable]) -> Any:
         return x
     if hasattr(jax.lax, "pcast"):  # jax >= 0.8.3
         return jax.lax.pcast(x, more, to="varying")
-    return jax.lax.pvary(x, more)  # jax < 0.8.3
+    assert hasattr(jax.lax, "pvary")  # jax < 0.8.3
+    return jax.lax.pvary(x, more)
 
 
 def unreduced_axes(x: Any) -> tuple[Hashable, ...]:

@@ -1,7 +1,6 @@
 """A loss function and a batch: what is measured of each example, and clipped."""
 
 import functools
-import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
-from clipax import _compat, _leaves, _mapped, _plans, _programs
+from clipax import _arguments, _compat, _leaves, _mapped, _plans, _programs
 from clipax._plans import Plan
 from clipax._programs import Ref
 from clipax._safe_norm import Layout, total_norm
@@ -50,10 +49,10 @@ class Call:
         self, loss_fn: Callable[..., Any], argnums: ArgNums, batch_argnums: ArgNums, has_aux: bool
     ):
         self._loss_fn, self._has_aux = loss_fn, has_aux
-        self._positions = _positions(argnums=argnums)
+        self._positions = _arguments.positions(argnums=argnums)
         is_one = isinstance(argnums, int | np.integer)
         self._argnums = self._positions[0] if is_one else self._positions
-        self._batched = _positions(batch_argnums=batch_argnums)
+        self._batched = _arguments.positions(batch_argnums=batch_argnums)
         both = set(self._positions) & set(self._batched)
         if both:
             raise ValueError(
@@ -73,7 +72,7 @@ class Call:
           shared: What is passed by keyword: to the loss.
           own: What is passed by keyword to clipax; None if it is not.
         """
-        _refuse_two_meanings(self._loss_fn, len(args), own)
+        _arguments.refuse_two_meanings(self._loss_fn, len(args), own)
         chosen = {*self._positions, *self._batched}
         for name, positions in (("argnums", self._positions), ("batch_argnums", self._batched)):
             for position in positions:
@@ -83,22 +82,8 @@ class Call:
                         " passed by position. What is passed by keyword is not differentiated,"
                         " and one for all examples."
                     )
-        others = {place: value for place, value in enumerate(args) if place not in chosen}
-        leaves, structure = jax.tree.flatten((others, dict(shared)))
-        is_array = [isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) for leaf in leaves]
-        arrays = [leaf for leaf, flag in zip(leaves, is_array, strict=True) if flag]
-
-        def loss_fn(*given: Any) -> Any:
-            rest = iter(given[-1])
-            rows = zip(leaves, is_array, strict=True)
-            here = [next(rest) if flag else leaf for leaf, flag in rows]
-            places, keywords = jax.tree.unflatten(structure, here)
-            every = [places.get(place, value) for place, value in enumerate(given[:-1])]
-            return self._loss_fn(*every, **keywords)
-
-        alone = [value if place in chosen else None for place, value in enumerate(args)]
-        call = Call(loss_fn, self._argnums, self._batched, self._has_aux)
-        return call, [*alone, arrays]
+        loss_fn, arrays = _arguments.arrays_apart(self._loss_fn, chosen, args, shared)
+        return Call(loss_fn, self._argnums, self._batched, self._has_aux), arrays
 
     def differentiated(self, args: Sequence[Any]) -> Any:
         if isinstance(self._argnums, int):
@@ -143,7 +128,7 @@ class Call:
         for position in self._batched:
             for path, leaf in jax.tree_util.tree_leaves_with_path(args[position]):
                 name = f"argument {position}" + jax.tree_util.keystr(path)
-                if not _is_value(leaf):
+                if not _arguments.is_value(leaf):
                     raise ValueError(
                         f"{name} must be an array with the examples along its first axis, got"
                         f" {leaf!r}. What is one for all examples is another argument."
@@ -178,11 +163,12 @@ class Call:
             _plans.plan(_leaves.path_string(path), leaf, scope, variable)
             for (path, leaf), variable in zip(leaves, gradients, strict=True)
         ]
-        flags = [
-            [position in chosen for position, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
-            for chosen in (self._positions, self._batched)
+        matters = [
+            position in (*self._positions, *self._batched)
+            for position, arg in enumerate(args)
+            for _ in jax.tree.leaves(arg)
         ]
-        shards = _mapped.sharding_axes(program.jaxpr, *flags, len(leaves))
+        shards = _mapped.sharding_axes(program.jaxpr, matters, depends, len(leaves))
         reported = [
             (scope.ref(each), scope.depends_on_example(each))
             for each in outputs[: -len(leaves) or None]
@@ -373,8 +359,8 @@ class Measured(NamedTuple):
                 raise ValueError(
                     f"{name} must be the same over the mesh axes {sorted(map(str, different))},"
                     " along which the gradient of each example lies in shards, and its type says"
-                    f" that it varies. Let {name} depend on nothing that varies there, or reduce"
-                    " it, as by jax.lax.pmax."
+                    f" that it varies. Let {name} depend on nothing that varies there, or make"
+                    " it the same by jax.lax.pmax, of a mask as integers."
                 )
 
     def _for_leaves(self, factors: Any, tree: Any) -> list[Array]:
@@ -399,35 +385,6 @@ def _for_each_bound(function: Callable[..., Any], bound: Any, tree: Any) -> Any:
     return _leaves.map_prefix(function, bound, tree, is_leaf=None, name="max_norm")
 
 
-def _is_value(leaf: Any) -> bool:
-    """Whether JAX can compute with it."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return True
-    try:
-        jax.typeof(leaf)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _refuse_two_meanings(loss_fn: Any, count: int, own: Mapping[str, Any]) -> None:
-    """Of keywords that both clipax and the loss could take; `count` are given by position."""
-    try:
-        parameters = list(inspect.signature(loss_fn).parameters.values())
-    except (TypeError, ValueError):  # It has none that can be read.
-        return
-    for place, parameter in enumerate(parameters):
-        is_named = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        is_given = parameter.kind is parameter.POSITIONAL_OR_KEYWORD and place < count
-        name = parameter.name
-        if is_named and not is_given and own.get(name) is not None:
-            raise ValueError(
-                f"{name} is an argument of this function and one of loss_fn, and which is meant"
-                " cannot be known. Give loss_fn in a function that has no argument of that name:"
-                f" lambda *args, loss_{name}: loss_fn(*args, {name}=loss_{name})."
-            )
-
-
 def _scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     def checked(*args: Any) -> Any:
         returned = loss_fn(*args)
@@ -436,7 +393,7 @@ def _scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., An
         loss = returned[0] if has_aux else returned
         aux = returned[1] if has_aux else None
         for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
-            if not _is_value(leaf):
+            if not _arguments.is_value(leaf):
                 raise ValueError(
                     f"What loss_fn returns besides must be arrays, got {leaf!r} in"
                     f" aux{jax.tree_util.keystr(path)}."
@@ -455,23 +412,3 @@ def _scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., An
         return returned
 
     return checked
-
-
-def _positions(**argument: Any) -> tuple[int, ...]:
-    ((name, value),) = argument.items()
-    positions = (
-        (value,)
-        if isinstance(value, int | np.integer)
-        else tuple(value)
-        if isinstance(value, Sequence) and not isinstance(value, str)
-        else (None,)
-    )
-    good = all(
-        isinstance(each, int | np.integer) and not isinstance(each, bool) and each >= 0
-        for each in positions
-    )
-    if not good or not positions or len(set(positions)) != len(positions):
-        raise ValueError(
-            f"{name} must be a position >= 0 or several different ones, got {value!r}."
-        )
-    return tuple(int(each) for each in positions)

@@ -1,16 +1,16 @@
 """What a loss function shares with other devices, where it runs in a mapped program.
 
-In `shard_map`, `pmap` and `vmap` with a name, each device has a program of its own. The gradient
-of an example is whole there, or lies in parts on several devices, or is mixed with those of
-other examples:
+In `shard_map`, `pmap` and `vmap` with a name, each device has a program of its own. There, the
+gradient of one example is whole, or lies in shards, or is mixed with those of other examples.
+What crosses a mapped axis, of the loss and its gradients, tells, together with types:
 
 | over a mapped axis | the gradient of an example |
 |---|---|
-| nothing of the loss or its gradients crosses it | is whole on each device |
-| the examples do not vary, the loss does not: all devices have one loss | lies in the shards of what varies |
-| the examples do not vary, the loss does, and something crosses | is of the sum of their losses: refused |
-| the examples vary, and something crosses | is mixed with others: refused |
-| no types tell what varies, and something crosses | cannot be known: refused |
+| nothing crosses | is whole on each device |
+| there is one loss: neither it nor the examples vary | lies in the shards of what varies |
+| the loss varies, the examples do not | is of the sum of all losses: refused |
+| the examples vary | is mixed with those of others: refused |
+| no types say what varies | cannot be known: refused |
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -30,18 +30,18 @@ _OUTSIDE = (
 
 
 def sharding_axes(
-    program: Program, differentiated: Sequence[bool], batched: Sequence[bool], gradients: int
+    program: Program, matters: Sequence[bool], batched: Sequence[bool], gradients: int
 ) -> list[tuple[Hashable, ...]]:
     """The mapped axes over which each leaf's gradient of one example lies in parts.
 
-    The program's outputs are the loss, what is returned besides, and the gradients.
+    The program's outputs are the loss, what is returned besides, and the gradients; of its
+    inputs, parameters and examples matter, and some are batched.
     """
     axes = _compat.bound_axes()
     loss, leaves = program.outvars[0], program.outvars[len(program.outvars) - gradients :]
     if not axes:
         return [()] * gradients
-    depends = [one or other for one, other in zip(differentiated, batched, strict=True)]
-    crossing = _crossing(program, depends, {loss, *filter(is_variable, leaves)})
+    crossing = _crossing(program, matters, set(filter(is_variable, [loss, *leaves])))
     examples = {
         axis
         for variable, flag in zip(program.invars, batched, strict=True)
@@ -72,7 +72,8 @@ def _refuse(axis: Hashable, by: str, examples_vary: bool, loss_varies: bool) -> 
             f"{crosses}, over which the examples vary: the gradient of one example would be"
             " mixed with those on other devices. Communicate before and after this call, and not"
             " in loss_fn (gather sharded parameters, give what was gathered, and reduce the"
-            f" gradients of mean=False); or {_OUTSIDE}."
+            " gradients of mean=False; or, where each example is sharded, let examples enter"
+            f" whole, and slice them in loss_fn by jax.lax.axis_index); or {_OUTSIDE}."
         )
     if loss_varies:
         raise ValueError(

@@ -40,7 +40,9 @@ def clipped_grad(
 
     Args:
       loss_fn: `loss_fn(params, example) -> loss`, a scalar, for *one* example. Any function
-        that JAX can differentiate; layers and frameworks play no part.
+        that JAX can differentiate; layers and frameworks play no part. What is neither
+        differentiated nor of the examples, and what is passed by keyword, is one for all
+        examples; what is no array in it (a flag, a function, None) reaches `loss_fn` as it is.
       max_norm: The bound, >= 0; `inf` never clips. With a tree prefix of the parameters,
         each part has a norm and a coefficient of its own.
       coefficient: `(norm, max_norm) -> factor`, as `hard`, `rational`, `normalized`,
@@ -56,17 +58,20 @@ def clipped_grad(
         all by default. It must divide the batch.
 
     Returns:
-      `grad_fn(*args, mask=None, max_norm=None) -> (grads, info)` with the arguments of
-      `loss_fn`, to be called under `jax.jit`. `grads` has the structure, shapes and dtypes of
+      `grad_fn(*args, mask=None, max_norm=None, **shared) -> (grads, info)` with the arguments
+      of `loss_fn`, to be called under `jax.jit`. `grads` has the structure, shapes and dtypes of
       the parameters; `info` is a `PerExampleInfo`. `mask`, one boolean an example, leaves
       examples out: those that pad a batch. `max_norm` takes the place of the bound above,
-      as one that `track_quantile` moves. On a mesh the batch may be sharded along the
-      examples; where its axes are explicit, `loss_fn` is called with automatic ones.
+      as one that `track_quantile` moves; an argument of `loss_fn` of one of these two names is
+      passed by position. On a mesh the batch may be sharded along the examples; where its axes
+      are explicit, `loss_fn` is called with automatic ones. In `shard_map`, `pmap` and `vmap`
+      with a name, what comes out is of the examples of the device; no `axis_name=` is needed.
 
     Raises:
       ValueError: An argument is not as above; on a call, a parameter is no array of floats,
         the loss is not a scalar, the leading axes of the batch differ or there is none, the
-        mask does not fit.
+        mask does not fit; in a mapped program, what `loss_fn` shares with other devices mixes
+        the gradients of examples, or types do not say whether it does.
 
     | example | result |
     |---|---|
@@ -161,7 +166,7 @@ def per_example_norms(
       per_leaf: Whether each leaf has norms of its own.
 
     Returns:
-      `norm_fn(*args) -> norms` of shape (examples,), in float32 (float64 for float64
+      `norm_fn(*args, **shared) -> norms` of shape (examples,), in float32 (float64 for float64
       parameters); with `per_leaf`, in the structure of the parameters.
 
     Raises:
@@ -211,6 +216,7 @@ def explain(
       argnums: Which arguments are differentiated.
       batch_argnums: Which have the examples along the first axis.
       has_aux: Whether `loss_fn` returns `(loss, aux)`.
+      **shared: What the gradient function would be called with by keyword.
 
     The columns: the leaf, its shape, the way to its norm and why, the products of numbers
     that it takes, and the numbers kept for the sum as a share of the leaf's size.
