@@ -272,7 +272,10 @@ class Call:
             lambda leaf: on_mesh(*_spec_on(mesh, leaf)), self.differentiated(args)
         )
         shardings = out(params, on_mesh(*next(iter(spread), ())), on_mesh())
-        return jax.jit(_automatic(function, out_sharding=shardings))(args, *others)
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        # In `shard_map` other axes may be manual, and stay so.
+        explicit = tuple(axis for axis, kind in kinds if kind is AxisType.Explicit)
+        return jax.jit(_automatic(function, axes=explicit, out_sharding=shardings))(args, *others)
 
 
 def _mesh_of(leaf: Any) -> Any:

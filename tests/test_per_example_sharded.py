@@ -243,6 +243,36 @@ def test_parameters_that_do_not_vary_as_the_examples_do_are_refused() -> None:
             jax.eval_shape(mapped, params, batch)
 
 
+@pytest.mark.parametrize("other", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("size", [None, 1])
+def test_other_mesh_axes_may_shard_the_model(other: AxisType, size: int | None) -> None:
+    """One axis of examples is mapped, and one of the model is not: automatic or explicit."""
+    loss_fn, params, batch = small()
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(other, other))
+    grad_fn = clipax.clipped_grad(loss_fn, 0.1, mean=False, microbatch_size=size)
+    specs = {"gram": P(None, "model"), "each": P("model")}
+
+    def step(params: Any, batch: Any) -> Any:
+        grads, info = grad_fn(varying(params, "data"), batch)
+        return jax.tree.map(lambda leaf: lax.psum(leaf, "data"), grads), info.norms
+
+    mapped = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=(P(), P("data")),
+        axis_names={"data"},
+    )
+    laid = {
+        key: jax.device_put(params[key], NamedSharding(mesh, spec)) for key, spec in specs.items()
+    }
+    rows = jax.device_put(batch, NamedSharding(mesh, P("data")))
+    grads, norms = jax.jit(mapped)(laid, rows)
+    wanted, info = zoo.quick_jit(grad_fn)(params, batch)
+    zoo.assert_near(grads, wanted)
+    zoo.assert_near(norms, info.norms)
+
+
 # -- A model in shards ---------------------------------------------------------------------------
 
 
