@@ -1,6 +1,6 @@
 """What differs between the versions of JAX, each with the version it belongs to."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -36,10 +36,25 @@ def bound_axes() -> tuple[Hashable, ...]:
 
 def varying_axes(x: Any) -> frozenset[Hashable]:
     """The manual mesh axes over which `x` varies, as far as its type says."""
-    aval = jax.typeof(x)
+    return varying_axes_of(jax.typeof(x))
+
+
+def varying_axes_of(aval: Any) -> frozenset[Hashable]:
+    """The manual mesh axes over which what has this type varies."""
     if hasattr(aval, "manual_axis_type"):  # jax >= 0.10
         return frozenset(aval.manual_axis_type.varying)
     return frozenset(getattr(aval, "vma", ()))  # jax < 0.10
+
+
+def varying_over(x: Any, axes: Iterable[Hashable]) -> Any:
+    """The same values, of a type that varies over these manual mesh axes."""
+    more = tuple(axis for axis in axes if axis not in varying_axes(x))
+    if not more:
+        return x
+    if hasattr(jax.lax, "pcast"):  # jax >= 0.8.3
+        return jax.lax.pcast(x, more, to="varying")
+    assert hasattr(jax.lax, "pvary")  # jax < 0.8.3
+    return jax.lax.pvary(x, more)
 
 
 def unreduced_axes(x: Any) -> tuple[Hashable, ...]:

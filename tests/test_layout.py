@@ -13,6 +13,7 @@ FLOORS = [
     {
         "_compat",
         "_leaves",
+        "_arguments",
         "_checks",
         "_preparations",
         "_programs",
@@ -25,6 +26,7 @@ FLOORS = [
         "_matrices",
         "_products",
         "_terms",
+        "_mapped",
         "_spectral",
         "norms",
         "_moments",
