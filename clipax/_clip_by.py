@@ -113,7 +113,9 @@ def clip_by(
             return ClipState(zeros, zeros, zeros, zeros)
         nothing_bounds = jax.tree.map(lambda zero: zero + jnp.inf, zeros)
         ones = jax.tree.map(lambda zero: zero + 1, zeros)
-        history = _leaves.beside(zeros, threshold.init(zeros))
+        history = threshold.init(zeros)
+        for zero in jax.tree.leaves(zeros)[:1]:
+            history = _leaves.beside(zero, history)
         return ClipState(zeros, nothing_bounds, ones, history)
 
     def update_fn(

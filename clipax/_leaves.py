@@ -11,6 +11,9 @@ from jax.sharding import NamedSharding
 from clipax import _compat, _paths
 from clipax._typing import Array, Axes, AxisName, LeafRule, Updates
 
+# JAX gives it no type.
+_reshard: Callable[..., Array] = jax.sharding.reshard
+
 
 def is_measured(leaf: Any) -> bool:
     """Floating and complex leaves are; integer, bool, float0 and foreign ones are not."""
@@ -83,7 +86,10 @@ def map_prefix(
 def map_measured(
     function: Callable[..., Any], updates: Updates, *prefixes: Any, name: str = "coefficients"
 ) -> Updates:
-    """Maps `function(leaf, *values)` over measured leaves of which every prefix says something."""
+    """Maps `function(leaf, *values)` over measured leaves of which every prefix says something.
+
+    A leaf without entries stays as it is.
+    """
     leaves, treedef = jax.tree.flatten(updates)
     columns = [
         _paths.spread(prefix, updates, is_leaf=is_none, is_optional=is_unmeasured, name=name)
@@ -91,7 +97,7 @@ def map_measured(
     ]
     mapped = [
         function(leaf, *values)
-        if is_measured(leaf) and not any(value is None for value in values)
+        if is_measured(leaf) and jnp.size(leaf) and not any(value is None for value in values)
         else leaf
         for leaf, *values in zip(leaves, *columns, strict=True)
     ]
@@ -207,6 +213,14 @@ def unit_of(largest: Array) -> Array:
     return jnp.where(largest > 0, invertible, 1)
 
 
+def zeros_like(leaf: Any) -> Array:
+    """Zeros as wide as moments of a leaf are, which lie where it does."""
+    wide = widened(jnp.zeros_like(leaf))
+    # In jit, nothing but a value of the program itself tells it where that runs.
+    is_on_mesh = isinstance(leaf, jax.core.Tracer) and _sharding_of(leaf) is not None
+    return jnp.where(jnp.isnan(leaf), wide, wide) if is_on_mesh else wide
+
+
 def choose(condition: Array, new: Any, old: Any) -> Any:
     """The new tree where the condition holds, else the old one, bit for bit."""
 
@@ -224,7 +238,7 @@ def is_float0(leaf: Any) -> bool:
 
 def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:
     """Zeros in the type and sharding of the norms of `params`, flat by path."""
-    if not any(map(_is_no_value, jax.tree.leaves(params))):
+    if not any(map(_tells_its_place, jax.tree.leaves(params))):
         norms = norm(params)
         return jax.tree.map(lambda size: filled_like(size, 0.0), _paths.flat(norms))
     shapes = jax.tree.map(_shape_on_device, params)
@@ -240,7 +254,7 @@ def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:
         if isinstance(sharding, NamedSharding):
             # What is summed has one entry left, on every device.
             kept = zip(norm.shape, tuple(sharding.spec), strict=False)
-            spec = [part if size > 1 else None for size, part in kept]
+            spec = [part if size != 1 else None for size, part in kept]
             sharding = NamedSharding(sharding.mesh, _compat.partition_spec(*spec))
         return jnp.zeros(norm.shape, norm.dtype, device=sharding)
 
@@ -250,9 +264,13 @@ def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:
     return {path: None if size is None else zero(path, size) for path, size in norms.items()}
 
 
-def _is_no_value(leaf: Any) -> bool:
-    """Whether it is a shape, or lies in a memory in which nothing is computed."""
-    return isinstance(leaf, jax.ShapeDtypeStruct) or _shape_on_device(leaf) is not leaf
+def _tells_its_place(leaf: Any) -> bool:
+    """Whether where its norm lies is known from its type, or cannot be computed where it is."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return True
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return False
+    return _shape_on_device(leaf) is not leaf or not jax.typeof(leaf).sharding.mesh.empty
 
 
 def _shape_on_device(leaf: Any) -> Any:
@@ -270,22 +288,29 @@ def _shape_on_device(leaf: Any) -> Any:
     )
 
 
-def beside(norms: Any, state: Any) -> Any:
-    """The state with what lies on one device laid on the mesh of the norms."""
-    leaves = [leaf for leaf in jax.tree.leaves(norms) if isinstance(leaf, jax.Array)]
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+def beside(norm: Array, state: Any) -> Any:
+    """The state laid on the mesh of a norm; what has its shape, as a norm of each unit, like it."""
+    sharding = _sharding_of(norm)
+    if sharding is None:
         return state
-    meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
-    if not meshes:
-        return state
-    whole = NamedSharding(meshes[0], _compat.partition_spec())
+    whole = NamedSharding(sharding.mesh, _compat.partition_spec())
 
     def lay(leaf: Any) -> Any:
-        is_array = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-        is_beside = is_array and not isinstance(leaf.sharding, NamedSharding)
-        return jax.device_put(leaf, whole) if is_beside else leaf
+        is_alike = jnp.shape(leaf) == norm.shape
+        if not isinstance(leaf, jax.Array) or (_sharding_of(leaf) and not is_alike):
+            return leaf
+        put = _reshard if isinstance(leaf, jax.core.Tracer) else jax.device_put
+        return put(leaf, sharding if is_alike else whole)
 
     return jax.tree.map(lay, state)
+
+
+def _sharding_of(array: Array) -> NamedSharding | None:
+    """How an array is sharded over a mesh, as far as it is known here."""
+    if not isinstance(array, jax.core.Tracer):
+        return array.sharding if isinstance(array.sharding, NamedSharding) else None
+    sharding = jax.typeof(array).sharding
+    return None if sharding.mesh.empty else sharding
 
 
 class Alike:

@@ -16,11 +16,7 @@ from clipax.norms import global_norm
 
 def zeros(params: Updates) -> Updates:
     """Moments before the first step, complex where a leaf is; None where none is measured."""
-
-    def zero(leaf: Any) -> Array:
-        return _leaves.widened(jnp.zeros_like(leaf))
-
-    return jax.tree.map(zero, _leaves.only_measured(params))
+    return jax.tree.map(_leaves.zeros_like, _leaves.only_measured(params))
 
 
 def zero_moduli(params: Updates) -> Updates:

@@ -158,7 +158,9 @@ def per_norm(rule: optax.GradientTransformation) -> Threshold:
 
     def init_fn(norms: Norms) -> Any:
         alike = _leaves.Alike(norms)
-        return tuple(_first_states(rule, stack) for stack in alike.stack(norms))
+        return tuple(
+            _leaves.beside(stack, _first_states(rule, stack)) for stack in alike.stack(norms)
+        )
 
     def update_fn(
         norms: Norms,

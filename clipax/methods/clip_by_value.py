@@ -139,7 +139,7 @@ def _clip_leaf(leaf: Any, top: Array, bottom: Array) -> Array:
     leaf = jnp.asarray(leaf)
     if jnp.iscomplexobj(leaf):
         moduli = jnp.abs(leaf)
-        bounds = jnp.broadcast_to(top.astype(moduli.dtype), moduli.shape)
+        bounds = top.astype(moduli.dtype) + jnp.zeros_like(moduli)
         return in_two(hard, moduli, bounds).scale(leaf)
     wide = _leaves.wide_dtype(leaf.dtype, top.dtype)
     lowest, highest = -bottom.astype(wide), top.astype(wide)

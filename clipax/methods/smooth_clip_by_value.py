@@ -95,7 +95,8 @@ def _draw_leaf(leaf: Any, top: Array, coefficient: Coefficient) -> Array:
     leaf = jnp.asarray(leaf)
     wide = _leaves.wide_dtype(leaf.dtype, top.dtype)
     top = top.astype(wide)
-    bounds = jnp.broadcast_to(top, leaf.shape)
+    # As the leaf is sharded, which a broadcast would not be.
+    bounds = top + jnp.zeros_like(leaf, wide)
     if jnp.iscomplexobj(leaf):
         return in_two(coefficient, jnp.abs(leaf).astype(wide), bounds).scale(leaf)
     reach = jnp.where(jnp.isposinf(top), top, jnp.minimum(top * _FARTHEST, np.finfo(wide).max))
