@@ -289,7 +289,7 @@ def _shape_on_device(leaf: Any) -> Any:
 
 
 def beside(norm: Array, state: Any) -> Any:
-    """The state laid on the mesh of a norm; what has its shape, as a norm of each unit, like it."""
+    """The state laid on the mesh of a norm; what has its shape, as for each unit, like it."""
     sharding = _sharding_of(norm)
     if sharding is None:
         return state

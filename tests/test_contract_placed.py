@@ -1,4 +1,4 @@
-"""Where a state lies, however it was made: like the parameters, from the first step to the last."""
+"""Where a state lies, however it was made: like the parameters, from first to last."""
 
 import functools
 from typing import Any
