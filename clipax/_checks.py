@@ -1,5 +1,6 @@
 """Argument checks: each names the argument, what was given and what is right."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -91,9 +92,16 @@ def static(**arguments: Any) -> None:
     for name, value in arguments.items():
         if isinstance(value, jax.Array):
             raise ValueError(
-                f"{name} must be known while tracing, got the array {value}. Under"
-                f" `optax.inject_hyperparams`, pass `static_args=({name!r},)`."
+                f"{name} must be known while tracing, got the array {value}."
+                f"{_injected(name, value)}"
             )
+
+
+def _injected(name: str, value: Any) -> str:
+    """What helps if `optax.inject_hyperparams` made an array of a static argument."""
+    if not isinstance(value, jax.Array):
+        return ""
+    return f" Under `optax.inject_hyperparams`, pass `static_args=({name!r},)`."
 
 
 def order(ord: float | None) -> float:
@@ -141,14 +149,31 @@ def function(**arguments: Any) -> None:
     """Requires functions."""
     for name, value in arguments.items():
         if not is_schedule(value):
-            raise ValueError(f"{name} must be a function, got {value!r}.")
+            raise ValueError(f"{name} must be a function, got {value!r}.{_injected(name, value)}")
 
 
-def transformation(**arguments: Any) -> None:
-    """Requires transformations of optax."""
-    for name, value in arguments.items():
-        if not isinstance(value, optax.GradientTransformation):
-            raise ValueError(f"{name} must be an optax.GradientTransformation, got {value!r}.")
+def is_transformation(value: Any) -> bool:
+    """Whether it can be used as a transformation: of optax, or with its two functions."""
+    is_instance = not isinstance(value, type)
+    return is_instance and all(callable(getattr(value, name, None)) for name in ("init", "update"))
+
+
+def transformation(**argument: Any) -> optax.GradientTransformationExtraArgs:
+    """Requires a transformation, and gives it back as one that takes extra arguments."""
+    ((name, value),) = argument.items()
+    if not is_transformation(value):
+        raise ValueError(
+            f"{name} must be an optax.GradientTransformation, got {value!r}, which is no object"
+            " with the functions `init` and `update`."
+        )
+    if not isinstance(value, optax.GradientTransformation):  # as optax.MultiSteps
+        parameters = inspect.signature(value.update).parameters.values()
+        takes_extra = any(each.kind is each.VAR_KEYWORD for each in parameters)
+        kind = (
+            optax.GradientTransformationExtraArgs if takes_extra else optax.GradientTransformation
+        )
+        value = kind(value.init, value.update)
+    return optax.with_extra_args_support(value)
 
 
 def _require(arguments: dict[str, Any], holds: Callable[[float], bool], wanted: str) -> None:
