@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend import core
 
-from clipax import _leaves
+from clipax import _checks, _leaves
 from clipax._typing import Array, Updates
 from clipax.metrics import metrics
 
@@ -33,12 +34,15 @@ def clip_tree(
     Returns:
       The clipped tree, and what happened: `clipax.metrics` of the state.
 
+    Raises:
+      ValueError: `transformation` is no transformation.
+
     Example:
       >>> clipped, info = clip_tree(jnp.array([3.0, 4.0]), clip_by_global_norm(1.0))
       >>> clipped, info["norm"]
       (Array([0.6, 0.8], dtype=float32), Array(5., dtype=float32))
     """
-    transformation = optax.with_extra_args_support(transformation)
+    transformation = _checks.transformation(transformation=transformation)
     state = transformation.init(updates if params is None else params)
     clipped, state = transformation.update(updates, state, params, **extra_args)
     return clipped, metrics(state, per_leaf=per_leaf)
@@ -55,10 +59,15 @@ def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> 
 
     Args:
       x: Any pytree. Leaves without a tangent (integers) pass through.
-      transformation: Any method without a history or parameters.
+      transformation: Any method without a history or parameters. What it closes over may be
+        traced: a bound, the number of a step, a key.
 
     Returns:
-      `x`. Reverse-mode derivatives are clipped; forward-mode ones are not defined.
+      `x`. Reverse-mode derivatives are clipped; forward-mode ones are not defined. What
+      `transformation` closes over has no gradient.
+
+    Raises:
+      ValueError: `transformation` is no transformation.
 
     | cotangent | result |
     |---|---|
@@ -77,37 +86,71 @@ def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> 
       Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks",
       2013, https://arxiv.org/abs/1211.5063
     """
+    method = _checks.transformation(transformation=transformation)
     leaves, treedef = jax.tree.flatten(_leaves.only_measured(x))
 
     def clip(cotangents: list[Array]) -> list[Array]:
         cotangent = jax.tree.unflatten(treedef, cotangents)
-        clipped, _ = transformation.update(cotangent, transformation.init(cotangent))
+        clipped, _ = method.update(cotangent, method.init(cotangent))
         return jax.tree.leaves(clipped)
 
     leaves = [jnp.asarray(leaf) for leaf in leaves]
-    # A bound that is traced must not be closed over: the backward pass runs in another trace.
-    clip, traced = jax.closure_convert(clip, leaves)
-    passed = iter(_identity(clip, traced, leaves))
+    clip_with, closed_over = _opened(clip, leaves)
+    passed = iter(_identity(clip_with, closed_over, leaves))
     return jax.tree.map(lambda leaf: next(passed) if _leaves.is_measured(leaf) else leaf, x)
 
 
+def _opened(
+    function: Callable[..., Any], leaves: list[Array]
+) -> tuple[Callable[..., list[Array]], list[Array]]:
+    """A function `(closed_over, leaves) -> leaves`, and what the given one closes over.
+
+    The backward pass runs in another trace, which no traced value of this one may enter but
+    through the residuals. `jax.closure_convert` finds floats alone; the constants of a
+    program are all that there are.
+    """
+    program = jax.make_jaxpr(function)(leaves)
+    implementations = [
+        jax.random.key_impl(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else None
+        for value in program.consts
+    ]
+
+    def rewrapped(value: Array, implementation: Any) -> Array:
+        if implementation is None:
+            return value
+        return jax.random.wrap_key_data(value, impl=implementation)
+
+    def opened(closed_over: list[Array], leaves: list[Array]) -> list[Array]:
+        values = list(map(rewrapped, closed_over, implementations))
+        return list(core.jaxpr_as_fun(core.ClosedJaxpr(program.jaxpr, values))(*leaves))
+
+    # As their data, since keys cannot leave a branch of `cond` as residuals (jax 0.7).
+    closed_over = [
+        value if implementation is None else jax.random.key_data(value)
+        for value, implementation in zip(program.consts, implementations, strict=True)
+    ]
+    return opened, closed_over
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _identity(clip: Callable[..., Any], traced: list[Array], leaves: list[Array]) -> list[Array]:
-    del clip, traced
+def _identity(
+    clip: Callable[..., Any], closed_over: list[Array], leaves: list[Array]
+) -> list[Array]:
+    del clip, closed_over
     return leaves
 
 
 def _forwards(
-    clip: Callable[..., Any], traced: list[Array], leaves: list[Array]
+    clip: Callable[..., Any], closed_over: list[Array], leaves: list[Array]
 ) -> tuple[list[Array], list[Array]]:
     del clip
-    return leaves, traced
+    return leaves, closed_over
 
 
 def _backwards(
-    clip: Callable[..., Any], traced: list[Array], cotangents: list[Array]
-) -> tuple[list[Array], list[Array]]:
-    return [jnp.zeros_like(value) for value in traced], clip(cotangents, *traced)
+    clip: Callable[..., Any], closed_over: list[Array], cotangents: list[Array]
+) -> tuple[None, list[Array]]:
+    return None, clip(closed_over, cotangents)
 
 
 _identity.defvjp(_forwards, _backwards)
