@@ -89,19 +89,17 @@ def axes(**arguments: Any) -> None:
 
 def static(**arguments: Any) -> None:
     """Requires values that are known while tracing."""
-    for name, value in arguments.items():
-        if isinstance(value, jax.Array):
-            raise ValueError(
-                f"{name} must be known while tracing, got the array {value}."
-                f"{_injected(name, value)}"
-            )
+    arrays = [name for name, value in arguments.items() if isinstance(value, jax.Array)]
+    if arrays:
+        raise ValueError(
+            f"{arrays[0]} must be known while tracing, got the array {arguments[arrays[0]]}."
+            f"{_advice_on_injection(arrays)}"
+        )
 
 
-def _injected(name: str, value: Any) -> str:
-    """What helps if `optax.inject_hyperparams` made an array of a static argument."""
-    if not isinstance(value, jax.Array):
-        return ""
-    return f" Under `optax.inject_hyperparams`, pass `static_args=({name!r},)`."
+def _advice_on_injection(names: list[str]) -> str:
+    """What helps where `optax.inject_hyperparams` took static arguments for other ones."""
+    return f" Under `optax.inject_hyperparams`, pass `static_args={tuple(names)!r}`."
 
 
 def order(ord: float | None) -> float:
@@ -147,9 +145,12 @@ def axis_name(**arguments: Any) -> None:
 
 def function(**arguments: Any) -> None:
     """Requires functions."""
+    # A function that was called as a schedule, on an integer, gave an array or None.
+    called = [name for name, x in arguments.items() if x is None or isinstance(x, jax.Array)]
     for name, value in arguments.items():
         if not is_schedule(value):
-            raise ValueError(f"{name} must be a function, got {value!r}.{_injected(name, value)}")
+            advice = _advice_on_injection(called) if name in called else ""
+            raise ValueError(f"{name} must be a function, got {value!r}.{advice}")
 
 
 def is_transformation(value: Any) -> bool:

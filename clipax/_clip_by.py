@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from clipax import _checks, _compat, _leaves, coefficients
+from clipax._injectable import injectable
 from clipax._transformation import transformation
 from clipax._typing import Array, AxisName, Bound, Coefficient, Norm, Norms, Updates
 from clipax.norms import global_norm
@@ -34,6 +35,7 @@ class ClipState(NamedTuple):
     """The state of the rule that gives the bound."""
 
 
+@injectable
 def clip_by(
     norm: Norm,
     threshold: Bound | optax.GradientTransformation,

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from clipax import _checks, _leaves, _window
+from clipax._injectable import injectable
 from clipax._transformation import transformation
 from clipax._typing import Array, AxisName, Bound, Updates
 from clipax.norms import global_norm
@@ -142,6 +143,7 @@ class SkipState(NamedTuple):
         return self.taken_count + self.skipped_count
 
 
+@injectable
 def skip_step(
     inner: optax.GradientTransformation,
     max_norm: Bound | None = None,
