@@ -179,7 +179,7 @@ def choose(condition: Array, new: Any, old: Any) -> Any:
         if isinstance(condition, jax.core.Tracer):
             raise ValueError(
                 "While tracing, a step that may be left out can change only numbers, arrays and"
-                f" keys, got {one!r} in place of {other!r} at {jax.tree_util.keystr(path)!r}."
+                f" keys, got both {other!r} and {one!r} at {jax.tree_util.keystr(path)!r}."
             )
         return one if condition else other
 
