@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from clipax import _checks, _compat, _leaves, coefficients
-from clipax._injectable import injectable
-from clipax._transformation import transformation
+from clipax._transformation import injectable, transformation
 from clipax._typing import Array, AxisName, Bound, Coefficient, Norm, Norms, Updates
 from clipax.norms import global_norm
 from clipax.thresholds import as_threshold, capped, per_norm

@@ -11,8 +11,7 @@ import numpy as np
 import optax
 
 from clipax import _checks, _leaves, _window
-from clipax._injectable import injectable
-from clipax._transformation import transformation
+from clipax._transformation import injectable, transformation
 from clipax._typing import Array, AxisName, Bound, Updates
 from clipax.norms import global_norm
 from clipax.thresholds import bounded

@@ -9,7 +9,7 @@ import optax
 
 from clipax import _checks, _leaves
 from clipax._clip_by import clip_by
-from clipax._injectable import injectable
+from clipax._transformation import injectable
 from clipax._typing import Array, AxisName, LeafRule, Norms
 from clipax.coefficients import hard
 from clipax.norms import global_norm, leaf_norm

@@ -9,7 +9,7 @@ import optax
 
 from clipax import _checks, _window
 from clipax._clip_by import clip_by_history
-from clipax._injectable import injectable
+from clipax._transformation import injectable
 from clipax._typing import Array, AxisName, Bound, Norm
 from clipax._window import WindowState
 from clipax.norms import global_norm

@@ -9,7 +9,7 @@ import optax
 
 from clipax import _checks, _leaves, _window
 from clipax._clip_by import clip_by
-from clipax._injectable import injectable
+from clipax._transformation import injectable
 from clipax._typing import Array, AxisName, Norm, Norms
 from clipax._window import WindowState
 from clipax.coefficients import unclipped

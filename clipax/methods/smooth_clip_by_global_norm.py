@@ -4,7 +4,7 @@ import optax
 
 from clipax import _checks
 from clipax._clip_by import clip_by
-from clipax._injectable import injectable
+from clipax._transformation import injectable
 from clipax._typing import AxisName, Bound, Coefficient
 from clipax.coefficients import square_root
 from clipax.norms import global_norm

@@ -11,8 +11,7 @@ import optax
 
 from clipax import _checks, _leaves
 from clipax._clip_by import ClipState, clip_by
-from clipax._injectable import injectable
-from clipax._transformation import transformation
+from clipax._transformation import injectable, transformation
 from clipax._typing import Array, AxisName, Bound, Coefficient, Updates
 from clipax.coefficients import scale_updates, tanh
 from clipax.norms import leaf_norm
