@@ -1,5 +1,6 @@
 """Argument checks: each names the argument, what was given and what is right."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -89,12 +90,17 @@ def axes(**arguments: Any) -> None:
 
 def static(**arguments: Any) -> None:
     """Requires values that are known while tracing."""
-    for name, value in arguments.items():
-        if isinstance(value, jax.Array):
-            raise ValueError(
-                f"{name} must be known while tracing, got the array {value}. Under"
-                f" `optax.inject_hyperparams`, pass `static_args=({name!r},)`."
-            )
+    arrays = [name for name, value in arguments.items() if isinstance(value, jax.Array)]
+    if arrays:
+        raise ValueError(
+            f"{arrays[0]} must be known while tracing, got the array {arguments[arrays[0]]}."
+            f"{_advice_on_injection(arrays)}"
+        )
+
+
+def _advice_on_injection(names: list[str]) -> str:
+    """What helps where `optax.inject_hyperparams` took static arguments for other ones."""
+    return f" Under `optax.inject_hyperparams`, pass `static_args={tuple(names)!r}`."
 
 
 def order(ord: float | None) -> float:
@@ -147,16 +153,36 @@ def axis_name(**arguments: Any) -> None:
 
 def function(**arguments: Any) -> None:
     """Requires functions."""
+    # A function that was called as a schedule, on an integer, gave an array or None.
+    called = [name for name, x in arguments.items() if x is None or isinstance(x, jax.Array)]
     for name, value in arguments.items():
         if not is_schedule(value):
-            raise ValueError(f"{name} must be a function, got {value!r}.")
+            advice = _advice_on_injection(called) if name in called else ""
+            raise ValueError(f"{name} must be a function, got {value!r}.{advice}")
 
 
-def transformation(**arguments: Any) -> None:
-    """Requires transformations of optax."""
-    for name, value in arguments.items():
-        if not isinstance(value, optax.GradientTransformation):
-            raise ValueError(f"{name} must be an optax.GradientTransformation, got {value!r}.")
+def is_transformation(value: Any) -> bool:
+    """Whether it can be used as a transformation: of optax, or with its two functions."""
+    is_instance = not isinstance(value, type)
+    return is_instance and all(callable(getattr(value, name, None)) for name in ("init", "update"))
+
+
+def transformation(**argument: Any) -> optax.GradientTransformationExtraArgs:
+    """Requires a transformation, and gives it back as one that takes extra arguments."""
+    ((name, value),) = argument.items()
+    if not is_transformation(value):
+        raise ValueError(
+            f"{name} must be an optax.GradientTransformation, got {value!r}, which is no object"
+            " with the functions `init` and `update`."
+        )
+    if not isinstance(value, optax.GradientTransformation):  # as optax.MultiSteps
+        parameters = inspect.signature(value.update).parameters.values()
+        takes_extra = any(each.kind is each.VAR_KEYWORD for each in parameters)
+        kind = (
+            optax.GradientTransformationExtraArgs if takes_extra else optax.GradientTransformation
+        )
+        value = kind(value.init, value.update)
+    return optax.with_extra_args_support(value)
 
 
 def norms(values: Any) -> None:

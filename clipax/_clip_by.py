@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from clipax import _checks, _compat, _leaves, _paths, _transformation, coefficients
-from clipax._transformation import transformation
+from clipax._transformation import injectable, transformation
 from clipax._typing import Array, AxisName, Bound, Coefficient, LeafRule, Norm, Norms, Updates
 from clipax.norms import global_norm
 from clipax.thresholds import Threshold, as_threshold, capped, per_norm
@@ -35,6 +35,7 @@ class ClipState(NamedTuple):
     """The state of the rule that gives the bound."""
 
 
+@injectable
 def clip_by(
     norm: Norm,
     threshold: Bound | optax.GradientTransformation,

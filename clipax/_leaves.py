@@ -222,13 +222,44 @@ def zeros_like(leaf: Any) -> Array:
 
 
 def choose(condition: Array, new: Any, old: Any) -> Any:
-    """The new tree where the condition holds, else the old one, bit for bit."""
+    """The new tree where the condition holds, else the old one, bit for bit.
 
-    def choose_leaf(one: Any, other: Any) -> Any:
-        # A product with 0 or 1 would not do: 0 * NaN is NaN.
-        return other if is_float0(other) else jnp.where(condition, one, other)
+    A leaf that is neither a number nor an array of numbers or keys stays the object that it is.
+    """
 
-    return jax.tree.map(choose_leaf, new, old)
+    def choose_leaf(path: Any, one: Any, other: Any) -> Any:
+        if one is other or is_float0(other):
+            return other
+        if _can_be_selected(one) and _can_be_selected(other):
+            is_static = type(one) is type(other) and isinstance(one, int)
+            # A product with 0 or 1 would not do: 0 * NaN is NaN.
+            return other if is_static and one == other else jnp.where(condition, one, other)
+        if type(one) is type(other) and np.array_equal(one, other):
+            return other
+        if isinstance(condition, jax.core.Tracer):
+            raise ValueError(
+                "While tracing, a step that may be left out can change only numbers, arrays and"
+                f" keys, got both {other!r} and {one!r} at {jax.tree_util.keystr(path)!r}."
+            )
+        return one if condition else other
+
+    return jax.tree_util.tree_map_with_path(choose_leaf, new, old)
+
+
+def holds_numbers(leaf: Any) -> bool:
+    """Whether it is a number or an array of them: no key, float0, function or string."""
+    if isinstance(leaf, (bool, int, float, complex)) or hasattr(leaf, "__jax_array__"):
+        return True
+    return _is_array_of(leaf, np.bool_, np.number)
+
+
+def _is_array_of(leaf: Any, *kinds: Any) -> bool:
+    is_array = isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+    return is_array and any(jnp.issubdtype(leaf.dtype, kind) for kind in kinds)
+
+
+def _can_be_selected(leaf: Any) -> bool:
+    return holds_numbers(leaf) or _is_array_of(leaf, jax.dtypes.prng_key)
 
 
 def is_float0(leaf: Any) -> bool:

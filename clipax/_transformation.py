@@ -1,7 +1,9 @@
-"""What every transformation does before its own rule."""
+"""What every transformation, and its factory, does before its own rule."""
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -13,6 +15,8 @@ from clipax._typing import Array, Updates
 # JAX gives these no types.
 _reshard: Callable[..., Array] = jax.sharding.reshard
 _sum_over: Callable[..., Array] = jax.lax.psum
+
+_Factory = TypeVar("_Factory", bound=Callable[..., Any])
 
 
 def transformation(
@@ -59,3 +63,47 @@ def _reduced(leaf: Any) -> Any:
     if spec is None:
         return leaf
     return _reshard(leaf, NamedSharding(jax.typeof(leaf).sharding.mesh, spec))
+
+
+class _Static:
+    """A default that is no schedule and no hyperparameter, whatever its type."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __repr__(self) -> str:
+        return getattr(self.value, "__name__", repr(self.value))
+
+
+def injectable(factory: _Factory) -> _Factory:
+    """Hides functions and integers among the defaults from `optax.inject_hyperparams`.
+
+    It reads the signature, calls every function there as a schedule, and makes an array of
+    every integer; but a norm is no schedule, and no window has a traced size. In the
+    signature, such a default is in a box that it hands on as it is.
+    """
+    signature = inspect.signature(factory)
+    boxed = [
+        parameter.replace(default=_Static(parameter.default))
+        if _is_taken_wrongly(parameter.default)
+        else parameter
+        for parameter in signature.parameters.values()
+    ]
+
+    @functools.wraps(factory)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        given = {name: _unboxed(value) for name, value in kwargs.items()}
+        return factory(*map(_unboxed, args), **given)
+
+    wrapper.__signature__ = signature.replace(parameters=boxed)  # type: ignore[attr-defined]
+    return wrapper  # type: ignore[return-value]
+
+
+def _is_taken_wrongly(default: Any) -> bool:
+    if default is inspect.Parameter.empty or isinstance(default, bool):
+        return False
+    return callable(default) or isinstance(default, int)
+
+
+def _unboxed(value: Any) -> Any:
+    return value.value if isinstance(value, _Static) else value

@@ -154,7 +154,7 @@ def per_norm(rule: optax.GradientTransformation) -> Threshold:
       >>> threshold.update(jnp.array(4.0), threshold.init(jnp.array(4.0)))[0]
       Array(3., dtype=float32)
     """
-    _checks.transformation(rule=rule)
+    rule = _checks.transformation(rule=rule)
 
     def init_fn(norms: Norms) -> Any:
         alike = _leaves.Alike(norms)
@@ -226,7 +226,7 @@ def as_threshold(value: Bound | optax.GradientTransformation) -> Threshold:
     """A threshold as it is, a transformation lifted by `per_norm`, anything else `fixed`."""
     if isinstance(value, Threshold):
         return value
-    if isinstance(value, optax.GradientTransformation):
+    if _checks.is_transformation(value):
         return per_norm(value)
     return fixed(value)
 

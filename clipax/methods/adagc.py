@@ -9,6 +9,7 @@ import optax
 
 from clipax import _checks, _leaves
 from clipax._clip_by import clip_by
+from clipax._transformation import injectable
 from clipax._typing import Array, AxisName, LeafRule, Norms
 from clipax.coefficients import hard
 from clipax.norms import global_norm, leaf_norm
@@ -22,6 +23,7 @@ class AdaGCState(NamedTuple):
     """The number of steps with a finite global norm; int32."""
 
 
+@injectable
 def adagc(
     ratio: jax.typing.ArrayLike = 1.05,
     *,

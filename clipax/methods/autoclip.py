@@ -9,11 +9,13 @@ import optax
 
 from clipax import _checks, _window
 from clipax._clip_by import clip_by_history
+from clipax._transformation import injectable
 from clipax._typing import Array, AxisName, Bound, Norm
 from clipax._window import WindowState
 from clipax.norms import global_norm
 
 
+@injectable
 def autoclip(
     quantile: jax.typing.ArrayLike = 0.1,
     window_size: int = 1000,

@@ -79,9 +79,8 @@ def clip21(
       Khirirat, Gorbunov, Horváth, Islamov, Karray, Richtárik, "Clip21: error feedback for
       gradient clipping", 2023, https://arxiv.org/abs/2305.18929
     """
-    _checks.transformation(inner=inner)
+    inner = _checks.transformation(inner=inner)
     _checks.axis_name(axis_name=axis_name)
-    inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Updates) -> Clip21State:
         return Clip21State(_moments.zeros(params), inner.init(_moments.zeros(params)))

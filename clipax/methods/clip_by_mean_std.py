@@ -9,11 +9,13 @@ import optax
 
 from clipax import _checks, _leaves, _window
 from clipax._clip_by import clip_by_history
+from clipax._transformation import injectable
 from clipax._typing import Array, AxisName, Bound, Norm
 from clipax._window import WindowState
 from clipax.norms import global_norm
 
 
+@injectable
 def clip_by_mean_std(
     k: jax.typing.ArrayLike = 3.0,
     window_size: int = 128,

@@ -9,6 +9,7 @@ import optax
 
 from clipax import _checks, _leaves
 from clipax._clip_by import clip_by_history
+from clipax._transformation import injectable
 from clipax._typing import Array, AxisName, Bound, Norm
 from clipax.norms import global_norm
 
@@ -18,6 +19,7 @@ class QuantileState(NamedTuple):
     """The estimate of the quantile; 0 before the first norm."""
 
 
+@injectable
 def clip_by_quantile(
     quantile: jax.typing.ArrayLike = 0.5,
     *,

@@ -9,12 +9,13 @@ import optax
 
 from clipax import _checks, _leaves, _matrices, _paths, _spectral
 from clipax._clip_by import ClipState, clip_by
-from clipax._transformation import transformation
+from clipax._transformation import injectable, transformation
 from clipax._typing import AxisName, Bound, Coefficient, LeafRule, Norms, Updates
 from clipax.coefficients import hard, square_root
 from clipax.norms import leaf_norm
 
 
+@injectable
 def clip_by_spectral_norm(
     max_norm: Bound | optax.GradientTransformation,
     coefficient: Coefficient = hard,

@@ -4,11 +4,13 @@ import optax
 
 from clipax import _checks
 from clipax._clip_by import clip_by
+from clipax._transformation import injectable
 from clipax._typing import AxisName, Bound, Coefficient, LeafRule
 from clipax.coefficients import square_root
 from clipax.norms import global_norm
 
 
+@injectable
 def smooth_clip_by_global_norm(
     max_norm: Bound,
     coefficient: Coefficient = square_root,

@@ -10,7 +10,7 @@ import optax
 
 from clipax import _checks, _leaves
 from clipax._clip_by import ClipState, clip_by
-from clipax._transformation import transformation
+from clipax._transformation import injectable, transformation
 from clipax._typing import Array, AxisName, Bound, Coefficient, Updates
 from clipax.coefficients import in_two, scale_updates, tanh
 from clipax.norms import leaf_norm
@@ -21,6 +21,7 @@ from clipax.thresholds import bounded
 _FARTHEST = 2.0**64
 
 
+@injectable
 def smooth_clip_by_value(
     max_value: Bound, coefficient: Coefficient = tanh, *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:

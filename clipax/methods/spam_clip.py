@@ -10,7 +10,7 @@ import optax
 
 from clipax import _checks, _leaves, _moments
 from clipax._clip_by import ClipState, clip_by
-from clipax._transformation import transformation
+from clipax._transformation import injectable, transformation
 from clipax._typing import Array, AxisName, Bound, Norms, Updates
 from clipax.coefficients import scale_updates
 from clipax.norms import global_norm, leaf_norm
@@ -25,6 +25,7 @@ class SpamClipState(NamedTuple):
     """The number of steps that it has learned from; int32."""
 
 
+@injectable
 def spam_clip(
     ratio: Bound = 5000.0,
     *,

@@ -81,11 +81,10 @@ def u_clip(
       Elesedy, Hutter, "U-Clip: on-average unbiased stochastic gradient clipping", 2023,
       https://arxiv.org/abs/2302.02971
     """
-    _checks.transformation(inner=inner)
+    inner = _checks.transformation(inner=inner)
     _checks.axis_name(axis_name=axis_name)
     if max_carry is not None:
         _checks.scalar(_checks.positive, max_carry=max_carry)
-    inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Updates) -> UClipState:
         norm = functools.partial(global_norm, axis_name=_leaves.names_bound_here(axis_name))

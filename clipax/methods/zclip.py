@@ -9,6 +9,7 @@ import optax
 
 from clipax import _checks, _leaves, _moments
 from clipax._clip_by import clip_by_history
+from clipax._transformation import injectable
 from clipax._typing import Array, AxisName, Bound, Norm
 from clipax.norms import global_norm
 
@@ -55,6 +56,7 @@ def limit_bound(z: Array, mean: Array, std: Array, z_max: Array) -> Array:
     return mean + z_max * std
 
 
+@injectable
 def zclip(
     z_max: jax.typing.ArrayLike = 2.5,
     *,
