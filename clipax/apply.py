@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.extend import core
 
-from clipax import _checks, _leaves
+from clipax import _checks, _leaves, _paths
 from clipax._typing import Array, Updates
 from clipax.metrics import metrics
 from clipax.wrappers import SkipState
@@ -131,8 +131,9 @@ def check_finite(tree: Any, name: str = "tree") -> None:
       FloatingPointError: grads must be finite, got 1 of 2 leaves with NaN or inf:
         w: 1 NaN and 1 inf of 3 entries, float32 of shape (3,)
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    measured = [(path, leaf) for path, leaf in leaves if _leaves.is_measured(leaf)]
+    measured = [
+        (path, leaf) for path, leaf, _ in _paths.positions(tree) if _leaves.is_measured(leaf)
+    ]
     _require_values(
         "check_finite",
         name,
@@ -143,7 +144,7 @@ def check_finite(tree: Any, name: str = "tree") -> None:
     # All counts are on their way before the first is waited for.
     counts = jax.device_get([_count_not_finite(leaf) for _, leaf in measured])
     lines = [
-        f"\n  {_leaves.path_string(path) or name}: {nans} NaN and {infs} inf of {np.size(leaf)}"
+        f"\n  {path or name}: {nans} NaN and {infs} inf of {np.size(leaf)}"
         f" entries, {getattr(leaf, 'dtype', 'float')} of shape {np.shape(leaf)}"
         for (path, leaf), (nans, infs) in zip(measured, counts, strict=True)
         if nans or infs
@@ -192,7 +193,7 @@ def check_not_stuck(opt_state: Any, max_consecutive: int) -> None:
     states = list(_skip_states(opt_state, ()))
     if not states:
         raise ValueError("opt_state must hold a state of skip_step, got one without.")
-    counts = [(path, state.consecutive_count) for path, state in states]
+    counts = [(jax.tree_util.keystr(path), state.consecutive_count) for path, state in states]
     check = f"functools.partial(clipax.check_not_stuck, {max_consecutive=})"
     advice = f"`jax.debug.callback({check}, opt_state)` checks in it."
     _require_values("check_not_stuck", "opt_state", counts, advice)
@@ -229,13 +230,11 @@ def _skip_states(tree: Any, above: tuple[Any, ...]) -> Iterator[tuple[tuple[Any,
             yield from _skip_states(node.inner_state, inner)
 
 
-def _require_values(
-    function: str, name: str, leaves: list[tuple[tuple[Any, ...], Any]], advice: str
-) -> None:
+def _require_values(function: str, name: str, leaves: list[tuple[str, Any]], advice: str) -> None:
     for path, leaf in leaves:
         if isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)):
             raise ValueError(
-                f"{function} needs values, got {leaf!r} at {name}{jax.tree_util.keystr(path)}."
+                f"{function} needs values, got {leaf!r} at {path!r} of {name}."
                 f" Call it outside of jit, on what comes out; {advice}"
             )
 

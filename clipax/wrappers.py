@@ -74,11 +74,14 @@ def observe(
         params: Updates | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, ObserveState]:
-        new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        # Nothing of its own is remembered: what is no state of its own is the inner one's.
+        is_own = isinstance(state, ObserveState)
+        inner_state = state.inner_state if is_own else state
+        new_updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
         norm_in = global_norm(updates, axis_name=axis_name)
         norm_out = global_norm(new_updates, axis_name=axis_name)
         cosine = _cosine(updates, new_updates, axis_name)
-        dtype = state.norm_in.dtype
+        dtype = state.norm_in.dtype if is_own else norm_in.dtype
         norm_in, norm_out, cosine = (x.astype(dtype) for x in (norm_in, norm_out, cosine))
         return new_updates, ObserveState(norm_in, norm_out, cosine, inner_state)
 
@@ -285,9 +288,12 @@ def skip_step(
         )
         new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         in_a_row = jnp.where(is_bad, optax.safe_increment(state.consecutive_count), 0)
-        return _leaves.choose(
-            is_skipped, jax.tree.map(_neutral, new_updates), new_updates
-        ), SkipState(
+
+        def leave_out(leaf: Any) -> Any:
+            return _leaves.choose(is_skipped, _neutral(leaf), leaf)
+
+        # Leaf by leaf: a class that checks the shape of what it holds sees no zero alone.
+        return jax.tree.map(leave_out, new_updates), SkipState(
             norm,
             is_skipped,
             _counted(is_skipped, state.skipped_count),
@@ -299,7 +305,7 @@ def skip_step(
             _leaves.choose(is_skipped, state.inner_state, inner_state),
         )
 
-    return transformation(init_fn, update_fn)
+    return transformation(init_fn, update_fn, SkipState)
 
 
 def _counted(happened: Array, count: Array) -> Array:

@@ -361,7 +361,7 @@ def test_check_finite_refuses_traced_values(wrap: Any) -> None:
         clipax.check_finite({"w": x}, "grads")
         return x.sum()
 
-    with pytest.raises(ValueError, match=r"^check_finite needs values, got .* at grads\['w'\]"):
+    with pytest.raises(ValueError, match=r"^check_finite needs values, got .* at 'w' of grads"):
         wrap(step)(jnp.ones(3))
     with pytest.raises(ValueError, match="Call it outside of jit"):
         clipax.check_finite(jax.ShapeDtypeStruct((2,), jnp.float32))

@@ -100,7 +100,7 @@ def clip21(
         new_state = _leaves.choose(is_finite, Clip21State(estimate, inner_state), state)
         return _moments.narrowed(estimate, updates), new_state
 
-    return transformation(init_fn, update_fn)
+    return transformation(init_fn, update_fn, Clip21State)
 
 
 def _moved(estimate: Array, update: Array, move: Array, clipped: Array) -> Array:

@@ -113,7 +113,7 @@ def u_clip(
         new_state = UClipState(carry, norm, inner_state)
         return _moments.narrowed(clipped, updates), _leaves.choose(is_finite, new_state, state)
 
-    return transformation(init_fn, update_fn)
+    return transformation(init_fn, update_fn, UClipState)
 
 
 def _with_carry(update: Array, carry: Array) -> Array:
