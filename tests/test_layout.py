@@ -13,6 +13,7 @@ FLOORS = [
     {
         "_compat",
         "_leaves",
+        "_paths",
         "_arguments",
         "_checks",
         "_preparations",
