@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -58,8 +58,7 @@ def bound(requirement: Callable[..., None], **arguments: Any) -> None:
 def one_bound(requirement: Callable[..., None], **arguments: Any) -> None:
     """As `bound`, for methods that have one norm and so take no tree of bounds."""
     for name, value in arguments.items():
-        is_tree = not is_schedule(value) and not jax.tree_util.all_leaves([value])
-        if is_tree and value is not None:
+        if not is_bound_leaf(value) and not jax.tree_util.all_leaves([value]):
             raise ValueError(
                 f"{name} must be one number, array or schedule, got the tree {value!r}:"
                 " this method has one norm for all leaves."
@@ -247,5 +246,5 @@ def _is_real(value: Any) -> bool:
 
 
 def is_bound_leaf(node: Any) -> bool:
-    """A schedule may be a pytree itself, as `jax.tree_util.Partial`."""
-    return node is None or is_schedule(node)
+    """A schedule may be a pytree itself, as `jax.tree_util.Partial`; JAX refuses iterators."""
+    return node is None or isinstance(node, Iterator) or is_schedule(node)

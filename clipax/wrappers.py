@@ -315,7 +315,8 @@ def _counted(happened: Array, count: Array) -> Array:
 def _checked_ranges(skip_ranges: Any) -> np.ndarray:
     """The pairs as two rows of an array: where ranges start, and where they stop."""
     _checks.static(skip_ranges=skip_ranges)
-    pairs = [_pair(item) for item in skip_ranges] if isinstance(skip_ranges, Iterable) else [None]
+    is_iterable = isinstance(skip_ranges, Iterable) and getattr(skip_ranges, "ndim", 1) > 0
+    pairs = [_pair(item) for item in skip_ranges] if is_iterable else [None]
     if None in pairs:
         raise ValueError(
             "skip_ranges must be pairs (start, stop) of integers with 0 <= start < stop, as"
