@@ -36,6 +36,17 @@ def varying_axes(x: Any) -> frozenset[Hashable]:
     return frozenset(getattr(aval, "vma", ()))  # jax < 0.10
 
 
+def varying_like(x: Any, other: Any) -> Any:
+    """`x`, of a type that varies over the manual mesh axes over which that of `other` does."""
+    axes = tuple(varying_axes(other) - varying_axes(x))
+    if not axes:
+        return x
+    if hasattr(jax.lax, "pcast"):  # jax >= 0.8.3
+        return jax.lax.pcast(x, axes, to="varying")
+    pvary: Callable[..., Any] = jax.lax.pvary  # jax < 0.10
+    return pvary(x, axes)
+
+
 def unreduced_axes(x: Any) -> tuple[Hashable, ...]:
     """The manual mesh axes over which `x` is still to be summed."""
     aval = jax.typeof(x)

@@ -14,7 +14,7 @@ from clipax._grams import Values
 from clipax._preparations import Windows
 from clipax._products import terms_of
 from clipax._programs import Ref
-from clipax._terms import Product, Scope, Whole
+from clipax._terms import Product, Scope, Terms, Whole
 from clipax._typing import Array
 
 # To fill a matrix with zeros and to read it again takes about as long as this many products.
@@ -69,7 +69,10 @@ class Kept(NamedTuple):
 
 def plan(name: str, leaf: Any, scope: Scope, variable: Any) -> Plan:
     """Chooses by the numbers of operations, which the shapes tell."""
-    terms = terms_of(scope, variable)
+    if scope.is_mutable:
+        terms: Terms = scope.whole(variable, "a program with mutable arrays")
+    else:
+        terms = terms_of(scope, variable)
     products = [term for term in terms if isinstance(term, Product)]
     whole = tuple(term for term in terms if isinstance(term, Whole))
     facts = (name, tuple(leaf.shape), leaf.dtype)
@@ -165,10 +168,18 @@ def measured(plan: Plan, values: Values, examples: int) -> Measured:
     if plan.way is Way.OUTER:
         return Measured(_grams.outer_norms(parts[0]), Kept(products, None, None))
     if plan.way is Way.GRAM:
-        block = None if constant is None else _grams.taken_apart(products[0][0], constant)
+        block = rest = None
+        if constant is not None:
+            # Of products in a part of the leaf, the block is that part of what is added.
+            block = _grams.taken_apart(products[0][0], constant)
+            rest = _grams.rest_of(products[0][0], constant, block)
         norms, is_exact = _grams.gram_norms(parts, block)
-        again = functools.partial(_grams.made_norms, parts, block)
-        return Measured(norms, Kept(products, constant, None), is_exact, again)
+
+        def again() -> Array:
+            return _grams.with_rest(_grams.made_norms(parts, block), rest)
+
+        kept = Kept(products, constant, None)
+        return Measured(_grams.with_rest(norms, rest), kept, is_exact, again)
     if each is None:
         each = _made(plan, products, constant, examples)
     is_smaller = math.prod(plan.shape) <= sum(_entries(term) for term, _ in products)
@@ -220,5 +231,8 @@ def weighted_sum(plan: Plan, kept: Kept, weights: Array, is_kept_out: Array | No
         parts = parts._replace(lhs=lhs, rhs=without(parts.rhs))
         total += _grams.assembled(term, _grams.weighted_product(parts, weights)).astype(wide)
     if kept.constant is not None:
-        total += jnp.sum(weights) * kept.constant.astype(wide)
+        constant = kept.constant.astype(wide)
+        if is_kept_out is not None:
+            constant = jnp.where(jnp.all(is_kept_out), 0, constant)
+        total += jnp.sum(weights) * constant
     return total
