@@ -43,8 +43,7 @@ def varying_like(x: Any, other: Any) -> Any:
         return x
     if hasattr(jax.lax, "pcast"):  # jax >= 0.8.3
         return jax.lax.pcast(x, axes, to="varying")
-    pvary: Callable[..., Any] = jax.lax.pvary  # jax < 0.10
-    return pvary(x, axes)
+    return getattr(jax.lax, "pvary")(x, axes)  # noqa: B009 (jax >= 0.10 has none)
 
 
 def unreduced_axes(x: Any) -> tuple[Hashable, ...]:

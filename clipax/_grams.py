@@ -101,6 +101,10 @@ class Factors(NamedTuple):
     is_one_hot: bool
     precision: Any
 
+    def widened(self, dtype: Any) -> "Factors":
+        lhs = self.lhs if self.is_one_hot else self.lhs.astype(dtype)
+        return self._replace(lhs=lhs, rhs=self.rhs.astype(dtype))
+
 
 def factors(term: Product, values: Values, examples: int) -> Factors:
     found = roles(term)
@@ -347,7 +351,8 @@ def weighted_product(parts: Factors, weights: Array) -> Array:
     wide = _leaves.wide_dtype(parts.rhs.dtype)
     # The range of bfloat16 is that of float32, and its products are fast.
     narrow = parts.rhs.dtype if parts.rhs.dtype == jnp.bfloat16 else wide
-    rhs = (parts.rhs.astype(wide) * weights[:, None, None, None]).astype(narrow)
+    rhs = parts.rhs.astype(wide) * weights.astype(wide)[:, None, None, None]
+    rhs = rhs.astype(narrow)
     if parts.is_one_hot:
         return _placed(
             parts.rows, _one_after_the_other(parts.lhs), _one_after_the_other(rhs.astype(wide))

@@ -160,7 +160,16 @@ def _evaluate_in_one(
     closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Ref]
 ) -> list[Any]:
     """The values of outputs, where equations have to be left in their order, and all of them."""
-    outputs = core.jaxpr_as_fun(closed)(*args)
+    try:
+        outputs = core.jaxpr_as_fun(closed)(*args)
+    except FloatingPointError:  # of jax_debug_nans
+        raise
+    except Exception as error:
+        raise ValueError(
+            "loss_fn must use mutable arrays so that JAX can map it over examples, which fails:"
+            f" {error} Make an array that loss_fn writes to inside of loss_fn, by jax.new_ref, and"
+            " write to it outside of jax.lax.cond and jax.lax.switch."
+        ) from error
     pairs = zip(closed.jaxpr.outvars, outputs, strict=True)
     values = {variable: value for variable, value in pairs if is_variable(variable)}
     return [values[variable] if is_variable(variable) else variable.val for _, variable in wanted]
