@@ -57,6 +57,11 @@ def varying_over(x: Any, axes: Iterable[Hashable]) -> Any:
     return jax.lax.pvary(x, more)
 
 
+def varying_like(x: Any, other: Any) -> Any:
+    """`x`, of a type that varies over the manual mesh axes over which that of `other` does."""
+    return varying_over(x, varying_axes(other))
+
+
 def unreduced_axes(x: Any) -> tuple[Hashable, ...]:
     """The manual mesh axes over which `x` is still to be summed."""
     aval = jax.typeof(x)

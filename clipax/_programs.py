@@ -20,6 +20,19 @@ Literal = core.Literal
 # Equations that only wrap a program. What is traced under `jit` had another name before jax 0.7.
 _CALLS = {"jit", "pjit", "closed_call", "core_call"}
 _REMATS = {"checkpoint", "remat", "remat2"}
+# Equations whose outputs are their operands: they say over which mesh axes these vary, where
+# they lie, or that the compiler is to leave them apart.
+_PASSING = {
+    "copy",
+    "copy_p",
+    "layout_constraint",
+    "optimization_barrier",
+    "pvary",
+    "reduced_vary_cast",
+    "reduced_vary_cast_p",  # its name before jax 0.12
+    "reshard",
+    "sharding_constraint",
+}
 
 
 class Ref(NamedTuple):
@@ -45,9 +58,40 @@ def shape_of(atom: Any) -> tuple[int, ...]:
     return tuple(atom.aval.shape)
 
 
+def constant(atom: Any) -> Constant:
+    return atom if isinstance(atom, Constant) else Constant(atom)
+
+
 def ref(path: tuple[Equation, ...], atom: Any) -> Ref:
     """Of a variable, or of a literal, which is the same everywhere."""
-    return Ref(path, atom) if is_variable(atom) else Ref((), Constant(atom))
+    return Ref(path, atom) if is_variable(atom) else Ref((), constant(atom))
+
+
+def passes_on(equation: Equation) -> bool:
+    """Whether its outputs are its operands, of other types if anything."""
+    if equation.primitive.name == "convert_element_type":
+        # Whether a type is weak says how it is promoted, which is over in a program.
+        before: Any = equation.invars[0].aval
+        return bool(before.dtype == equation.params["new_dtype"])
+    return equation.primitive.name in _PASSING
+
+
+def has_mutable_arrays(program: Program) -> bool:
+    """Whether equations of a program, or of those that it calls, read or write them."""
+    pending = [program]
+    while pending:
+        current = pending.pop()
+        made = [variable for equation in current.eqns for variable in equation.outvars]
+        if any(map(_is_mutable, (*current.constvars, *current.invars, *made))):
+            return True
+        bodies = map(body_of, current.eqns)
+        pending += [body.program for body in bodies if body is not None]
+    return False
+
+
+def _is_mutable(variable: Any) -> bool:
+    # The type of what jax.new_ref makes, where JAX has it: its own has no public name in all.
+    return hasattr(variable.aval, "inner_aval")
 
 
 class Body(NamedTuple):
@@ -104,10 +148,31 @@ def scan_layout(equation: Equation, body: Body) -> ScanLayout:
 
 def evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Ref]) -> list[Any]:
     """The values of some variables of a program. In a scan, those of all steps are stacked."""
+    if has_mutable_arrays(closed.jaxpr):
+        return _evaluate_in_one(closed, args, wanted)
     inputs = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     return _evaluate(
         closed.jaxpr, inputs | dict(zip(closed.jaxpr.invars, args, strict=True)), wanted
     )
+
+
+def _evaluate_in_one(
+    closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Ref]
+) -> list[Any]:
+    """The values of outputs, where equations have to be left in their order, and all of them."""
+    try:
+        outputs = core.jaxpr_as_fun(closed)(*args)
+    except FloatingPointError:  # of jax_debug_nans
+        raise
+    except Exception as error:
+        raise ValueError(
+            "loss_fn must use mutable arrays so that JAX can map it over examples, which fails:"
+            f" {error} Make an array that loss_fn writes to inside of loss_fn, by jax.new_ref, and"
+            " write to it outside of jax.lax.cond and jax.lax.switch."
+        ) from error
+    pairs = zip(closed.jaxpr.outvars, outputs, strict=True)
+    values = {variable: value for variable, value in pairs if is_variable(variable)}
+    return [values[variable] if is_variable(variable) else variable.val for _, variable in wanted]
 
 
 class _Step(NamedTuple):
