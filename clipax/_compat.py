@@ -15,6 +15,9 @@ optimization_barrier: Callable[[Any], Any] = jax.lax.optimization_barrier
 # Before, derivatives of doubles need that JAX computes with doubles everywhere.
 HAS_DOUBLES = jax.__version_info__ >= (0, 10)
 
+# Before, second derivatives of a scan forget the rules of what has rules of its own.
+RULES_LAST = jax.__version_info__ >= (0, 12)
+
 
 def doubles() -> AbstractContextManager[Any]:
     """Where float64 stays float64, whatever is set elsewhere."""

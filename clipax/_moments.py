@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipax import _leaves
 from clipax._typing import Array, AxisName, Updates
@@ -61,6 +62,24 @@ def all_finite(values: Updates, *, axis_name: AxisName) -> Array:
     return jnp.isfinite(global_norm(zeros, 1, axis_name=axis_name))
 
 
+@jax.custom_jvp
+def with_derivative_of(value: Array, other: Array) -> Array:
+    """The value, which equals the other up to rounding, with the derivative of the other.
+
+    A choice by `==` is exact where the other is not, but it has the derivative of one branch
+    alone, which is the wrong one where the two meet by chance.
+    """
+    del other
+    return value
+
+
+@with_derivative_of.defjvp
+def _with_derivative_of_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    return with_derivative_of(*primals), tangents[1]
+
+
 # Jitted, so that eager calls round as an outer jit does, which fuses product and sum. Where
 # the sum nearly cancels, as momentum does, that shows; with two products it would be open
 # which of them is fused.
@@ -68,22 +87,99 @@ def all_finite(values: Updates, *, axis_name: AxisName) -> Array:
 def mean(old: Array, new: Array, weight: jax.typing.ArrayLike) -> Array:
     """`(1 - weight) * old + weight * new`."""
     weight = jnp.asarray(weight).astype(old.dtype)
-    return jnp.where(weight == 1, new, old + weight * (new - old))
+    moved = old + weight * (new - old)
+    return with_derivative_of(jnp.where(weight == 1, new, moved), moved)
+
+
+def debiased(decay: jax.typing.ArrayLike, count: Array, dtype: Any = float) -> Array:
+    """`(1 - decay) / (1 - decay^count)`: the newest value's weight in an unbiased average."""
+    weight = jnp.asarray(1 - decay, dtype)
+    has_past = weight < 1
+    # From a decay near one, a difference of rounded powers would keep few digits. A decay of
+    # zero has no logarithm: the inner `where` keeps it out of the derivative.
+    logarithm = jnp.log1p(-jnp.where(has_past, weight, 0.5))
+    total = jnp.where(has_past, -jnp.expm1(count.astype(weight.dtype) * logarithm), 1)
+    return jnp.where(count == 1, 1, weight / total)
 
 
 def power_mean(
     old: Array, new: Array, weight: jax.typing.ArrayLike, ord: jax.typing.ArrayLike = 2.0
 ) -> Array:
-    """`((1 - weight) * old^ord + weight * new^ord)^(1 / ord)` of numbers >= 0."""
-    if not isinstance(ord, jax.Array) and ord == 1:
-        return mean(old, new, weight)
-    weight = jnp.asarray(weight).astype(old.dtype)
+    """`((1 - weight) * old^ord + weight * |new|^ord)^(1 / ord)` of `old` >= 0.
+
+    Where there is no derivative, at a mean of zero or where it is infinite, it is zero.
+    """
+    known = None if isinstance(ord, jax.Array) else float(np.asarray(ord))
+    if known == 1:
+        return mean(old, jnp.abs(new), weight)
+    return _power_mean(known, old, new, *_leaves.in_dtype_of(old, weight, ord))
+
+
+# It is differentiated as another program, since here the derivative would divide zero by zero
+# where a weight is one, as at the first step, and would not know that a square is smooth.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _power_mean(known: float | None, old: Array, new: Array, weight: Array, ord: Array) -> Array:
+    order = ord if known is None else known
     # By what is added: a rounded factor near one, step after step, would add up.
-    kept = old + old * _root_less_one(-weight, ord)
-    learned = _power(weight, ord, is_root=True) * new
+    kept = old + old * _root_less_one(-weight, order)
+    learned = _power(weight, order, is_root=True) * jnp.abs(new)
     large, small = jnp.maximum(kept, learned), jnp.minimum(kept, learned)
     q = small / jnp.where(large > 0, large, 1.0)
-    return large + large * _root_less_one(_power(q, ord), ord)
+    return large + large * _root_less_one(_power(q, order), order)
+
+
+@_power_mean.defjvp
+def _power_mean_jvp(
+    known: float | None, primals: tuple[Array, ...], tangents: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    value = jax.lax.stop_gradient(_power_mean(known, *primals))
+    unit = jnp.where((value > 0) & jnp.isfinite(value), value, 1)
+    by_powers = functools.partial(_by_powers, known, unit)
+    same, dot = jax.jvp(by_powers, primals, tangents)
+    # Not the value alone: before jax 0.12, second derivatives of a scan forget this rule.
+    exact = same + jax.lax.stop_gradient(value - same)
+    return jnp.where(jnp.isfinite(value), exact, value), dot
+
+
+def _by_powers(
+    known: float | None, unit: Array, old: Array, new: Array, weight: Array, ord: Array
+) -> Array:
+    """The mean of powers as it is written, in a unit near it that is a constant."""
+    order = ord if known is None else known
+    # What is so much larger than the mean has a weight of zero, and no derivative but by that.
+    largest = jax.lax.stop_gradient(
+        _power(jnp.full_like(unit, np.finfo(unit.dtype).max / 16), order, is_root=True)
+    )
+
+    def power_of(x: Array) -> Array:
+        is_far = jnp.abs(x) / unit > largest
+        return _power_of_modulus(
+            jnp.where(is_far, largest.astype(x.dtype), divided(x, unit)), order
+        )
+
+    powers = power_of(old), power_of(new)
+    total = (1 - weight) * powers[0] + weight * powers[1]
+    positive = jnp.where(total > 0, total, 1)
+    return unit * jnp.where(total > 0, _power(positive, order, is_root=True), total)
+
+
+def _power_of_modulus(x: Array, ord: jax.typing.ArrayLike) -> Array:
+    if not isinstance(ord, jax.Array) and ord == 2:
+        return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+    is_zero = x == 0
+    return jnp.where(is_zero, 0, _power(jnp.abs(jnp.where(is_zero, 1, x)), ord))
+
+
+def hypotenuse(one: Array, other: Array) -> Array:
+    """`sqrt(one^2 + other^2)`, with a derivative of zero at zero."""
+    length = jax.lax.stop_gradient(jnp.hypot(one, other))
+    unit = jnp.where((length > 0) & jnp.isfinite(length), length, 1)
+    return unit * root((one / unit) ** 2 + (other / unit) ** 2)
+
+
+def root(x: Array) -> Array:
+    """`sqrt(x)` of `x` >= 0, with a derivative of zero at zero, where there is none."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), x)
 
 
 def _root_less_one(x: Array, ord: jax.typing.ArrayLike) -> Array:
@@ -97,7 +193,7 @@ def _power(x: Array, ord: jax.typing.ArrayLike, *, is_root: bool = False) -> Arr
     if not isinstance(ord, jax.Array) and ord == 2:
         return jnp.sqrt(x) if is_root else x * x
     exponent = jnp.asarray(1 / ord if is_root else ord).astype(x.dtype)
-    # The inner `where` keeps the derivative finite at zero. A NaN is not > 0 and comes through.
+    # Zero to a power is zero, also where the logarithm by which it is taken is not finite.
     return jnp.where(x > 0, jnp.where(x > 0, x, 1.0) ** exponent, x)
 
 

@@ -5,19 +5,27 @@ is divided by its largest entry first, so that no square leaves the range of its
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from clipax import _leaves
+from clipax._singular import (
+    Decomposition,
+    adjoint,
+    attached,
+    decompose,
+    derivative,
+    in_units,
+    largest,
+    lasting,
+    matmul,
+    product,
+)
 from clipax._typing import Array, Coefficient
 from clipax.coefficients import hard
-
-# Without it, accelerators round float32 factors to ten bits or fewer.
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 _SQUARINGS = 10
 _STEPS_OF_INVERSE_ROOT = 6
@@ -25,35 +33,26 @@ _STEPS_OF_INVERSE_ROOT = 6
 _LEAST_FOR_SCALE = 0.03
 
 
-class Decomposition(NamedTuple):
-    """`x = u @ diag(s) @ vh`."""
-
-    u: Array
-    s: Array
-    vh: Array
-
-
 class Measured(NamedTuple):
-    """What is known of matrices, as a constant to differentiation."""
+    """What is known of matrices."""
 
     norm: Array
     """The largest singular value, or a bound on it; not finite where the matrix is not."""
     parts: Any
-    """A `Decomposition`, or None."""
+    """A `Decomposition`, a constant to differentiation, or None."""
 
 
-# Both are jitted so that eager calls are cached, and inlined under an outer jit.
+# Jitted so that eager calls are cached, and inlined under an outer jit. The coefficient stays
+# outside of what is jitted: each new one would be compiled, and kept, in eager calls.
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def measure(x: Array, iterations: int | None) -> Measured:
     """Decomposes, or measures by matrix products if iterations are given."""
-    x = jax.lax.stop_gradient(x)
     if iterations is None:
-        parts = _decompose(x)
-        return Measured(parts.s[..., 0], parts)
+        parts = decompose(jax.lax.stop_gradient(x))
+        return Measured(largest(x, parts), parts)
     return Measured(_schatten_norm(x), None)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4), inline=True)
 def clip(
     x: Array,
     measured: Measured,
@@ -62,11 +61,12 @@ def clip(
     iterations: int | None,
 ) -> Array:
     """Clips the singular values of the matrices that are to be scaled."""
-    is_kept = coefficient(measured.norm, max_norm) == 1
+    norm = jax.lax.stop_gradient(measured.norm)
+    is_kept = coefficient(norm, max_norm) == 1
     # It keeps bounds that no product may see, as inf, out of the derivative.
-    bound = jnp.where(is_kept, measured.norm, max_norm)
+    bound = jnp.where(is_kept, norm, max_norm)
     clipped = _clip(coefficient, iterations, x, measured.parts, bound)
-    return jnp.where(jnp.isfinite(measured.norm)[..., None, None], clipped, jnp.nan)
+    return jnp.where(jnp.isfinite(norm)[..., None, None], clipped, jnp.nan)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -80,9 +80,9 @@ def _clip(
     """`u @ diag(f(s)) @ vh` with `f(s) = s * coefficient(s, max_norm)`."""
     if parts is None:
         assert iterations is not None
-        return _by_products(x, max_norm, coefficient is hard, iterations)
+        return _by_products(x, max_norm, is_hard=coefficient is hard, iterations=iterations)
     bound = jnp.broadcast_to(max_norm[..., None], parts.s.shape)
-    return _product(parts, _clipped(coefficient, parts.s, bound))
+    return product(parts, parts.s * coefficient(parts.s, bound))
 
 
 @_clip.defjvp
@@ -97,80 +97,45 @@ def _clip_jvp(
     JAX's rule for the decomposition would divide by what two singular values differ, and
     iterations on their way to the limit have a derivative far from the limit's.
     """
-    x, given, max_norm = primals
-    x_dot, _, max_norm_dot = tangents
-    parts = _decompose(x) if given is None else given
-    u, s, vh = parts
-    # Under a bound of zero, singular values that are rounding alone have no finite slope.
-    least = np.finfo(s.dtype).eps * s[..., :1]
-    bound = jnp.broadcast_to(jnp.maximum(max_norm[..., None], least), s.shape)
-    bound_dot = jnp.broadcast_to(max_norm_dot[..., None], s.shape)
-    function = functools.partial(_clipped, coefficient)
-    f, f_dot = jax.jvp(function, (s, bound), (jnp.zeros_like(s), bound_dot))
+    x, parts, max_norm = primals
+    given = decompose(jax.lax.stop_gradient(x)) if parts is None else parts
+    by_both = functools.partial(derivative, coefficient)
+    moved = by_both(*attached(x, given), max_norm, (tangents[0], tangents[2]))
 
-    inside = _matmul(_matmul(_adjoint(u), x_dot), _adjoint(vh))
-    outside = _matmul(x_dot, _adjoint(vh)) - _matmul(u, inside)
-    even, odd = (inside + _adjoint(inside)) / 2, (inside - _adjoint(inside)) / 2
-    by_difference, by_sum = _quotients(function, s, f, bound)
-    inside = even * by_difference.astype(u.dtype) + odd * by_sum.astype(u.dtype)
-    outside = outside * coefficient(s, bound)[..., None, :].astype(u.dtype)
-    moved = _matmul(_matmul(u, inside) + outside, vh) + _product(parts, f_dot)
-    return _clip(coefficient, iterations, x, given, max_norm), moved
+    def by_given(x_dot: Array, max_norm_dot: Array) -> Array:
+        return by_both(given, None, jax.lax.stop_gradient(max_norm), (x_dot, max_norm_dot))
 
-
-def _quotients(
-    function: Callable[..., Array], s: Array, f: Array, bound: Array
-) -> tuple[Array, Array]:
-    """`(f_i - f_j) / (s_i - s_j)`, `(f_i + f_j) / (s_i + s_j)`, and the slope where they end."""
-    total, difference = (s[..., :, None] + sign * s[..., None, :] for sign in (1, -1))
-    f_total, f_difference = (f[..., :, None] + sign * f[..., None, :] for sign in (1, -1))
-    mean, bounds = total / 2, jnp.broadcast_to(bound[..., None], total.shape)
-    _, slope = jax.jvp(function, (mean, bounds), (jnp.ones_like(mean), jnp.zeros_like(mean)))
-    # Where rounding would do more to the quotient than the slope at the mean misses.
-    is_apart = jnp.abs(difference) > np.finfo(s.dtype).eps ** (1 / 3) * total
-    by_difference = jnp.where(is_apart, f_difference / jnp.where(is_apart, difference, 1), slope)
-    by_sum = jnp.where(total > 0, f_total / jnp.where(total > 0, total, 1), slope)
-    return by_difference, by_sum
-
-
-def _clipped(coefficient: Coefficient, s: Array, bound: Array) -> Array:
-    return s * coefficient(s, bound)
-
-
-def _product(parts: Decomposition, s: Array) -> Array:
-    return _matmul(parts.u * s[..., None, :].astype(parts.u.dtype), parts.vh)
-
-
-def _decompose(x: Array) -> Decomposition:
-    scaled, unit, largest = _in_units(x)
-    u, s, vh = jnp.linalg.svd(scaled, full_matrices=False)
-    return Decomposition(u, jnp.where(jnp.isfinite(largest), s * unit, largest), vh)
+    clipped = _clip(coefficient, iterations, x, parts, max_norm)
+    return lasting(clipped, by_given, x, max_norm), moved
 
 
 def _schatten_norm(x: Array) -> Array:
     """`(sum_i s_i^2048)^(1/2048)`: at least the largest of n, and at most n^(1/2048) times it."""
-    scaled, unit, largest = _in_units(x)
+    scaled, unit, largest = in_units(x)
 
     def square(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         power, norm = carry
         trace = jnp.trace(power, axis1=-2, axis2=-1).real[..., None]
-        divisor = jnp.where(trace > 0, trace, 1).astype(power.dtype)[..., None]
-        power = power / divisor
-        return _matmul(power, power), norm * trace ** (0.5 ** (step + 1).astype(trace.dtype))
+        # The inner `where` keeps the derivative finite at zero.
+        divisor = jnp.where(trace > 0, trace, 1)
+        root = divisor ** (0.5 ** jnp.asarray(step + 1).astype(trace.dtype))
+        power = power / divisor.astype(power.dtype)[..., None]
+        return matmul(power, power), norm * jnp.where(trace > 0, root, 0)
 
-    start = _matmul(_adjoint(scaled), scaled), _leaves.filled_like(unit, 1.0)
+    start = matmul(adjoint(scaled), scaled), _leaves.filled_like(unit, 1.0)
     _, norm = jax.lax.fori_loop(0, _SQUARINGS + 1, square, start)
     return jnp.where(jnp.isfinite(largest), norm * unit, largest)[..., 0]
 
 
-def _by_products(x: Array, max_norm: Array, is_hard: bool, iterations: int) -> Array:
+@functools.partial(jax.jit, static_argnames=("is_hard", "iterations"), inline=True)
+def _by_products(x: Array, max_norm: Array, *, is_hard: bool, iterations: int) -> Array:
     """Clips singular values by Newton-Schulz iterations: by `hard`, or else by `square_root`.
 
     Stacked on `c * I`, a matrix with singular values s has the values sqrt(s^2 + c^2), none
     below c. Brought to one, they leave s / sqrt(s^2 + c^2) above and c / sqrt(s^2 + c^2)
     below: a sine and a cosine, whose quotient is s / c, at most one where the sine is less.
     """
-    scaled, unit, _ = _in_units(x)
+    scaled, unit, _ = in_units(x)
     relative = (max_norm[..., None] / unit)[..., None]
     bound = max_norm[..., None, None].astype(x.dtype)
     squares = jnp.sum(jnp.square(jnp.abs(scaled)), axis=(-2, -1), keepdims=True)
@@ -185,12 +150,12 @@ def _by_products(x: Array, max_norm: Array, is_hard: bool, iterations: int) -> A
     )
     if not is_hard:
         return bound * sine
-    below, above = _matmul(cosine, cosine), _matmul(_adjoint(sine), sine)
+    below, above = matmul(cosine, cosine), matmul(adjoint(sine), sine)
     # What is nearer to the bound than this has no sign yet, and needs none: both sides agree.
     nearest = _leaves.filled_like(relative, min(1.0, 2.5 ** (3 - iterations)))
     (sign,) = _orthogonalized([below - above], nearest, iterations)
-    larger = (below + above + _matmul(below - above, sign)) / 2
-    return bound * _matmul(sine, _inverse_root(larger))
+    larger = (below + above + matmul(below - above, sign)) / 2
+    return bound * matmul(sine, _inverse_root(larger))
 
 
 def _orthogonalized(blocks: Sequence[Array], least: Array, iterations: int) -> Sequence[Array]:
@@ -205,11 +170,11 @@ def _orthogonalized(blocks: Sequence[Array], least: Array, iterations: int) -> S
         blocks, least = carry
         floor = jnp.maximum(least, _LEAST_FOR_SCALE)
         scale = jnp.sqrt(3 / (1 + floor + jnp.square(floor)))
-        gram = sum(_matmul(_adjoint(block), block) for block in blocks)
+        gram = sum(matmul(adjoint(block), block) for block in blocks)
         cubed = (scale**3).astype(eye.dtype) * gram
         factor = (3 * scale).astype(eye.dtype) / 2 * eye - cubed / 2
         least = scale * least * (3 - jnp.square(scale * least)) / 2
-        return [_matmul(block, factor) for block in blocks], least
+        return [matmul(block, factor) for block in blocks], least
 
     return jax.lax.fori_loop(0, iterations, step, (list(blocks), least))[0]
 
@@ -220,27 +185,11 @@ def _inverse_root(x: Array) -> Array:
 
     def step(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         root, inverse = carry
-        factor = (3 * eye - _matmul(inverse, root)) / 2
-        return _matmul(root, factor), _matmul(factor, inverse)
+        factor = (3 * eye - matmul(inverse, root)) / 2
+        return matmul(root, factor), matmul(factor, inverse)
 
     start = x, eye + 0 * x
     return jax.lax.fori_loop(0, _STEPS_OF_INVERSE_ROOT, step, start)[1]
-
-
-def _in_units(x: Array) -> tuple[Array, Array, Array]:
-    """Matrices over their largest entry, that unit, and the entry, finite or not."""
-    parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
-    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(y), axis=(-2, -1)) for y in parts])
-    largest = largest[..., None]
-    is_finite = jnp.isfinite(largest)
-    unit = jnp.where(is_finite, _leaves.unit_of(largest), 1)
-    # Decompositions of NaN can hang, and part by part no complex quotient overflows.
-    parts = [jnp.where(is_finite[..., None], y, 0) / unit[..., None] for y in parts]
-    return parts[0] if len(parts) == 1 else jax.lax.complex(*parts), unit, largest
-
-
-def _adjoint(x: Array) -> Array:
-    return jnp.conj(jnp.swapaxes(x, -2, -1))
 
 
 def _eye_for(x: Array) -> Array:

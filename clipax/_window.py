@@ -72,8 +72,11 @@ def mean_and_std(window: WindowState, *, ddof: int = 0) -> tuple[Array, Array]:
     mean = jnp.sum(values / unit) / jnp.maximum(count, 1)
     squares = jnp.where(in_use, jnp.square(values / unit - mean), 0)
     variance = jnp.sum(squares) / jnp.maximum(count - ddof, 1)
+    # The inner `where` keeps the derivative finite where all values are equal.
+    has_spread = variance > 0
+    std = jnp.where(has_spread, jnp.sqrt(jnp.where(has_spread, variance, 1)), variance)
     mean = mean * unit
-    return mean, jnp.maximum(jnp.sqrt(variance) * unit, _LEAST_STD * jnp.abs(mean))
+    return mean, jnp.maximum(std * unit, _LEAST_STD * jnp.abs(mean))
 
 
 def _position(last: Array, q: Any, dtype: Any) -> tuple[Array, Array]:

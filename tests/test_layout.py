@@ -26,6 +26,7 @@ FLOORS = [
         "_safe_norm",
         "_matrices",
         "_products",
+        "_singular",
         "_terms",
         "_mapped",
         "_spectral",

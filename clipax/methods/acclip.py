@@ -110,7 +110,7 @@ def acclip(
             return _moments.mean(old, x, 1 - decay)
 
         def bound(old: Array, x: Array) -> Array:
-            return _moments.power_mean(old, jnp.abs(x), 1 - decay_bound, ord)
+            return _moments.power_mean(old, x, 1 - decay_bound, ord)
 
         momentum = jax.tree.map(average, state.momentum, wide)
         bounds = jax.tree.map(bound, state.max_value, wide)

@@ -105,4 +105,5 @@ def clip21(
 
 def _moved(estimate: Array, update: Array, move: Array, clipped: Array) -> Array:
     # A whole move arrives exactly, which the rounded sum need not, nor at -0.0.
-    return jnp.where(clipped == move, update, estimate + clipped)
+    moved = estimate + clipped
+    return _moments.with_derivative_of(jnp.where(clipped == move, update, moved), moved)

@@ -118,10 +118,10 @@ def scale_by_stable_adam(
         wide = _moments.widened(updates, state.mu)
 
         def average(old: Array, x: Array) -> Array:
-            return _moments.mean(old, x, _debiased(b1, count))
+            return _moments.mean(old, x, _moments.debiased(b1, count))
 
         def average_square(old: Array, x: Array) -> Array:
-            return _moments.power_mean(old, jnp.abs(x), _debiased(b2, count))
+            return _moments.power_mean(old, x, _moments.debiased(b2, count))
 
         def like(x: Array) -> Array:
             return jnp.asarray(eps).astype(x.dtype)
@@ -141,9 +141,3 @@ def scale_by_stable_adam(
         return _moments.narrowed(clipped, updates), StableAdamState(clip, *learned)
 
     return transformation(init_fn, update_fn)
-
-
-def _debiased(decay: jax.typing.ArrayLike, count: Array) -> Array:
-    """`(1 - decay) / (1 - decay^count)`, also where the power is near one."""
-    weight = jnp.asarray(1 - decay, float)
-    return jnp.minimum(weight / -jnp.expm1(count.astype(weight.dtype) * jnp.log1p(-weight)), 1.0)

@@ -135,7 +135,7 @@ def spam_clip(
         clipped = _leaves.map_measured(_clip_leaf, wide, usual, clip.max_norm)
 
         def learn(old: Array, x: Array) -> Array:
-            return _moments.power_mean(old, jnp.abs(x), 1 - decay)
+            return _moments.power_mean(old, x, 1 - decay)
 
         learned = jax.tree.map(learn, rms, clipped), optax.safe_increment(count), clip.threshold
         is_finite = _moments.all_finite(wide, axis_name=axis_name)
@@ -156,7 +156,10 @@ def _root_of(ratios: Threshold) -> Threshold:
 
 
 def _clip_leaf(x: Array, usual: Array, root: Array) -> Array:
-    modulus, bound = jnp.abs(x), root * usual
+    # An infinite bound would be infinite in the derivative by the ratio too.
+    is_bounded = jnp.isfinite(usual)
+    bound = jnp.where(is_bounded, root * jnp.where(is_bounded, usual, 1.0), jnp.inf)
+    modulus = jnp.abs(x)
     exceeds = modulus > bound
     # The direction first: the one factor to the bound can be too small for a float.
     direction = _moments.divided(x, jnp.where(exceeds, modulus, 1.0))

@@ -127,15 +127,15 @@ def stable_spam(
     def bound(norm: Array, state: BoundState, params: Any = None) -> tuple[Array, BoundState]:
         del params
         count = optax.safe_increment(state.count)
-        mean = _moments.mean(state.mean, norm, _weight(decay_bound, count, norm))
+        mean = _moments.mean(state.mean, norm, _moments.debiased(decay_bound, count, norm.dtype))
         state = _leaves.choose(norm > 0, BoundState(mean, count), state)
         return state.mean, state
 
     def size(norm: Array, state: NormState, params: Any = None) -> tuple[Array, NormState]:
         del params
         count = optax.safe_increment(state.count)
-        mean = _moments.mean(state.mean, norm, _weight(decay_norm, count, norm))
-        weight = _weight(decay_square, count, norm)
+        mean = _moments.mean(state.mean, norm, _moments.debiased(decay_norm, count, norm.dtype))
+        weight = _moments.debiased(decay_square, count, norm.dtype)
         root = _moments.power_mean(state.root_mean_square, norm, weight)
         state = _leaves.choose(norm > 0, NormState(mean, root, count), state)
         divisor = state.root_mean_square + _leaves.in_dtype_of(norm, eps)[0]
@@ -189,14 +189,6 @@ def _learned(rule: Callable[..., Any], kind: type, *, is_mapped: bool) -> Thresh
         return results, _leaves.choose(jnp.isfinite(total), learned, state)
 
     return Threshold(lifted.init, update_fn)
-
-
-def _weight(decay: jax.typing.ArrayLike, count: Array, norm: Array) -> Array:
-    """The newest value's in a bias-corrected average: `(1 - decay) / (1 - decay^count)`."""
-    (new,) = _leaves.in_dtype_of(norm, 1 - decay)
-    # From a decay near one, a difference of rounded powers would keep few digits.
-    total = -jnp.expm1(count.astype(norm.dtype) * jnp.log1p(-new))
-    return jnp.where(count == 1, 1, new / total)
 
 
 def _normalized(norm: Array, max_norm: Array) -> Array:

@@ -117,5 +117,5 @@ def u_clip(
 
 
 def _with_carry(update: Array, carry: Array) -> Array:
-    # The sum with a zero would lose the sign of -0.0.
-    return jnp.where(carry == 0, update, update + carry)
+    # The sum with a zero would lose the sign of -0.0, which a difference keeps.
+    return update - (0 - carry)

@@ -175,7 +175,8 @@ def zclip(
         # The paper's average takes the deviation from the new mean, and Welford's variance
         # the geometric mean of both: so the one has a factor more.
         share = weight * past * jnp.where(is_warmed_up, past, 1)
-        new_std = jnp.hypot(jnp.sqrt(past) * std, jnp.sqrt(share) * deviation)
+        kept, added = _moments.root(past) * std, _moments.root(share) * deviation
+        new_std = _moments.hypotenuse(kept, added)
         new_mean = _moments.mean(mean, value, weight)
         return ZClipState(new_mean, new_std, optax.safe_increment(count))
 
