@@ -15,6 +15,7 @@ from clipax._programs import Ref
 from clipax._safe_norm import Layout, total_norm
 from clipax._terms import Scope
 from clipax._typing import Array, Coefficient, Norms
+from clipax.coefficients import Factors, in_two
 
 ArgNums = int | Sequence[int]
 Outputs = Callable[[Any, Any, Any], Any]
@@ -321,15 +322,19 @@ class Measured(NamedTuple):
             finite = [jnp.isfinite(size) for size in jax.tree.leaves(sizes)]
             counted = jnp.all(jnp.stack([counted, *finite]), 0)
 
-        def factor(size: Array, limit: Array) -> Array:
-            found = coefficient(size, jnp.broadcast_to(limit, size.shape))
-            return jnp.where(counted, found, 0)
-
-        factors = jax.tree.map(factor, sizes, bounds)
+        limits = jax.tree.map(
+            lambda size, limit: jnp.broadcast_to(limit, size.shape), sizes, bounds
+        )
+        weights = in_two(coefficient, sizes, limits)
+        weights = weights._replace(
+            second=jax.tree.map(lambda factor: jnp.where(counted, factor, 0), weights.second)
+        )
+        rows = zip(*(self._for_leaves(each, tree) for each in weights), strict=True)
         sums = self._weighted_sums(
-            self._for_leaves(factors, tree),
+            [Factors(*row) for row in rows],
             None if mask is None and not skip_nonfinite else ~counted,
         )
+        factors = weights.product
         info = PerExampleInfo(self.losses, sizes, factors, counted, None, bounds, self.aux)
         return sums, info
 
@@ -375,7 +380,7 @@ class Measured(NamedTuple):
         _for_each_bound(extend, factors, tree)
         return weights
 
-    def _weighted_sums(self, weights: list[Array], is_kept_out: Array | None) -> Any:
+    def _weighted_sums(self, weights: list[Factors], is_kept_out: Array | None) -> Any:
         rows = zip(self.plans, self.kept, weights, strict=True)
         sums = [
             _plans.weighted_sum(plan, kept, weight, is_kept_out) for plan, kept, weight in rows

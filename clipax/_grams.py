@@ -346,12 +346,17 @@ def each_product(parts: Factors) -> Array:
     return jnp.einsum("bnti,bnto->bnio", parts.lhs, parts.rhs, precision=parts.precision)
 
 
-def weighted_product(parts: Factors, weights: Array) -> Array:
-    """The weighted sum of the examples' products, none of which is made."""
+def weighted_product(parts: Factors, weights: Sequence[Array]) -> Array:
+    """The weighted sum of the examples' products, none of which is made.
+
+    A weight is a product itself, since one float cannot hold a very small one.
+    """
     wide = _leaves.wide_dtype(parts.rhs.dtype)
     # The range of bfloat16 is that of float32, and its products are fast.
     narrow = parts.rhs.dtype if parts.rhs.dtype == jnp.bfloat16 else wide
-    rhs = parts.rhs.astype(wide) * weights.astype(wide)[:, None, None, None]
+    rhs = parts.rhs.astype(wide)
+    for weight in weights:
+        rhs = rhs * weight.astype(wide)[:, None, None, None]
     rhs = rhs.astype(narrow)
     if parts.is_one_hot:
         return _placed(

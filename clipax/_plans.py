@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _compat, _grams, _leaves
+from clipax import _compat, _grams, _leaves, coefficients
 from clipax._grams import Values
 from clipax._preparations import Windows
 from clipax._products import terms_of
@@ -216,7 +216,9 @@ def _made(plan: Plan, products: Any, constant: Array | None, examples: int) -> A
     return each if constant is None else each + constant[None].astype(plan.dtype)
 
 
-def weighted_sum(plan: Plan, kept: Kept, weights: Array, is_kept_out: Array | None) -> Array:
+def weighted_sum(
+    plan: Plan, kept: Kept, weights: coefficients.Factors, is_kept_out: Array | None
+) -> Array:
     """The sum of the examples' gradients, each times its weight.
 
     Of examples that are kept out nothing may come in, not even times zero: it may be NaN.
@@ -228,10 +230,12 @@ def weighted_sum(plan: Plan, kept: Kept, weights: Array, is_kept_out: Array | No
             return array
         return jnp.where(is_kept_out.reshape(-1, *[1] * (array.ndim - 1)), 0, array)
 
-    total = _compat.varying_like(jnp.zeros(plan.shape, wide), weights)
+    first, second = (weight.astype(wide) for weight in weights)
+    total = _compat.varying_like(jnp.zeros(plan.shape, wide), second)
     if kept.each is not None:
-        each = without(kept.each)
-        total += jnp.tensordot(weights.astype(wide), each.astype(wide), 1)
+        each = without(kept.each).astype(wide)
+        each *= first.reshape(-1, *[1] * (each.ndim - 1))
+        total += jnp.tensordot(second, each, 1)
     for term, parts in kept.products:
         lhs = parts.lhs if parts.is_one_hot else without(parts.lhs)
         parts = parts._replace(lhs=lhs, rhs=without(parts.rhs))
@@ -240,5 +244,7 @@ def weighted_sum(plan: Plan, kept: Kept, weights: Array, is_kept_out: Array | No
         constant = kept.constant.astype(wide)
         if is_kept_out is not None:
             constant = jnp.where(jnp.all(is_kept_out), 0, constant)
-        total += jnp.sum(weights) * constant
+        # Of a large constant, every example has a small weight.
+        largest = jnp.max(first)
+        total += jnp.sum(first / largest * second) * (largest * constant)
     return total

@@ -146,3 +146,17 @@ def test_derivatives_at_the_largest_floats_are_finite() -> None:
 
         for entry in (1e36, 1e38):
             assert bool(jnp.isfinite(jax.grad(total)(jnp.array([entry, 1.0]))).all())
+
+
+@pytest.mark.parametrize("entry", HUGE)
+@pytest.mark.parametrize("product", [lambda w, x: jnp.sum(w * x), lambda w, x: jnp.dot(x, w)])
+def test_the_largest_gradients_of_examples_are_clipped(product: Any, entry: float) -> None:
+    def loss_fn(params: Any, example: Any) -> Any:
+        return product(params["w"], example) + 0.25 * params["b"]
+
+    params = {"w": jnp.zeros(2), "b": jnp.zeros(())}
+    batch = jnp.array([[entry, 0.0], [0.0, 0.25]])
+    grads, info = jax.jit(clipax.clipped_grad(loss_fn, 1.0, mean=False))(params, batch)
+    np.testing.assert_allclose(info.norms, [entry, np.hypot(0.25, 0.25)], rtol=2e-6)
+    np.testing.assert_allclose(grads["w"], [1.0, 0.25], rtol=2e-6)
+    np.testing.assert_allclose(grads["b"], 0.25, rtol=2e-6)
