@@ -37,7 +37,7 @@ def varying_axes(x: Any) -> frozenset[Hashable]:
 
 
 def varying_like(x: Any, other: Any) -> Any:
-    """`x`, of a type that varies over the manual mesh axes over which that of `other` does."""
+    """Returns `x` with a type that varies over the manual mesh axes of `other`, too."""
     axes = tuple(varying_axes(other) - varying_axes(x))
     if not axes:
         return x
