@@ -128,11 +128,11 @@ def factors(term: Product, values: Values, examples: int) -> Factors:
 
 
 def _scaled_by(scale: float, array: Array) -> Array:
-    """The array times a number that itself may be out of the range of its dtype."""
+    """Multiplies an array by a number that may be out of the range of its dtype."""
     step = 2.0**96
     while abs(scale) > step or 0 < abs(scale) < 1 / step:
         by = step if abs(scale) > step else 1 / step
-        # Behind a barrier, or XLA would multiply the numbers by each other first.
+        # The barrier keeps XLA from multiplying the numbers by each other first.
         array = _compat.optimization_barrier(array * jnp.asarray(by, array.dtype))
         scale = np.clip(scale, -sys.float_info.max, sys.float_info.max) / by
     return array * jnp.asarray(scale, array.dtype)
@@ -192,10 +192,10 @@ def taken_apart(term: Product, gradient: Array) -> Array:
 
 
 def rest_of(term: Product, gradient: Array, block: Array) -> Array | None:
-    """What of an array in the shape of the gradient is not in its block; None if nothing is."""
+    """Returns the entries of a gradient that its block lacks, or None if it lacks none."""
     if block.size == gradient.size:
         return None
-    # By what stays, and not by a difference: inf - inf would be NaN.
+    # A difference would make NaN of inf - inf.
     return jnp.where(assembled(term, block) == gradient, 0, gradient)
 
 
@@ -210,7 +210,7 @@ def row_norms(array: Array) -> Array:
 
 
 def with_rest(norms: Array, rest: Array | None) -> Array:
-    """The norms of what has these in its block, and a rest that all examples share."""
+    """Completes the norms of blocks by a rest that all examples share."""
     if rest is None:
         return norms
     beside = jnp.broadcast_to(row_norms(rest[None]), norms.shape).astype(norms.dtype)

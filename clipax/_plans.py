@@ -155,7 +155,7 @@ def measured(plan: Plan, values: Values, examples: int) -> Measured:
     parts = [_grams.factors(term, values, examples) for term in terms]
     width = _leaves.wide_dtype(plan.dtype, *(part.rhs.dtype for part in parts))
     if width == np.float64:
-        # A leaf may have been cast to another width for some of its terms.
+        # A program can cast a leaf to another width for some of its terms.
         parts = [part.widened(width) for part in parts]
     products = list(zip(terms, parts, strict=True))
     norm_dtype = _leaves.wide_dtype(plan.dtype)
@@ -173,7 +173,7 @@ def measured(plan: Plan, values: Values, examples: int) -> Measured:
     if plan.way is Way.GRAM:
         block = rest = None
         if constant is not None:
-            # Of products in a part of the leaf, the block is that part of what is added.
+            # If the products fill a part of the leaf, so does the block of the constant.
             wide = constant.astype(width)
             block = _grams.taken_apart(terms[0], wide)
             rest = _grams.rest_of(terms[0], wide, block)

@@ -1,4 +1,4 @@
-"""The rules by which the products of which gradients are made are found, and not made.
+"""The rules that find the products of which gradients are made.
 
 The gradient of a weight is nearly always a sum of `lhs^T rhs`: of activations and of what
 flows back to them. Walked back from a gradient, the program tells them, through whatever
@@ -116,7 +116,7 @@ def _dynamic_update_slice(site: Site) -> Recipe | None:
     tells = site.scope.operand(starts[place], (), Place(out[place].size, is_clipped=True))
     row = site.scope.operand(update, rest, Squeezed(place))
     new = _product(tells, row, out, one_hot=out[place])
-    # What was in the place of the row is gone.
+    # The row replaces other entries, which must be zero.
     return Recipe([site.origin(0)], lambda terms: None if terms else new)
 
 
@@ -221,7 +221,7 @@ def _broadcast(site: Site) -> Recipe | None:
     before, after = shape_of(site.operands[0]), shape_of(site.variable)
     if math.prod(before) == math.prod(after):
         return _in_the_new_shape(site)
-    # Of zero, which has no terms, it is zero.
+    # Zero has no terms, and stays zero.
     return each(site.origin(0), lambda _: None)
 
 
@@ -372,12 +372,12 @@ def _div(site: Site) -> Recipe | None:
 
 
 def _scaled(terms: Terms, number: Origin, *preparations: Any) -> Terms | None:
-    """The terms of what is multiplied by a number."""
+    """Multiplies terms by a number."""
     scale = _constant(number[1], *preparations)
     if scale is not None:
         return changed(terms, lambda term: term._replace(scale=term.scale * scale))
     if not terms:
-        # Zero times what may be infinite.
+        # Zero times a number that may be infinite is not always zero.
         return None
     scope, atom = number
     factor = scope.operand(atom, (), *preparations)
@@ -385,7 +385,7 @@ def _scaled(terms: Terms, number: Origin, *preparations: Any) -> Terms | None:
 
 
 def _constant(atom: Any, *preparations: Any) -> float | None:
-    """The value of a number that stands in the program."""
+    """Returns the value of a number, or of its reciprocal, if the program states it."""
     is_real = jnp.issubdtype(atom.aval.dtype, np.floating)
     if is_variable(atom) or not is_real or not np.isfinite(value := float(atom.val)):
         return None
@@ -447,7 +447,7 @@ def _scan(site: Site) -> Recipe | None:
 def _lifted(
     site: Site, inside: Scope, layout: _programs.ScanLayout, step: Axis
 ) -> Callable[[Operand], Operand]:
-    """Makes of an operand of one step that of all steps."""
+    """Returns a function that turns an operand of one step into that of all steps."""
     first_scanned = layout.consts + layout.carries
 
     def lift(operand: Operand) -> Operand:

@@ -20,8 +20,8 @@ Literal = core.Literal
 # Equations that only wrap a program. What is traced under `jit` had another name before jax 0.7.
 _CALLS = {"jit", "pjit", "closed_call", "core_call"}
 _REMATS = {"checkpoint", "remat", "remat2"}
-# Equations whose outputs are their operands: they say over which mesh axes these vary, where
-# they lie, or that the compiler is to leave them apart.
+# Equations that return their operands. They change the mesh axes over which a type varies, the
+# place of an array, or what a compiler may join.
 _PASSING = {
     "copy",
     "copy_p",
@@ -68,16 +68,16 @@ def ref(path: tuple[Equation, ...], atom: Any) -> Ref:
 
 
 def passes_on(equation: Equation) -> bool:
-    """Whether its outputs are its operands, of other types if anything."""
+    """Whether an equation returns its operands with no change but to their types."""
     if equation.primitive.name == "convert_element_type":
-        # Whether a type is weak says how it is promoted, which is over in a program.
+        # A weak type matters for promotion alone, and a program holds no promotions.
         before: Any = equation.invars[0].aval
         return bool(before.dtype == equation.params["new_dtype"])
     return equation.primitive.name in _PASSING
 
 
 def has_mutable_arrays(program: Program) -> bool:
-    """Whether equations of a program, or of those that it calls, read or write them."""
+    """Whether a program, or a body that it calls, has a mutable array."""
     pending = [program]
     while pending:
         current = pending.pop()
@@ -90,7 +90,8 @@ def has_mutable_arrays(program: Program) -> bool:
 
 
 def _is_mutable(variable: Any) -> bool:
-    # The type of what jax.new_ref makes, where JAX has it: its own has no public name in all.
+    # This attribute marks the type of a mutable array, which has no public name in all of the
+    # supported versions of JAX.
     return hasattr(variable.aval, "inner_aval")
 
 
@@ -159,7 +160,7 @@ def evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Ref
 def _evaluate_in_one(
     closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Ref]
 ) -> list[Any]:
-    """The values of outputs, where equations have to be left in their order, and all of them."""
+    """Evaluates outputs by the whole program, so that reads and writes keep their order."""
     try:
         outputs = core.jaxpr_as_fun(closed)(*args)
     except FloatingPointError:  # of jax_debug_nans

@@ -89,7 +89,7 @@ class Move(NamedTuple):
         return getattr(jax.lax, self.name)(value, *self.arguments)
 
     def after(self, moves: tuple["Move", ...]) -> tuple["Move", ...]:
-        """The moves and then this one; as one with the last of them where they are alike."""
+        """Appends this move to others, and joins it with the last one if both are of a kind."""
         if not moves or moves[-1].name != self.name:
             return (*moves, self)
         (*before, last) = moves
@@ -129,7 +129,7 @@ class Scope:
         self.inputs = {variable: index for index, variable in enumerate(program.invars)}
         self.made_by: dict[Any, tuple[Equation, int]] = {}
         self.terms: dict[Any, Terms] = {}
-        """Those that are known already."""
+        """The terms of variables that a walk has visited."""
         self._bodies: dict[int, Scope] = {}
         self._origins: dict[Any, Origin] = {}
         self._numbers: dict[Any, Origin] = {}
@@ -141,7 +141,7 @@ class Scope:
 
     def _depending(self, depends: Sequence[bool]) -> set[Any]:
         if self.is_mutable:
-            # What an example writes to an array comes out of it elsewhere.
+            # An example can write to an array here, and read from it anywhere.
             return {*self.inputs, *self.made_by}
         found = {
             variable for variable, flag in zip(self.program.invars, depends, strict=True) if flag
@@ -156,17 +156,17 @@ class Scope:
         return self.made_by.get(atom, (None, 0)) if is_variable(atom) else (None, 0)
 
     def caller(self, atom: Any) -> "Origin | None":
-        """Where an operand of a call stands outside of it."""
+        """Returns the argument that a call gets for an input of its body."""
         if self.outer is None or self.is_step or atom not in self.inputs:
             return None
         return self.outer, self.path[-1].invars[self.inputs[atom]]
 
     def origin(self, atom: Any) -> "Origin":
-        """Where a value comes from, through calls and what changes no more than its type."""
+        """Returns the variable that a value comes from, behind calls and changes of type."""
         return _followed((self, atom), _passed_on, lambda scope: scope._origins)
 
     def number(self, atom: Any) -> "Origin | None":
-        """The scalar that all entries of an array are, if they are known to be one."""
+        """Returns the scalar that fills an array, or None if its entries may differ."""
         place = _followed((self, atom), _repeated, lambda scope: scope._numbers)
         return None if place[1].aval.ndim else place
 
@@ -194,7 +194,7 @@ class Scope:
         return self.naming(Operand(self.ref(atom), False, (), tuple(axes), preparations), atom)
 
     def naming(self, operand: Operand, atom: Any) -> Operand:
-        """An operand by what it is in this scope or, in a call, outside of it."""
+        """Names an operand by a value of this scope, or of the scope that passed it in."""
         here: Scope = self
         while is_variable(atom) and (outside := here.caller(atom)):
             here, atom = outside
@@ -202,7 +202,7 @@ class Scope:
 
 
 Origin: TypeAlias = tuple[Scope, Any]
-"""A variable, or a constant, and the scope in which it stands."""
+"""A variable or a constant, and its scope."""
 
 
 def _followed(
@@ -210,7 +210,7 @@ def _followed(
     link: Callable[[Scope, Any], Origin | None],
     known: Callable[[Scope], dict[Any, Origin]],
 ) -> Origin:
-    """The end of a chain of links, which is walked once however often it is asked for."""
+    """Returns the end of a chain of links. Every variable on it remembers that end."""
     passed = []
     following: Origin | None = place
     while following is not None:
@@ -240,7 +240,7 @@ def _passed_on(scope: Scope, variable: Any) -> Origin | None:
     return (scope, equation.invars[position]) if _programs.passes_on(equation) else None
 
 
-# They leave an array of one number an array of that number.
+# Primitives that turn an array filled with one number into another such array.
 _REPEATING = {"broadcast_in_dim", "reshape", "squeeze", "transpose", "rev", "slice"}
 
 

@@ -1,7 +1,8 @@
-"""Finds the terms of a variable: each of the variables before it is visited once.
+"""Finds the terms that add up to a variable, in one walk over its program.
 
-A rule says of one equation from which other terms its own follow. The walk sees to it that
-these are known, and calls nothing that calls itself: programs can be long.
+A rule reads one equation and returns a recipe: the variables whose terms it needs, and how to
+make new terms from those. The walk keeps the terms of every variable that it has visited, so it
+visits none twice. It keeps its own stack, because a program can be longer than Python's.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,12 +13,13 @@ import numpy as np
 from clipax._programs import Equation, is_variable
 from clipax._terms import Axis, Operand, Origin, Passed, Product, Scope, Term, Terms, Whole
 
-# What a sum of more terms than this is scaled or moved by, is not done to each of them.
+# A sum of more terms than this is taken as it is when an equation scales or moves it. Terms
+# could otherwise double with each equation, as in a chain of `w = w + move(w)`.
 _MOST_CHANGED = 1024
 
 
 class Site(NamedTuple):
-    """An equation, which of its outputs is wanted, and where it stands."""
+    """One output of an equation, and the scope of the equation."""
 
     scope: Scope
     equation: Equation
@@ -38,17 +40,17 @@ class Site(NamedTuple):
         return self.equation.outvars[self.position]
 
     def origin(self, index: int) -> Origin:
-        """Where an operand comes from."""
+        """Returns the origin of one operand."""
         return self.scope.origin(self.equation.invars[index])
 
 
 class Recipe(NamedTuple):
-    """How the terms of a variable follow from those of others."""
+    """How to make the terms of a variable from the terms of others."""
 
-    places: Sequence[Origin]
-    """Where the others stand."""
+    origins: Sequence[Origin]
+    """The others."""
     combine: Callable[..., Terms | None]
-    """Of their terms, in order; None where the variable is best taken as it is."""
+    """Takes their terms, in order. Returns None if the variable has to be taken as it is."""
 
 
 Rule = Callable[[Site], Recipe | None]
@@ -56,7 +58,7 @@ _RULES: dict[str, Rule] = {}
 
 
 def rule(*primitives: str) -> Callable[[Rule], Rule]:
-    """Enters a function that reads equations of these primitives; None if one is beyond it."""
+    """Registers a rule for some primitives. It returns None for an equation it cannot read."""
 
     def enter(function: Rule) -> Rule:
         _RULES.update(dict.fromkeys(primitives, function))
@@ -66,29 +68,29 @@ def rule(*primitives: str) -> Callable[[Rule], Rule]:
 
 
 def terms_of(scope: Scope, variable: Any) -> Terms:
-    """The terms that add up to a variable. None of them is zero."""
+    """Returns the terms that add up to a variable. Zero has no terms."""
     wanted = scope.origin(variable)
     recipes: dict[Origin, Recipe] = {}
     pending = [wanted]
     while pending:
-        place = pending[-1]
-        if _known(place) is not None:
+        origin = pending[-1]
+        if _known(origin) is not None:
             pending.pop()
             continue
-        if place not in recipes:
-            recipes[place] = _recipe(*place)
-        before = recipes[place].places
+        if origin not in recipes:
+            recipes[origin] = _recipe(*origin)
+        before = recipes[origin].origins
         unknown = [each for each in before if _known(each) is None]
         pending += unknown
         if not unknown:
             here, atom = pending.pop()
-            terms = recipes.pop(place).combine(*map(_known, before))
+            terms = recipes.pop(origin).combine(*map(_known, before))
             here.terms[atom] = _as_it_is(here, atom) if terms is None else terms
     return _known(wanted) or ()
 
 
-def _known(place: Origin) -> Terms | None:
-    scope, atom = place
+def _known(origin: Origin) -> Terms | None:
+    scope, atom = origin
     if is_variable(atom):
         return scope.terms.get(atom)
     is_zero = np.ndim(atom.val) == 0 and atom.val == 0
@@ -114,21 +116,21 @@ def _recipe(scope: Scope, variable: Any) -> Recipe:
 _NONE = Recipe((), lambda: None)
 
 
-# -- What recipes are made of --------------------------------------------------------------------
+# -- Recipes -------------------------------------------------------------------------------------
 
 
 def made(terms: Terms | None) -> Recipe | None:
-    """Of terms that follow from no others."""
+    """Returns the recipe of terms that need no others."""
     return None if terms is None else Recipe((), lambda: terms)
 
 
-def each(place: Origin, change: Callable[[Product], Product | None]) -> Recipe:
-    """Of the terms of one other variable, changed."""
-    return Recipe([place], lambda terms: changed(terms, change))
+def each(origin: Origin, change: Callable[[Product], Product | None]) -> Recipe:
+    """Returns a recipe that changes each term of one other variable."""
+    return Recipe([origin], lambda terms: changed(terms, change))
 
 
 def changed(terms: Terms, change: Callable[[Product], Product | None]) -> Terms | None:
-    """The terms, changed one by one; None where one of them cannot be."""
+    """Changes terms one by one. Returns None if one of them cannot be changed."""
     if len(terms) > _MOST_CHANGED:
         return None
     found = []
@@ -153,11 +155,11 @@ def _add(site: Site) -> Recipe:
     return Recipe(list(times), combine)
 
 
-def _summands(place: Origin) -> dict[Origin, float]:
-    """What a sum of sums adds up, and how often each of it."""
+def _summands(origin: Origin) -> dict[Origin, float]:
+    """Returns the operands of a sum of sums, with the number of times that each is added."""
     order: list[Origin] = []
     seen: set[Origin] = set()
-    pending = [(place, False)]
+    pending = [(origin, False)]
     while pending:
         here, is_after_its_parts = pending.pop()
         if is_after_its_parts:
@@ -166,16 +168,16 @@ def _summands(place: Origin) -> dict[Origin, float]:
             seen.add(here)
             pending.append((here, True))
             pending += [(part, False) for part in _parts(here)]
-    # A float: sums that are added to themselves a thousand times come to infinity.
-    times = dict.fromkeys(order, 0.0) | {place: 1.0}
+    # Floats, because a sum that is doubled a thousand times overflows to infinity.
+    times = dict.fromkeys(order, 0.0) | {origin: 1.0}
     for here in reversed(order):
         for part in _parts(here):
             times[part] += times[here]
     return {here: times[here] for here in order if not _parts(here)}
 
 
-def _parts(place: Origin) -> list[Origin]:
-    scope, atom = place
+def _parts(origin: Origin) -> list[Origin]:
+    scope, atom = origin
     equation, _ = scope.maker(atom)
     if equation is None or equation.primitive.name not in ("add", "add_any"):
         return []
@@ -183,7 +185,7 @@ def _parts(place: Origin) -> list[Origin]:
 
 
 def total(site: Site, parts: Iterable[tuple[Terms, float]]) -> Terms:
-    """The terms of a sum; those that differ by their scale alone become one."""
+    """Adds up terms. Products that differ in their scale alone become one."""
     products: dict[Any, Product] = {}
     others: list[Term] = []
     is_repeated = False
@@ -198,7 +200,7 @@ def total(site: Site, parts: Iterable[tuple[Terms, float]]) -> Terms:
                 is_repeated |= times != 1
     whole = [term for term in others if isinstance(term, Whole)]
     is_alone = len(others) + len(products) == 1
-    # What is made for each example anyway is added up by the program itself.
+    # The program makes these for each example anyway, so it adds them up as well.
     is_made_anyway = len(whole) > 1 or any(term.depends for term in whole)
     if is_repeated or (is_made_anyway and not is_alone):
         reasons = dict.fromkeys(term.why for term in whole)
@@ -207,7 +209,7 @@ def total(site: Site, parts: Iterable[tuple[Terms, float]]) -> Terms:
 
 
 def _kind(term: Product) -> Any:
-    """Equal for products that are equal but for their scale."""
+    """Returns a key that two products share if they differ in their scale alone."""
     places: dict[Axis, int] = {}
 
     def placed(axes: Iterable[Axis]) -> tuple[int, ...]:
