@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipax import _leaves
 from clipax._typing import Array, AxisName, Updates
@@ -56,6 +57,20 @@ def narrowed(values: Updates, updates: Updates) -> Updates:
         return value.astype(jnp.asarray(leaf).dtype)
 
     return jax.tree.map(narrow, updates, values, is_leaf=_leaves.is_none)
+
+
+def added(update: Array, kept: Array) -> Array:
+    """The sum of an update and a finite array; of a finite update, the sum is finite too."""
+    if jnp.iscomplexobj(update):
+        return jax.lax.complex(added(update.real, kept.real), added(update.imag, kept.imag))
+    # An infinite sum has no direction, and a clip would make NaN of it.
+    return in_range(update + kept, update)
+
+
+def in_range(value: Array, source: Array) -> Array:
+    """The value, but the largest float where it overflowed though its source is finite."""
+    largest = np.finfo(value.dtype).max
+    return jnp.where(jnp.isfinite(source), jnp.clip(value, -largest, largest), value)
 
 
 def all_finite(values: Updates, *, axis_name: AxisName) -> Array:

@@ -14,6 +14,7 @@ FLOORS = [
         "_compat",
         "_leaves",
         "_checks",
+        "_patience",
         "_preparations",
         "_programs",
         "_transformation",
