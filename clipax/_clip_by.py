@@ -82,6 +82,10 @@ def clip_by(
     | a NaN entry | NaN wherever that norm reaches; the history stays as it was |
     | None, integer, bool, float0 leaf | as it was, not measured |
 
+    A rule of your own recovers as it forgets: whatever finite norms came before, under
+    `optax.ema(0.9)` half of a usual norm passes within 7 steps, under `optax.ema(decay)` within
+    `log(2) / -log(decay)`.
+
     Example:
       >>> rule = optax.chain(optax.ema(0.5, debias=False), optax.scale(1.5))
       >>> clip = clip_by(global_norm, rule)

@@ -198,8 +198,10 @@ def automatic(stability: jax.typing.ArrayLike = 0.01) -> Coefficient:
 def psac(stability: jax.typing.ArrayLike = 0.1) -> Coefficient:
     """Makes `coefficient = max_norm / (norm + stability / (norm + stability))`.
 
-    As `automatic`, but examples with small gradients are not lengthened: their weight grows
-    towards a norm of about `sqrt(stability)` and falls again from there.
+    As `automatic`, but the factor does not grow without end towards a norm of zero. There it is
+    `max_norm`; it is largest at a norm of `sqrt(stability) - stability`, where it is
+    `max_norm / (2 * sqrt(stability) - stability)`, and falls from there. So small gradients are
+    lengthened too: with a stability of 0.1 and a bound of 1, a norm of 0.2 becomes 0.375.
 
     Args:
       stability: > 0; 0.1 and 0.01 are usual.

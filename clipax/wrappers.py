@@ -199,7 +199,8 @@ def skip_step(
 
     The windows learn every value of a step whose norm and, with `loss_z_max`, loss are
     finite, also of a skipped step: a new level becomes the usual one after a few steps, and
-    nothing is skipped for ever.
+    nothing is skipped for ever. Whatever finite norms came before, under `z_max=6` half of a
+    usual norm passes within 5 steps, and under the smallest `z_max` within `window_size + 1`.
 
     | step | result |
     |---|---|

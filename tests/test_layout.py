@@ -16,6 +16,7 @@ FLOORS = [
         "_paths",
         "_arguments",
         "_checks",
+        "_patience",
         "_preparations",
         "_programs",
         "_transformation",

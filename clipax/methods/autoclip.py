@@ -55,7 +55,9 @@ def autoclip(
       ValueError: `quantile` is not in (0, 1), `window_size` or `warmup_steps` not an
         integer >= 1, `max_norm` not > 0, or `count_current` not a boolean.
 
-    The history learns from raw norms, before clipping, so that it cannot collapse.
+    The history learns from raw norms, before clipping, so that it cannot collapse. Whatever
+    finite norms came before, half of a usual norm passes within 900 steps: in general, within
+    `(1 - quantile) * window_size + 2`, when that share of the window is usual again.
 
     | norm | result |
     |---|---|
