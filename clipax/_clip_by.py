@@ -165,6 +165,7 @@ def clip_by_history(
     *,
     norm: Norm,
     max_norm: Bound | None,
+    mask: LeafRule,
     axis_name: AxisName,
 ) -> optax.GradientTransformationExtraArgs:
     """`clip_by` with a bound that each norm's own history gives, and `max_norm` caps.
@@ -173,7 +174,8 @@ def clip_by_history(
     the history after it.
     """
     threshold = capped(per_norm(optax.GradientTransformation(init, bound)), max_norm)
-    return clip_by(norm, threshold, known_norm=norm is global_norm, axis_name=axis_name)
+    is_known = norm is global_norm
+    return clip_by(norm, threshold, known_norm=is_known, mask=mask, axis_name=axis_name)
 
 
 def _takes_axis_name(norm: Norm) -> bool:

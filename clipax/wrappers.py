@@ -367,7 +367,7 @@ def _watch(
         return False, window
     mean, std = _window.mean_and_std(window, ddof=1)
     (times,) = _leaves.in_dtype_of(value, z_max)
-    is_known = window.count >= max(first - 1, 2)
+    is_known = window.value_count >= max(first - 1, 2)
     return is_known & (value - mean > times * std), _window.push(window, value)
 
 

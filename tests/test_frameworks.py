@@ -284,3 +284,43 @@ def test_a_schedule_may_be_any_function() -> None:
     ):
         _, state = run(clipax.clip_by_global_norm(schedule), jnp.ones(2), [jnp.ones(2)] * 3)
         assert float(state.max_norm) == 3.0
+
+
+GLOBAL = {
+    "clip_by_global_norm": clipax.clip_by_global_norm,
+    "smooth_clip_by_global_norm": clipax.smooth_clip_by_global_norm,
+    "delta_gclip": clipax.delta_gclip,
+    "clip_by": functools.partial(clipax.clip_by, clipax.global_norm),
+    "autoclip": lambda bound, **mask: clipax.autoclip(0.9, max_norm=bound, **mask),
+    "zclip": lambda bound, **mask: clipax.zclip(max_norm=bound, **mask),
+    "clip_by_quantile": lambda bound, **mask: clipax.clip_by_quantile(max_norm=bound, **mask),
+    "clip_by_mean_std": lambda bound, **mask: clipax.clip_by_mean_std(max_norm=bound, **mask),
+}
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_masked_leaves_stay_out_of_the_global_norm_and_pass(name: str) -> None:
+    params, sequence = plain()
+    masks = (
+        lambda path, leaf: path != "second/bias",
+        {"first": True, "second": {"kernel": True, "bias": False}},
+    )
+    frozen = [jax.tree.map(jnp.asarray, updates) for updates in sequence]
+    for updates in frozen:
+        updates["second"] = {**updates["second"], "bias": None}
+    expected, expected_state = run(GLOBAL[name](0.1), params, frozen)
+    for mask in masks:
+        clipped, state = run(GLOBAL[name](0.1, mask=mask), params, sequence)
+        trees.assert_bitwise(clipped["second"].pop("bias"), sequence[-1]["second"]["bias"])
+        del expected["second"]["bias"]
+        trees.assert_close(clipped, expected)
+        trees.assert_close(state, expected_state)
+        expected["second"]["bias"] = None
+
+
+@pytest.mark.parametrize("mask", [1, "kernel", {"first": 1.0, "second": True}, lambda *_: None])
+def test_a_mask_that_is_no_boolean_is_refused(mask: Any) -> None:
+    params, _ = plain()
+    for build in GLOBAL.values():
+        with pytest.raises(ValueError, match="mask must say True or False of each leaf"):
+            build(0.1, mask=mask).init(params)

@@ -129,7 +129,7 @@ def acclip(
         clipped = scale_updates(momentum, factors)
         return _moments.narrowed(clipped, updates), AcclipState(clip, *learned)
 
-    return transformation(init_fn, update_fn)
+    return transformation(init_fn, update_fn, AcclipState)
 
 
 def _relative(size: Array, bound: Array, eps: jax.typing.ArrayLike) -> Array:

@@ -11,7 +11,7 @@ from clipax import _checks, _leaves, _patience
 from clipax._clip_by import clip_by
 from clipax._transformation import injectable
 from clipax._typing import Array, AxisName, LeafRule, Norms
-from clipax.coefficients import hard
+from clipax.coefficients import hard, in_two
 from clipax.norms import global_norm, leaf_norm
 from clipax.thresholds import Threshold
 
@@ -19,7 +19,7 @@ from clipax.thresholds import Threshold
 class AdaGCState(NamedTuple):
     average: Norms
     """The running average of each leaf's norm; 0 where there has been none."""
-    count: Array  # type: ignore[assignment]
+    step_count: Array
     """The number of steps with a finite global norm; int32."""
     halved_count: Norms
     """How many of each leaf's norms in a row were more than twice their bounds; int32."""
@@ -127,16 +127,16 @@ def adagc(
         del params, extra
         total = norm_of_all(norms)
         is_finite = jnp.isfinite(total)
-        global_factor = hard(total, *_leaves.in_dtype_of(total, max_norm))
-        is_warmed_up = state.count >= warmup_steps
+        start = in_two(hard, total, *_leaves.in_dtype_of(total, max_norm))
+        is_warmed_up = state.step_count >= warmup_steps
 
         def follows_itself(average: Array) -> Array:
             return is_warmed_up & (average > 0)
 
         def bound(norm: Array, average: Array) -> Array:
-            factor = global_factor.astype(norm.dtype)
+            first, second = _leaves.in_dtype_of(norm, *start)
             # An infinite norm times zero is no bound.
-            at_start = jnp.where(factor == 0, 0, norm * factor)
+            at_start = jnp.where(second == 0, 0, norm * first * second)
             (share,) = _leaves.in_dtype_of(norm, ratio)
             return jnp.where(follows_itself(average), share * average, at_start)
 
@@ -160,7 +160,7 @@ def adagc(
         bounds = jax.tree.map(bound, norms, state.average)
         counts = jax.tree.map(count_halved, norms, state.average, bounds, state.halved_count)
         averages = jax.tree.map(learn, norms, state.average, bounds, counts)
-        count = jnp.where(is_finite, optax.safe_increment(state.count), state.count)
+        count = jnp.where(is_finite, optax.safe_increment(state.step_count), state.step_count)
         return bounds, AdaGCState(averages, count, counts)
 
     norm = functools.partial(leaf_norm, stack_axis=stack_axis, mask=mask)

@@ -10,7 +10,7 @@ import optax
 from clipax import _checks, _leaves, _window
 from clipax._clip_by import clip_by_history
 from clipax._transformation import injectable
-from clipax._typing import Array, AxisName, Bound, Norm
+from clipax._typing import Array, AxisName, Bound, LeafRule, Norm
 from clipax._window import WindowState
 from clipax.norms import global_norm
 
@@ -23,6 +23,7 @@ def clip_by_mean_std(
     norm: Norm = global_norm,
     warmup_steps: int | None = None,
     max_norm: Bound | None = None,
+    mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the norm by the mean of the last norms and k standard deviations.
@@ -39,6 +40,8 @@ def clip_by_mean_std(
       warmup_steps: How many norms the history needs before it bounds, >= 1; until then
         `max_norm` alone does. None is half the window, and at least 2, as in Levanter.
       max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
+      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
+        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -90,7 +93,9 @@ def clip_by_mean_std(
         mean, std = _window.mean_and_std(past)
         (times,) = _leaves.in_dtype_of(norm, k)
         limit = mean + times * std
-        return jnp.where(past.count >= needed, limit, jnp.inf), _window.push(past, norm)
+        return jnp.where(past.value_count >= needed, limit, jnp.inf), _window.push(past, norm)
 
     start = functools.partial(_window.empty, window_size)
-    return clip_by_history(start, bound, norm=norm, max_norm=max_norm, axis_name=axis_name)
+    return clip_by_history(
+        start, bound, norm=norm, max_norm=max_norm, mask=mask, axis_name=axis_name
+    )

@@ -10,7 +10,7 @@ import optax
 from clipax import _checks, _leaves, _patience
 from clipax._clip_by import clip_by_history
 from clipax._transformation import injectable
-from clipax._typing import Array, AxisName, Bound, Norm
+from clipax._typing import Array, AxisName, Bound, LeafRule, Norm
 from clipax.norms import global_norm
 
 
@@ -28,6 +28,7 @@ def clip_by_quantile(
     learning_rate: jax.typing.ArrayLike = 0.2,
     norm: Norm = global_norm,
     max_norm: Bound | None = None,
+    mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the norm by a running estimate of a quantile of the norms.
@@ -45,6 +46,8 @@ def clip_by_quantile(
       norm: What is measured, and bounded by its own history: `global_norm`, `leaf_norm`
         for each leaf by itself, `block_rms`, ..., or your own.
       max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
+      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
+        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -111,4 +114,6 @@ def clip_by_quantile(
         )
         return limit, _leaves.choose(norm > 0, learned, state)
 
-    return clip_by_history(init_fn, bound, norm=norm, max_norm=max_norm, axis_name=axis_name)
+    return clip_by_history(
+        init_fn, bound, norm=norm, max_norm=max_norm, mask=mask, axis_name=axis_name
+    )

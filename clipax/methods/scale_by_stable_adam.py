@@ -21,7 +21,7 @@ class StableAdamState(NamedTuple):
     """The mean of the updates, bias-corrected."""
     root_nu: Updates
     """The root of the mean of their squares, bias-corrected."""
-    count: Array  # type: ignore[assignment]
+    step_count: Array
     """The number of steps that they have learned from; int32."""
 
 
@@ -118,7 +118,7 @@ def scale_by_stable_adam(
         **extra_args: Any,
     ) -> tuple[Updates, StableAdamState]:
         del params, extra_args
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.step_count)
         wide = _moments.widened(updates, state.mu)
 
         def average(old: Array, x: Array) -> Array:
@@ -140,8 +140,8 @@ def scale_by_stable_adam(
         clipped = scale_updates(steps, clip.coefficient)
         # A mean that overflows is no history either.
         is_finite = _moments.all_finite(mu, axis_name=axis_name)
-        before = (state.mu, state.root_nu, state.count)
+        before = (state.mu, state.root_nu, state.step_count)
         learned = _leaves.choose(is_finite, (mu, root_nu, count), before)
         return _moments.narrowed(clipped, updates), StableAdamState(clip, *learned)
 
-    return transformation(init_fn, update_fn)
+    return transformation(init_fn, update_fn, StableAdamState)

@@ -21,7 +21,7 @@ class SpamClipState(NamedTuple):
     clip: ClipState
     rms: Updates
     """The root of each entry's running mean square, after clipping; 0 is no history."""
-    count: Array  # type: ignore[assignment]
+    step_count: Array
     """The number of the last step that it has learned from, 0 for that of a reset; int32."""
 
 
@@ -129,7 +129,7 @@ def spam_clip(
         **extra_args: Any,
     ) -> tuple[Updates, SpamClipState]:
         del params, extra_args
-        rms, step = state.rms, optax.safe_increment(state.count)
+        rms, step = state.rms, optax.safe_increment(state.step_count)
         if reset_every is not None:
             step = jnp.where(step >= reset_every, 0, step)
             rms = _leaves.choose(step == 0, jax.tree.map(jnp.zeros_like, rms), rms)
@@ -145,12 +145,12 @@ def spam_clip(
 
         learned = jax.tree.map(learn, rms, clipped), step, clip.threshold
         is_finite = _moments.all_finite(wide, axis_name=axis_name)
-        before = state.rms, state.count, state.clip.threshold
+        before = state.rms, state.step_count, state.clip.threshold
         rms, count, threshold = _leaves.choose(is_finite, learned, before)
         clip = clip._replace(threshold=threshold)
         return _moments.narrowed(clipped, updates), SpamClipState(clip, rms, count)
 
-    return transformation(init_fn, update_fn)
+    return transformation(init_fn, update_fn, SpamClipState)
 
 
 def _root_of(ratios: Threshold) -> Threshold:

@@ -32,7 +32,7 @@ class StableSpamState(NamedTuple):
 class BoundState(NamedTuple):
     mean: Array
     """The bias-corrected average of the largest modulus."""
-    count: Array  # type: ignore[assignment]
+    norm_count: Array
     """How many steps it has seen; int32."""
 
 
@@ -41,7 +41,7 @@ class NormState(NamedTuple):
     """The bias-corrected average of the norm."""
     root_mean_square: Array
     """The root of the bias-corrected average of its square."""
-    count: Array  # type: ignore[assignment]
+    norm_count: Array
     """How many steps they have seen; int32."""
 
 
@@ -138,14 +138,14 @@ def stable_spam(
 
     def bound(norm: Array, state: BoundState, params: Any = None) -> tuple[Array, BoundState]:
         del params
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.norm_count)
         mean = _moments.mean(state.mean, norm, _moments.debiased(decay_bound, count, norm.dtype))
         state = _leaves.choose(norm > 0, BoundState(mean, count), state)
         return state.mean, state
 
     def size(norm: Array, state: NormState, params: Any = None) -> tuple[Array, NormState]:
         del params
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.norm_count)
         mean = _moments.mean(state.mean, norm, _moments.debiased(decay_norm, count, norm.dtype))
         weight = _moments.debiased(decay_square, count, norm.dtype)
         root = _moments.power_mean(state.root_mean_square, norm, weight)
@@ -185,7 +185,7 @@ def stable_spam(
             moments = after.threshold
         return _moments.narrowed(clipped, updates), StableSpamState(clip, moments)
 
-    return transformation(init_fn, update_fn)
+    return transformation(init_fn, update_fn, StableSpamState)
 
 
 def _learned(rule: Callable[..., Any], kind: type, *, is_mapped: bool) -> Threshold:

@@ -10,14 +10,14 @@ import optax
 from clipax import _checks, _leaves, _moments, _patience
 from clipax._clip_by import clip_by_history
 from clipax._transformation import injectable
-from clipax._typing import Array, AxisName, Bound, Norm
+from clipax._typing import Array, AxisName, Bound, LeafRule, Norm
 from clipax.norms import global_norm
 
 
 class ZClipState(NamedTuple):
     mean: Array
     std: Array
-    count: Array  # type: ignore[assignment]
+    norm_count: Array
     """The number of norms learned from; int32."""
     halved_count: Array
     """How many spikes in a row were more than twice their bounds; int32."""
@@ -72,6 +72,7 @@ def zclip(
     learn_from_spikes: bool = True,
     min_std: jax.typing.ArrayLike = 1e-3,
     eps: jax.typing.ArrayLike = 1e-6,
+    mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips norms that are outliers against a running mean and standard deviation.
@@ -108,6 +109,8 @@ def zclip(
       learn_from_spikes: Whether they enter it at all.
       min_std: Which share of the mean counts as no spread, in [0, 1).
       eps: Added to the standard deviation, a finite number > 0 in the unit of the norms.
+      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
+        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -194,6 +197,8 @@ def zclip(
         kept, added = _moments.root(past) * std, _moments.root(share) * deviation
         new_std = _moments.hypotenuse(kept, added)
         new_mean = _moments.mean(mean, value, weight)
-        return state._replace(mean=new_mean, std=new_std, count=optax.safe_increment(count))
+        return state._replace(mean=new_mean, std=new_std, norm_count=optax.safe_increment(count))
 
-    return clip_by_history(init_fn, bound, norm=norm, max_norm=max_norm, axis_name=axis_name)
+    return clip_by_history(
+        init_fn, bound, norm=norm, max_norm=max_norm, mask=mask, axis_name=axis_name
+    )

@@ -57,7 +57,7 @@ def assert_equals_numpy(method: Any, reference: Reference, seed: int = 0) -> Non
     sequence = sequences.long_entries(seed)
     clipped, states = sequences.scanned(method, sequence)
     expected, rms, count, norms, factors = sequences.followed(reference.step, sequence)
-    np.testing.assert_array_equal(states.count, count)
+    np.testing.assert_array_equal(states.step_count, count)
     for name, leaf in sequence.items():
         np.testing.assert_allclose(clipped[name], expected[name], rtol=1e-5)
         assert (clipped[name] == leaf)[expected[name] == leaf].all()
@@ -145,7 +145,7 @@ def test_the_reset_starts_again_and_clips_nothing_for_a_while() -> None:
     # Steps 2, 3, 6, 7 and 10 can be clipped: the history starts again at 4 and at 8.
     assert bounded == [False, False, False, False, False, False, True]
     assert [float(clipped[0]) for clipped in outputs[-3:]] == [90, 90, 90]
-    assert state.count == 2
+    assert state.step_count == 2
     np.testing.assert_allclose(state.rms, 90 * math.sqrt(0.875), rtol=1e-6)
 
 
@@ -171,7 +171,7 @@ def test_it_starts_and_resets_at_the_steps_of_the_papers_code(
     assert list(np.flatnonzero(clipped[:, 0] < entries) + 1) == list(clipped_steps)
     count = np.arange(1, 61)
     np.testing.assert_array_equal(
-        states.count, count if reset_every is None else count % reset_every
+        states.step_count, count if reset_every is None else count % reset_every
     )
 
 
@@ -283,8 +283,8 @@ def test_all_shards_know_of_a_bad_one() -> None:
         np.testing.assert_array_equal(clipped.ravel(), expected)
         np.testing.assert_array_equal(state.rms.ravel(), whole_state.rms)
         np.testing.assert_array_equal(state.clip.norm, [whole_state.clip.norm] * 2)
-        np.testing.assert_array_equal(state.count, [whole_state.count] * 2)
-    assert whole_state.count == 3
+        np.testing.assert_array_equal(state.step_count, [whole_state.step_count] * 2)
+    assert whole_state.step_count == 3
 
 
 def test_all_devices_know_of_a_bad_one() -> None:
@@ -357,7 +357,7 @@ def test_edge_bad_entries_are_loud_and_never_learned(value: float) -> None:
         good = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])}
         bad = {"a": jnp.array([value, 90.0]), "b": jnp.array([3.0])}
         clipped, after = method.update(bad, state)
-        trees.assert_bitwise((after.rms, after.count), (state.rms, state.count))
+        trees.assert_bitwise((after.rms, after.step_count), (state.rms, state.step_count))
         trees.assert_bitwise(after.clip.threshold, state.clip.threshold)
         assert not np.isfinite(after.clip.norm["a"])
         is_on = step + 1 in (2, 3, 4, 7, 8, 9)
@@ -368,7 +368,7 @@ def test_edge_bad_entries_are_loud_and_never_learned(value: float) -> None:
         assert (clipped["a"][1] < 90) == is_on
         trees.assert_bitwise(clipped["b"], good["b"])
         _, state = method.update(good, state)
-    assert state.count == 4
+    assert state.step_count == 4
 
 
 def test_edge_leaves_that_are_not_measured() -> None:

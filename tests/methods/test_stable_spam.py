@@ -332,7 +332,7 @@ def test_edge_after_a_spike_of_a_hundred_million_norms(size: float) -> None:
     assert out[45] < 1e-3
     np.testing.assert_allclose(out[75:], 1.0, rtol=1e-5)
     (moments,) = states.moments
-    assert moments.count[-1] < 80
+    assert moments.norm_count[-1] < 80
 
 
 def test_edge_zero_in_every_step_so_far() -> None:

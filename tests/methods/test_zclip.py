@@ -288,7 +288,7 @@ def test_edge_zeros_enter_the_history() -> None:
 def test_edge_only_what_is_no_norm_so_far() -> None:
     clipped, states = run_norms(clipax.zclip(warmup_steps=2), [np.nan, np.inf, 5.0])
     np.testing.assert_allclose(clipped[2], 1.0, rtol=1e-6)
-    assert learned(states).count[-1] == 1
+    assert learned(states).norm_count[-1] == 1
 
 
 def test_clips_few_of_scattered_norms() -> None:
