@@ -32,6 +32,7 @@ FIXED = {
     "clip_by_unit_norm",
     "clip_by_value",
     "delta_gclip",
+    "observe",
     "smooth_clip_by_global_norm",
     "smooth_clip_by_value",
 }
