@@ -53,7 +53,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       | `raw_norm` | the norm of what came in, NaN and inf too |
       | `is_skipped` | 1 where the last step was skipped, else 0; its mean is the share |
       | `skipped` | how many steps were skipped in all |
-      | `consecutive_skipped` | how many in a row up to the last one |
+      | `consecutive_skipped` | how many in a row up to the last one, without `skip_ranges` |
 
       and what its inner state gives, which after a skipped step is that of the last one
       taken. Names that lead to a state (of `optax.named_chain`, the labels of
