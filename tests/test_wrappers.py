@@ -201,7 +201,7 @@ NO_TRANSFORMATIONS = [
 
 
 @wrappers
-@pytest.mark.parametrize("bad", NO_TRANSFORMATIONS, ids=repr)
+@pytest.mark.parametrize("bad", NO_TRANSFORMATIONS)
 def test_what_is_no_transformation_is_refused(name: str, bad: Any) -> None:
     with pytest.raises(
         ValueError, match=r"inner must be an optax\.GradientTransformation, got"
