@@ -16,7 +16,7 @@ an `optax.GradientTransformation` that chains with any optimizer:
   `scale_by_stable_adam`
 * round a clip, to feed back what it takes off: `u_clip`, `clip21`
 * round a whole optimizer, to leave out bad steps: `skip_step`
-* what happened: `metrics`, `observe`
+* what happened: `metrics`, `observe`; an error between steps: `check_finite`, `check_not_stuck`
 * each example's gradient by itself: `clipped_grad`, `per_example_norms`, `explain`,
   `track_quantile`
 * without an optimizer: `global_norm`, `clip_tree`, `clip_cotangent`
@@ -28,6 +28,8 @@ an `optax.GradientTransformation` that chains with any optimizer:
 
 from clipax._clip_by import ClipState as ClipState
 from clipax._clip_by import clip_by as clip_by
+from clipax.apply import check_finite as check_finite
+from clipax.apply import check_not_stuck as check_not_stuck
 from clipax.apply import clip_cotangent as clip_cotangent
 from clipax.apply import clip_tree as clip_tree
 from clipax.coefficients import automatic as automatic

@@ -1,7 +1,8 @@
 """Argument checks: each names the argument, what was given and what is right."""
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from clipax import _leaves
 
 
 def is_schedule(value: Any) -> bool:
-    return callable(value) and not isinstance(value, jax.Array)
+    return _leaves.is_function(value)
 
 
 def non_negative(**arguments: Any) -> None:
@@ -57,7 +58,7 @@ def bound(requirement: Callable[..., None], **arguments: Any) -> None:
 def one_bound(requirement: Callable[..., None], **arguments: Any) -> None:
     """As `bound`, for methods that have one norm and so take no tree of bounds."""
     for name, value in arguments.items():
-        if isinstance(value, (dict, list, tuple)):
+        if not is_bound_leaf(value) and not jax.tree_util.all_leaves([value]):
             raise ValueError(
                 f"{name} must be one number, array or schedule, got the tree {value!r}:"
                 " this method has one norm for all leaves."
@@ -88,12 +89,17 @@ def axes(**arguments: Any) -> None:
 
 def static(**arguments: Any) -> None:
     """Requires values that are known while tracing."""
-    for name, value in arguments.items():
-        if isinstance(value, jax.Array):
-            raise ValueError(
-                f"{name} must be known while tracing, got the array {value}. Under"
-                f" `optax.inject_hyperparams`, pass `static_args=({name!r},)`."
-            )
+    arrays = [name for name, value in arguments.items() if isinstance(value, jax.Array)]
+    if arrays:
+        raise ValueError(
+            f"{arrays[0]} must be known while tracing, got the array {arguments[arrays[0]]}."
+            f"{_advice_on_injection(arrays)}"
+        )
+
+
+def _advice_on_injection(names: list[str]) -> str:
+    """What helps where `optax.inject_hyperparams` took static arguments for other ones."""
+    return f" Under `optax.inject_hyperparams`, pass `static_args={tuple(names)!r}`."
 
 
 def order(ord: float | None) -> float:
@@ -109,8 +115,11 @@ def positive_integer(**arguments: Any) -> None:
     """Requires integers >= 1 that are known while tracing."""
     static(**arguments)
     for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not is_integer or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+        if value > np.iinfo(np.int32).max:
+            raise ValueError(f"{name} must be an integer < 2^31, got {value!r}.")
 
 
 def warmup(warmup_steps: int | None, window_size: int) -> int:
@@ -128,8 +137,12 @@ def flag(**arguments: Any) -> None:
 
 
 def axis_name(**arguments: Any) -> None:
-    """Requires that no leaf's mapped axes are named twice."""
+    """Requires names, and that no leaf's mapped axes are named twice."""
     for name, value in arguments.items():
+        if _leaves.is_function(value):
+            raise ValueError(
+                f"{name} must be a name, several, or a tree prefix of them, got {value!r}."
+            )
         for leaf in jax.tree.leaves(value, is_leaf=_leaves.is_rule_value):
             names = _leaves.names_of(leaf)
             twice = {axis for axis in names if names.count(axis) > 1}
@@ -139,36 +152,99 @@ def axis_name(**arguments: Any) -> None:
 
 def function(**arguments: Any) -> None:
     """Requires functions."""
+    # A function that was called as a schedule, on an integer, gave an array or None.
+    called = [name for name, x in arguments.items() if x is None or isinstance(x, jax.Array)]
     for name, value in arguments.items():
         if not is_schedule(value):
-            raise ValueError(f"{name} must be a function, got {value!r}.")
+            advice = _advice_on_injection(called) if name in called else ""
+            raise ValueError(f"{name} must be a function, got {value!r}.{advice}")
 
 
-def transformation(**arguments: Any) -> None:
-    """Requires transformations of optax."""
+def is_transformation(value: Any) -> bool:
+    """Whether it can be used as a transformation: of optax, or with its two functions."""
+    is_instance = not isinstance(value, type)
+    return is_instance and all(callable(getattr(value, name, None)) for name in ("init", "update"))
+
+
+def transformation(**argument: Any) -> optax.GradientTransformationExtraArgs:
+    """Requires a transformation, and gives it back as one that takes extra arguments."""
+    ((name, value),) = argument.items()
+    if not is_transformation(value):
+        raise ValueError(
+            f"{name} must be an optax.GradientTransformation, got {value!r}, which is no object"
+            " with the functions `init` and `update`."
+        )
+    if not isinstance(value, optax.GradientTransformation):  # as optax.MultiSteps
+        parameters = inspect.signature(value.update).parameters.values()
+        takes_extra = any(each.kind is each.VAR_KEYWORD for each in parameters)
+        kind = (
+            optax.GradientTransformationExtraArgs if takes_extra else optax.GradientTransformation
+        )
+        value = kind(value.init, value.update)
+    return optax.with_extra_args_support(value)
+
+
+def norms(values: Any) -> None:
+    """Requires that a norm of the user's own gives real numbers."""
+    for leaf in jax.tree.leaves(values):
+        if not isinstance(leaf, (float, np.ndarray, np.generic, jax.Array)) or not _is_real(leaf):
+            raise ValueError(f"norm must give real numbers, got {leaf!r}.")
+
+
+def scheduled(**arguments: Any) -> None:
+    """Requires that a schedule gives real numbers; those below zero count as zero."""
     for name, value in arguments.items():
-        if not isinstance(value, optax.GradientTransformation):
-            raise ValueError(f"{name} must be an optax.GradientTransformation, got {value!r}.")
+        is_number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array))
+        if not is_number or not _is_real(value):
+            raise ValueError(f"{name} must be a schedule that gives numbers, got {value!r}.")
 
 
-def _require(arguments: dict[str, Any], holds: Callable[[float], bool], wanted: str) -> None:
+def known_norm(**arguments: Any) -> None:
+    """Requires real numbers >= 0, NaN or inf, where one is given: norms that were measured."""
     for name, value in arguments.items():
-        if isinstance(value, jax.Array):
-            if isinstance(value, jax.core.Tracer) or not value.is_fully_addressable:
-                continue
-        elif not isinstance(value, (int, float, np.number, np.ndarray)) or isinstance(value, bool):
-            raise ValueError(f"{name} must be {wanted}, got {value!r}.")
-        values = np.asarray(value)
-        if not _is_real(values.dtype) or not all(
-            not math.isnan(item) and holds(item) for item in values.astype(float).ravel()
-        ):
-            raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+            _require(
+                {name + jax.tree_util.keystr(path): leaf},
+                lambda item: not item < 0,
+                "a norm, a number >= 0, or a tree of them in the structure of the method's",
+                is_nan_allowed=True,
+            )
 
 
-def _is_real(dtype: Any) -> bool:
+def _require(
+    arguments: dict[str, Any],
+    holds: Callable[[float], bool],
+    wanted: str,
+    *,
+    is_nan_allowed: bool = False,
+) -> None:
+    for name, value in arguments.items():
+        is_number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array))
+        if not is_number or isinstance(value, bool) or not _is_real(value):
+            raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+        if isinstance(value, jax.Array) and not _is_known(value):
+            continue
+        for item in _as_floats(value):
+            if not (holds(item) and (is_nan_allowed or not math.isnan(item))):
+                raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+
+
+def _as_floats(value: Any) -> list[float]:
+    try:
+        return [float(item) for item in np.asarray(value).ravel()]
+    except OverflowError:
+        return [math.nan]  # An integer beyond all floats, which no requirement holds of.
+
+
+def _is_known(array: jax.Array) -> bool:
+    return not isinstance(array, jax.core.Tracer) and array.is_fully_addressable
+
+
+def _is_real(value: Any) -> bool:
+    dtype = getattr(value, "dtype", np.dtype(float))
     return jnp.issubdtype(dtype, np.integer) or jnp.issubdtype(dtype, np.floating)
 
 
 def is_bound_leaf(node: Any) -> bool:
-    """A schedule may be a pytree itself, as `jax.tree_util.Partial`."""
-    return node is None or is_schedule(node)
+    """A schedule may be a pytree itself, as `jax.tree_util.Partial`; JAX refuses iterators."""
+    return node is None or isinstance(node, Iterator) or is_schedule(node)

@@ -1,6 +1,5 @@
 """The one place where updates are measured, scaled and remembered."""
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,19 +8,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _compat, _leaves, coefficients
-from clipax._transformation import transformation
-from clipax._typing import Array, AxisName, Bound, Coefficient, Norm, Norms, Updates
+from clipax import _checks, _compat, _leaves, _paths, _transformation, coefficients
+from clipax._transformation import injectable, transformation
+from clipax._typing import Array, AxisName, Bound, Coefficient, LeafRule, Norm, Norms, Updates
 from clipax.norms import global_norm
-from clipax.thresholds import as_threshold, capped, per_norm
+from clipax.thresholds import Threshold, as_threshold, capped, per_norm
 
 
 class ClipState(NamedTuple):
     """What happened at the last update; `clipax.metrics` reads it.
 
-    The first three have the structure of the method's norms: a scalar for a global norm,
-    a tree of them for leaf norms, of arrays for unit norms. All are float32, or float64
-    where the parameters are.
+    The first three have the structure of the method's norms: a scalar for a global norm; for
+    leaf norms a dict of them by the leaves' paths, such as "encoder/kernel", whatever
+    contains the leaves; of arrays for unit norms. All are float32, or float64 where the
+    parameters are.
     """
 
     norm: Norms
@@ -29,17 +29,20 @@ class ClipState(NamedTuple):
     max_norm: Norms
     """The bound that it was held against."""
     coefficient: Norms
-    """The factor that was applied: in [0, 1], but of `normalized`, which has no upper end."""
+    """The factor that was applied: in [0, 1], but of `normalized`, which has no upper end. Below
+    the smallest normal number of its dtype, it may be recorded as 0."""
     threshold: Any
     """The state of the rule that gives the bound."""
 
 
+@injectable
 def clip_by(
     norm: Norm,
     threshold: Bound | optax.GradientTransformation,
     coefficient: Coefficient = coefficients.hard,
     *,
     known_norm: bool = False,
+    mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds a clipping method from a norm, a threshold and a coefficient.
@@ -57,15 +60,19 @@ def clip_by(
         `rational`, `square_root` and `tanh`, `normalized`, or your own.
       known_norm: Whether `update` takes the norm, if it is known already, as the extra
         argument `norm=`, in the structure of the norms, and then does not measure.
+      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
+        function `(path, leaf) -> bool`. The norm sees None in the place of the others.
       axis_name: As in `global_norm`; the norm is called with it if it is given.
 
     Returns:
       A transformation whose state is a `ClipState`. `init` takes arrays or
-      `jax.ShapeDtypeStruct`s.
+      `jax.ShapeDtypeStruct`s. With a fixed bound, `update` needs no state: None, or the state
+      of another transformation, counts as a new one.
 
     Raises:
       ValueError: A number in `threshold` is negative, NaN, boolean, None or a string; at
-        `init` and `update`, a prefix does not fit.
+        `init` and `update`, a prefix does not fit; at `update`, there is no state of this
+        method and its threshold has a history, or a schedule.
 
     | updates | result |
     |---|---|
@@ -74,6 +81,10 @@ def clip_by(
     | an inf entry | NaN there, zero elsewhere; the history stays as it was |
     | a NaN entry | NaN wherever that norm reaches; the history stays as it was |
     | None, integer, bool, float0 leaf | as it was, not measured |
+
+    A rule of your own recovers as it forgets: whatever finite norms came before, under
+    `optax.ema(0.9)` half of a usual norm passes within 7 steps, under `optax.ema(decay)` within
+    `log(2) / -log(decay)`.
 
     Example:
       >>> rule = optax.chain(optax.ema(0.5, debias=False), optax.scale(1.5))
@@ -84,43 +95,66 @@ def clip_by(
     """
     _checks.function(norm=norm, coefficient=coefficient)
     threshold = as_threshold(threshold)
+    _checks.flag(known_norm=known_norm)
+    _checks.static(mask=mask)
     _checks.axis_name(axis_name=axis_name)
     takes_names = _takes_axis_name(norm)
 
     def measured_over(names: AxisName) -> Norm:
-        return norm if names is None else functools.partial(norm, axis_name=names)
+        def measured(updates: Updates) -> Norms:
+            norms = norm(updates) if names is None else norm(updates, axis_name=names)
+            _checks.norms(norms)
+            return norms
+
+        return measured
 
     def init_fn(params: Updates) -> ClipState:
         # Mapped axes are rarely bound outside a step, and only its type is asked of the norm.
         names = None if axis_name is None else _leaves.names_bound_here(axis_name)
-        zeros = _leaves.zero_norms(measured_over(names), _leaves.only_measured(params))
+        zeros = _leaves.zero_norms(measured_over(names), _leaves.only_measured(params, mask))
+        if _compat.stands_for_params(params) and not jax.tree.leaves(zeros):
+            # In the place of all leaves, none of which is known here.
+            zeros = jnp.zeros((), jnp.float32)
+            return ClipState(zeros, zeros, zeros, zeros)
         nothing_bounds = jax.tree.map(lambda zero: zero + jnp.inf, zeros)
         ones = jax.tree.map(lambda zero: zero + 1, zeros)
-        return ClipState(zeros, nothing_bounds, ones, threshold.init(zeros))
+        history = threshold.init(zeros)
+        for zero in jax.tree.leaves(zeros)[:1]:
+            history = _leaves.beside(zero, history)
+        return ClipState(zeros, nothing_bounds, ones, history)
 
     def update_fn(
         updates: Updates,
-        state: ClipState,
+        state: ClipState | Any,
         params: Updates | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, ClipState]:
-        is_open = axis_name is None and takes_names
-        measure = measured_over(_axes_summed(updates, state.norm) if is_open else axis_name)
+        wanted = updates if mask is True else _leaves.only_measured(updates, mask)
+        last = state if isinstance(state, ClipState) else None
+        names = axis_name
+        if names is None and takes_names and last is not None:
+            names = _axes_summed(wanted, last.norm)
+        measure = measured_over(names)
         known = extra_args.get("norm") if known_norm else None
-        if known is not None:
-            norms = _like(state.norm, known, name="norm")
+        if known is None:
+            norms = _paths.flat(measure(wanted))
         else:
-            norms = _like(state.norm, measure(updates))
-        max_norms, threshold_state = threshold.update(
+            _checks.known_norm(norm=known)
+            norms = _paths.flat(known)
+        if last is not None:
+            norms = _like(last.norm, norms, **({} if known is None else {"name": "norm"}))
+            history = last.threshold
+        else:
+            history = _no_history(threshold, norms, state)
+        max_norms, history = threshold.update(
             norms,
-            state.threshold,
-            _param_norms(measure, updates, params, state.norm),
-            max_norm=state.max_norm,
+            history,
+            _param_norms(measure, wanted, params, norms),
+            max_norm=norms if last is None else last.max_norm,
         )
-        factors = jax.tree.map(coefficient, norms, max_norms)
-        return coefficients.scale_updates(updates, factors), ClipState(
-            norms, max_norms, factors, threshold_state
-        )
+        factors = coefficients.in_two(coefficient, norms, max_norms)
+        clipped = _leaves.over(updates, factors.scale(wanted))
+        return clipped, ClipState(norms, max_norms, factors.product, history)
 
     return transformation(init_fn, update_fn)
 
@@ -131,6 +165,7 @@ def clip_by_history(
     *,
     norm: Norm,
     max_norm: Bound | None,
+    mask: LeafRule,
     axis_name: AxisName,
 ) -> optax.GradientTransformationExtraArgs:
     """`clip_by` with a bound that each norm's own history gives, and `max_norm` caps.
@@ -139,12 +174,21 @@ def clip_by_history(
     the history after it.
     """
     threshold = capped(per_norm(optax.GradientTransformation(init, bound)), max_norm)
-    return clip_by(norm, threshold, known_norm=norm is global_norm, axis_name=axis_name)
+    is_known = norm is global_norm
+    return clip_by(norm, threshold, known_norm=is_known, mask=mask, axis_name=axis_name)
 
 
 def _takes_axis_name(norm: Norm) -> bool:
     parameters = inspect.signature(norm).parameters.values()
     return any(each.name == "axis_name" or each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def _no_history(threshold: Threshold, norms: Norms, state: Any) -> Any:
+    """The state of a threshold that remembers nothing, for who calls a clip without a state."""
+    fresh = threshold.init(norms)
+    if jax.tree.leaves(fresh):
+        raise _transformation.no_state(ClipState, state)
+    return fresh
 
 
 def _axes_summed(updates: Updates, norms: Norms) -> AxisName:
@@ -153,46 +197,55 @@ def _axes_summed(updates: Updates, norms: Norms) -> AxisName:
     A leaf's type says that it varies, not whether along its units or within them. Norms
     that vary as it does are those of its units.
     """
-    last, treedef = jax.tree.flatten(norms, is_leaf=_leaves.is_none)
     if _compat.untyped_axes() or not any(jnp.ndim(norm) for norm in jax.tree.leaves(norms)):
         return None
-    try:
-        subtrees = _leaves.up_to(treedef, _leaves.only_measured(updates))
-    except ValueError:
-        return None  # Whoever compares the norms with the last ones says what is wrong.
-
-    def summed(norm: Array | None, subtree: Updates) -> tuple[Any, ...] | None:
-        varying = frozenset[Any]().union(*map(_compat.varying_axes, jax.tree.leaves(subtree)))
-        if norm is None or not norm.ndim or not varying:
-            return None
-        return tuple(sorted(varying - _compat.varying_axes(norm), key=str))
-
-    names = list(map(summed, last, subtrees))
-    is_known = any(name is not None for name in names)
-    return jax.tree.unflatten(treedef, names) if is_known else None
+    names: dict[str, Any] = {}
+    leaves = {path: leaf for path, leaf, is_leaf in _paths.positions(updates) if is_leaf}
+    last = norms if isinstance(norms, dict) else {"": norms}
+    for path, leaf in leaves.items():
+        norm = last.get(path)
+        varying = _compat.varying_axes(leaf) if _leaves.is_measured(leaf) else frozenset()
+        is_of_units = norm is not None and norm.ndim and varying
+        names[path] = (
+            tuple(sorted(varying - _compat.varying_axes(norm), key=str)) if is_of_units else None
+        )
+    if all(name is None for name in names.values()):
+        return None
+    return names if isinstance(norms, dict) else names[""]
 
 
 def _like(template: Norms, norms: Norms, name: str = "updates since `init`") -> Norms:
     """The norms in the structure and dtypes of the state; a frozen leaf's are zero."""
+    kept, given = _by_path(template), _by_path(norms)
+    # What has no leaf may stand for all that was there, as where leaves are frozen together.
+    hollow = [path for path, norm in given.items() if norm is None]
 
-    def conform(kept: Array, norm: Any) -> Array:
-        if norm is None:
-            return jnp.zeros_like(kept)
-        if not jax.tree_util.all_leaves([norm]) or jnp.shape(norm) != kept.shape:
-            raise ValueError(
-                f"{name} must give norms of shape {kept.shape}, as in the state, got {norm!r}."
-            )
-        return jnp.asarray(norm).astype(kept.dtype)
+    def is_there(path: str) -> bool:
+        return path in given or any(not up or path.startswith(f"{up}/") for up in hollow)
 
-    try:
-        subtrees = _leaves.up_to(jax.tree.structure(template), norms)
-    except ValueError as error:
+    added = [path for path in given if given[path] is not None and kept.get(path) is None]
+    if added or not all(map(is_there, kept)):
         raise ValueError(
-            f"{name} must have the structure that `init` saw,"
-            f" {jax.tree.structure(template)}, got {jax.tree.structure(norms)}."
-        ) from error
-    kept, treedef = jax.tree.flatten(template)
-    return jax.tree.unflatten(treedef, map(conform, kept, subtrees))
+            f"{name} must have the structure that `init` saw, with the norms"
+            f" {sorted(kept)}, got {sorted(given)}."
+        )
+
+    def conform(path: str, zero: Array | None) -> Array | None:
+        norm = given.get(path)
+        if zero is None or norm is None:
+            return None if zero is None else jnp.zeros_like(zero)
+        if not jax.tree_util.all_leaves([norm]) or jnp.shape(norm) != zero.shape:
+            raise ValueError(
+                f"{name} must give norms of shape {zero.shape}, as in the state, got {norm!r}."
+            )
+        return jnp.asarray(norm).astype(zero.dtype)
+
+    conformed = {path: conform(path, zero) for path, zero in kept.items()}
+    return conformed if isinstance(template, dict) else conformed[""]
+
+
+def _by_path(norms: Norms) -> dict[str, Any]:
+    return norms if isinstance(norms, dict) else {"": norms}
 
 
 def _param_norms(
@@ -201,13 +254,13 @@ def _param_norms(
     """Norms of the parameters where updates are measured; unused ones cost nothing in jit."""
     if params is None:
         return None
-    leaves, treedef = jax.tree.flatten(updates, is_leaf=_leaves.is_none)
-    try:
-        subtrees = _leaves.up_to(treedef, params)
-    except ValueError:
-        return None  # Only a threshold that needs them can say whether that is wrong.
+    by_path = {path: leaf for path, leaf, is_leaf in _paths.positions(params) if is_leaf}
+    leaves, treedef = jax.tree.flatten(updates)
     matching = [
-        param if _leaves.is_measured(leaf) else None
-        for leaf, param in zip(leaves, subtrees, strict=True)
+        by_path.get(path) if _leaves.is_measured(leaf) else None
+        for path, leaf in zip(_paths.of_leaves(updates), leaves, strict=True)
     ]
-    return _like(template, measure(jax.tree.unflatten(treedef, matching)))
+    found = zip(leaves, matching, strict=True)
+    if any(_leaves.is_measured(leaf) and param is None for leaf, param in found):
+        return None  # Only a threshold that needs them can say whether that is wrong.
+    return _like(template, _paths.flat(measure(jax.tree.unflatten(treedef, matching))))

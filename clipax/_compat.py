@@ -1,6 +1,6 @@
 """What differs between the versions of JAX, each with the version it belongs to."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 # JAX gives them no type.
 partition_spec: Callable[..., PartitionSpec] = PartitionSpec
+shape_dtype_struct: Callable[..., jax.ShapeDtypeStruct] = jax.ShapeDtypeStruct
 optimization_barrier: Callable[[Any], Any] = jax.lax.optimization_barrier
 # Before, derivatives of doubles need that JAX computes with doubles everywhere.
 HAS_DOUBLES = jax.__version_info__ >= (0, 10)
@@ -24,6 +25,11 @@ def doubles() -> AbstractContextManager[Any]:
     return made
 
 
+def stands_for_params(params: Any) -> bool:
+    """Whether Optax asks, by `optax.tree_map_params`, where parameters would be in a state."""
+    return type(params).__name__ == "_ParamsPlaceholder"
+
+
 def bound_axes() -> tuple[Hashable, ...]:
     """The mapped axes around us: of `shard_map`, of `pmap`, and of `vmap` where it has a name."""
     if hasattr(core, "unsafe_get_axis_names_DO_NOT_USE"):  # jax >= 0.10
@@ -33,10 +39,30 @@ def bound_axes() -> tuple[Hashable, ...]:
 
 def varying_axes(x: Any) -> frozenset[Hashable]:
     """The manual mesh axes over which `x` varies, as far as its type says."""
-    aval = jax.typeof(x)
+    return varying_axes_of(jax.typeof(x))
+
+
+def varying_axes_of(aval: Any) -> frozenset[Hashable]:
+    """The manual mesh axes over which what has this type varies."""
     if hasattr(aval, "manual_axis_type"):  # jax >= 0.10
         return frozenset(aval.manual_axis_type.varying)
     return frozenset(getattr(aval, "vma", ()))  # jax < 0.10
+
+
+def varying_over(x: Any, axes: Iterable[Hashable]) -> Any:
+    """The same values, of a type that varies over these manual mesh axes."""
+    more = tuple(axis for axis in axes if axis not in varying_axes(x))
+    if not more:
+        return x
+    if hasattr(jax.lax, "pcast"):  # jax >= 0.8.3
+        return jax.lax.pcast(x, more, to="varying")
+    assert hasattr(jax.lax, "pvary")  # jax < 0.8.3
+    return jax.lax.pvary(x, more)
+
+
+def varying_like(x: Any, other: Any) -> Any:
+    """`x`, of a type that varies over the manual mesh axes over which that of `other` does."""
+    return varying_over(x, varying_axes(other))
 
 
 def unreduced_axes(x: Any) -> tuple[Hashable, ...]:

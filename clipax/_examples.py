@@ -1,6 +1,7 @@
 """A loss function and a batch: what is measured of each example, and clipped."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
-from clipax import _compat, _leaves, _plans, _programs, norms
+from clipax import _arguments, _compat, _leaves, _mapped, _plans, _programs
 from clipax._plans import Plan
 from clipax._programs import Ref
+from clipax._safe_norm import Layout, total_norm
 from clipax._terms import Scope
 from clipax._typing import Array, Coefficient, Norms
+from clipax.coefficients import Factors, in_two
 
 ArgNums = int | Sequence[int]
 Outputs = Callable[[Any, Any, Any], Any]
@@ -47,16 +50,41 @@ class Call:
         self, loss_fn: Callable[..., Any], argnums: ArgNums, batch_argnums: ArgNums, has_aux: bool
     ):
         self._loss_fn, self._has_aux = loss_fn, has_aux
-        self._positions = _positions(argnums=argnums)
+        self._positions = _arguments.positions(argnums=argnums)
         is_one = isinstance(argnums, int | np.integer)
         self._argnums = self._positions[0] if is_one else self._positions
-        self._batched = _positions(batch_argnums=batch_argnums)
+        self._batched = _arguments.positions(batch_argnums=batch_argnums)
         both = set(self._positions) & set(self._batched)
         if both:
             raise ValueError(
                 f"argnums and batch_argnums must differ, and both have {sorted(both)}: an"
                 " argument is either differentiated or has the examples."
             )
+
+    def of_arrays(
+        self, args: Sequence[Any], shared: Mapping[str, Any], **own: Any
+    ) -> tuple["Call", list[Any]]:
+        """The same call, whose arguments have arrays alone. All others reach the loss as they are.
+
+        As they do under `jax.grad`: a flag stays one, and what is no array may be anything.
+
+        Args:
+          args: What is passed by position.
+          shared: What is passed by keyword: to the loss.
+          own: What is passed by keyword to clipax; None if it is not.
+        """
+        _arguments.refuse_two_meanings(self._loss_fn, len(args), own)
+        chosen = {*self._positions, *self._batched}
+        for name, positions in (("argnums", self._positions), ("batch_argnums", self._batched)):
+            for position in positions:
+                if position >= len(args):
+                    raise ValueError(
+                        f"{name} has {position}, and there are {len(args)} arguments that are"
+                        " passed by position. What is passed by keyword is not differentiated,"
+                        " and one for all examples."
+                    )
+        loss_fn, arrays = _arguments.arrays_apart(self._loss_fn, chosen, args, shared)
+        return Call(loss_fn, self._argnums, self._batched, self._has_aux), arrays
 
     def differentiated(self, args: Sequence[Any]) -> Any:
         if isinstance(self._argnums, int):
@@ -65,12 +93,6 @@ class Call:
 
     def check(self, args: Sequence[Any]) -> int:
         """Refuses what cannot be clipped; the number of examples."""
-        for name, positions in (("argnums", self._positions), ("batch_argnums", self._batched)):
-            for position in positions:
-                if position >= len(args):
-                    raise ValueError(
-                        f"{name} has {position}, and there are {len(args)} arguments."
-                    )
         parameters = jax.tree_util.tree_leaves_with_path(self.differentiated(args))
         if not parameters:
             raise ValueError("There are no parameters: what argnums tells has no array.")
@@ -81,30 +103,37 @@ class Call:
                     f"The parameter {_leaves.path_string(path) or 'itself'} must be an array of"
                     f" floats, got {kind}. Pass what is not differentiated as another argument."
                 )
+        examples = self._examples(args)
         self._refuse_summed_gradients(args)
-        return self._examples(args)
+        return examples
 
     def _refuse_summed_gradients(self, args: Sequence[Any]) -> None:
         """Of what is the same on all devices, JAX sums the gradients of their examples."""
-
-        def varying(positions: Sequence[int]) -> set[Any]:
-            leaves = jax.tree.leaves([args[position] for position in positions])
-            return {axis for leaf in leaves for axis in _compat.varying_axes(leaf)}
-
-        shards = varying(self._batched) - varying(self._positions)
-        if shards:
-            raise ValueError(
-                f"The examples vary over the mesh axes {sorted(map(str, shards))}, and the"
-                " parameters do not: the gradient of one example would be summed with those on"
-                " other devices. Let the parameters vary, by jax.lax.pcast(params, axes,"
-                " to='varying') or, before jax 0.8.3, jax.lax.pvary, and sum what comes out."
-            )
+        if not _compat.bound_axes():
+            return
+        batch = jax.tree.leaves([args[position] for position in self._batched])
+        of_examples = {axis for leaf in batch for axis in _compat.varying_axes(leaf)}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.differentiated(args)):
+            shards = of_examples - _compat.varying_axes(leaf)
+            if shards:
+                raise ValueError(
+                    f"The examples vary over the mesh axes {sorted(map(str, shards))}, and the"
+                    f" parameter {_leaves.path_string(path) or 'itself'} does not: the gradient"
+                    " of one example would be summed with those on other devices. Let all"
+                    " parameters vary, by jax.lax.pcast(params, axes, to='varying') or, before"
+                    " jax 0.8.3, jax.lax.pvary, and sum what comes out."
+                )
 
     def _examples(self, args: Sequence[Any]) -> int:
         sizes: dict[int, str] = {}
         for position in self._batched:
             for path, leaf in jax.tree_util.tree_leaves_with_path(args[position]):
                 name = f"argument {position}" + jax.tree_util.keystr(path)
+                if not _arguments.is_value(leaf):
+                    raise ValueError(
+                        f"{name} must be an array with the examples along its first axis, got"
+                        f" {leaf!r}. What is one for all examples is another argument."
+                    )
                 if not jnp.ndim(leaf):
                     raise ValueError(f"{name} has no axis of examples: its shape is ().")
                 sizes.setdefault(leaf.shape[0], name)
@@ -135,11 +164,18 @@ class Call:
             _plans.plan(_leaves.path_string(path), leaf, scope, variable)
             for (path, leaf), variable in zip(leaves, gradients, strict=True)
         ]
+        matters = [
+            position in (*self._positions, *self._batched)
+            for position, arg in enumerate(args)
+            for _ in jax.tree.leaves(arg)
+        ]
+        shards = _mapped.sharding_axes(program.jaxpr, matters, depends, len(leaves))
         reported = [
             (scope.ref(each), scope.depends_on_example(each))
             for each in outputs[: -len(leaves) or None]
         ]
-        return Planned(program, in_axes, plans, structure, reported, jax.tree.structure(aux))
+        aux_structure = jax.tree.structure(aux)
+        return Planned(program, in_axes, plans, shards, structure, reported, aux_structure)
 
     def measure(self, args: Sequence[Any]) -> "Measured":
         planned, examples = self.plans(args), self._examples(args)
@@ -162,6 +198,7 @@ class Call:
         aux = jax.tree.unflatten(planned.aux, reported[1:]) if self._has_aux else None
         return Measured(
             planned.plans,
+            planned.shards,
             planned.structure,
             _plans.exact_norms(leaves),
             [leaf.kept for leaf in leaves],
@@ -194,7 +231,20 @@ class Call:
             sums, info = clip_part(here, part_mask, bound)
             return jax.tree.map(jnp.add, total, sums), info
 
-        total, infos = jax.lax.scan(step, zeros, (batches, split(mask)))
+        parts = (batches, split(mask))
+        if _compat.bound_axes():
+            # What a scan carries must have the type of what comes out of its steps.
+            first = jax.tree.map(lambda leaf: leaf[0], parts)
+            types = jax.make_jaxpr(step)(zeros, first).out_avals
+            leaves, structure = jax.tree.flatten(zeros)
+            zeros = jax.tree.unflatten(
+                structure,
+                [
+                    _compat.varying_over(leaf, _compat.varying_axes_of(each))
+                    for leaf, each in zip(leaves, types, strict=False)
+                ],
+            )
+        total, infos = jax.lax.scan(step, zeros, parts)
         joined = jax.tree.map(
             lambda leaf: leaf.reshape(examples, *leaf.shape[2:]),
             infos._replace(max_norm=None, clip_fraction=None),
@@ -223,7 +273,10 @@ class Call:
             lambda leaf: on_mesh(*_spec_on(mesh, leaf)), self.differentiated(args)
         )
         shardings = out(params, on_mesh(*next(iter(spread), ())), on_mesh())
-        return jax.jit(_automatic(function, out_sharding=shardings))(args, *others)
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        # In `shard_map` other axes may be manual, and stay so.
+        explicit = tuple(axis for axis, kind in kinds if kind is AxisType.Explicit)
+        return jax.jit(_automatic(function, axes=explicit, out_sharding=shardings))(args, *others)
 
 
 def _mesh_of(leaf: Any) -> Any:
@@ -238,6 +291,7 @@ class Planned(NamedTuple):
     program: Any
     in_axes: list[int | None]
     plans: list[Plan]
+    shards: list[tuple[Hashable, ...]]
     structure: Any
     reported: list[tuple[Ref, bool]]
     aux: Any
@@ -245,6 +299,8 @@ class Planned(NamedTuple):
 
 class Measured(NamedTuple):
     plans: list[Plan]
+    shards: list[tuple[Hashable, ...]]
+    """The mapped axes over which each leaf's gradient lies in parts."""
     structure: Any
     leaf_norms: list[Array]
     kept: list[_plans.Kept]
@@ -255,8 +311,9 @@ class Measured(NamedTuple):
         self, bound: Any, coefficient: Coefficient, mask: Array | None, skip_nonfinite: bool
     ) -> tuple[Any, PerExampleInfo]:
         """The sums of the clipped gradients, in the width of norms."""
-        tree = jax.tree.unflatten(self.structure, self.leaf_norms)
-        sizes = _for_each_bound(lambda _, subtree: norms_over(subtree), bound, tree)
+        self._refuse_different_shares(mask=mask, max_norm=bound)
+        tree = self.places()
+        sizes = _for_each_bound(lambda _, places: self.norms_over(places), bound, tree)
         bounds = _for_each_bound(
             lambda value, size: jnp.asarray(value).astype(size.dtype), bound, sizes
         )
@@ -265,17 +322,54 @@ class Measured(NamedTuple):
             finite = [jnp.isfinite(size) for size in jax.tree.leaves(sizes)]
             counted = jnp.all(jnp.stack([counted, *finite]), 0)
 
-        def factor(size: Array, limit: Array) -> Array:
-            found = coefficient(size, jnp.broadcast_to(limit, size.shape))
-            return jnp.where(counted, found, 0)
-
-        factors = jax.tree.map(factor, sizes, bounds)
+        limits = jax.tree.map(
+            lambda size, limit: jnp.broadcast_to(limit, size.shape), sizes, bounds
+        )
+        weights = in_two(coefficient, sizes, limits)
+        weights = weights._replace(
+            second=jax.tree.map(lambda factor: jnp.where(counted, factor, 0), weights.second)
+        )
+        rows = zip(*(self._for_leaves(each, tree) for each in weights), strict=True)
         sums = self._weighted_sums(
-            self._for_leaves(factors, tree),
+            [Factors(*row) for row in rows],
             None if mask is None and not skip_nonfinite else ~counted,
         )
+        factors = weights.product
         info = PerExampleInfo(self.losses, sizes, factors, counted, None, bounds, self.aux)
         return sums, info
+
+    def places(self) -> Any:
+        """The leaves by their numbers, in the structure of the parameters."""
+        return jax.tree.unflatten(self.structure, range(len(self.leaf_norms)))
+
+    def norms_over(self, places: Any) -> Array:
+        """One norm an example over some leaves, with all of their shards.
+
+        Over the mapped axes that hold other examples nothing is summed.
+        """
+        chosen = jax.tree.leaves(places)
+        parts = [self.leaf_norms[place] for place in chosen]
+        if not parts:
+            return jnp.zeros(self.losses.shape, jnp.float32)
+        layouts = tuple(Layout((), self.shards[place]) for place in chosen)
+        if len(parts) == 1 and not layouts[0].shards:
+            return parts[0]
+        rows = zip(parts, layouts, strict=True)
+        varying = [_compat.varying_over(part, layout.shards) for part, layout in rows]
+        return jax.vmap(functools.partial(total_norm, layouts=layouts, ord=2.0))(varying)
+
+    def _refuse_different_shares(self, **arguments: Any) -> None:
+        """The shards of one gradient must have one weight."""
+        axes = {axis for shards in self.shards for axis in shards}
+        for name, value in arguments.items():
+            varying = [_compat.varying_axes(leaf) for leaf in jax.tree.leaves(value)]
+            if different := axes.intersection(*[frozenset().union(*varying)]):
+                raise ValueError(
+                    f"{name} must be the same over the mesh axes {sorted(map(str, different))},"
+                    " along which the gradient of each example lies in shards, and its type says"
+                    f" that it varies. Let {name} depend on nothing that varies there, or make"
+                    " it the same by jax.lax.pmax, of a mask as integers."
+                )
 
     def _for_leaves(self, factors: Any, tree: Any) -> list[Array]:
         weights: list[Array] = []
@@ -286,7 +380,7 @@ class Measured(NamedTuple):
         _for_each_bound(extend, factors, tree)
         return weights
 
-    def _weighted_sums(self, weights: list[Array], is_kept_out: Array | None) -> Any:
+    def _weighted_sums(self, weights: list[Factors], is_kept_out: Array | None) -> Any:
         rows = zip(self.plans, self.kept, weights, strict=True)
         sums = [
             _plans.weighted_sum(plan, kept, weight, is_kept_out) for plan, kept, weight in rows
@@ -299,18 +393,19 @@ def _for_each_bound(function: Callable[..., Any], bound: Any, tree: Any) -> Any:
     return _leaves.map_prefix(function, bound, tree, is_leaf=None, name="max_norm")
 
 
-def norms_over(tree: Any) -> Array:
-    """One norm an example over all leaves."""
-    leaves = jax.tree.leaves(tree)
-    return leaves[0] if len(leaves) == 1 else jax.vmap(norms.global_norm)(leaves)
-
-
 def _scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     def checked(*args: Any) -> Any:
         returned = loss_fn(*args)
         if has_aux and not (isinstance(returned, tuple) and len(returned) == 2):
             raise ValueError("With has_aux, loss_fn must return a pair (loss, aux).")
         loss = returned[0] if has_aux else returned
+        aux = returned[1] if has_aux else None
+        for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+            if not _arguments.is_value(leaf):
+                raise ValueError(
+                    f"What loss_fn returns besides must be arrays, got {leaf!r} in"
+                    f" aux{jax.tree_util.keystr(path)}."
+                )
         if not isinstance(loss, jax.Array | np.ndarray | np.generic | int | float):
             raise ValueError(
                 f"loss_fn must return one real number for one example, got a"
@@ -325,23 +420,3 @@ def _scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., An
         return returned
 
     return checked
-
-
-def _positions(**argument: Any) -> tuple[int, ...]:
-    ((name, value),) = argument.items()
-    positions = (
-        (value,)
-        if isinstance(value, int | np.integer)
-        else tuple(value)
-        if isinstance(value, Sequence) and not isinstance(value, str)
-        else (None,)
-    )
-    good = all(
-        isinstance(each, int | np.integer) and not isinstance(each, bool) and each >= 0
-        for each in positions
-    )
-    if not good or not positions or len(set(positions)) != len(positions):
-        raise ValueError(
-            f"{name} must be a position >= 0 or several different ones, got {value!r}."
-        )
-    return tuple(int(each) for each in positions)

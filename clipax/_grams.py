@@ -6,6 +6,7 @@ With `g = lhs^T rhs`, summed over t: `|g|^2 = sum((lhs lhs^T) * (rhs rhs^T))`, m
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _leaves, _safe_norm
+from clipax import _compat, _leaves, _safe_norm
 from clipax._programs import Ref
 from clipax._terms import Axis, Operand, Product
 from clipax._typing import Array
@@ -100,6 +101,10 @@ class Factors(NamedTuple):
     is_one_hot: bool
     precision: Any
 
+    def widened(self, dtype: Any) -> "Factors":
+        lhs = self.lhs if self.is_one_hot else self.lhs.astype(dtype)
+        return self._replace(lhs=lhs, rhs=self.rhs.astype(dtype))
+
 
 def factors(term: Product, values: Values, examples: int) -> Factors:
     found = roles(term)
@@ -109,7 +114,7 @@ def factors(term: Product, values: Values, examples: int) -> Factors:
     rhs = _arranged(term.rhs, values, examples, (*inner, *found.columns))
     if term.factors or term.scale != 1:
         # A factor for a gradient in float32 can be out of range for operands in float16.
-        rhs = _leaves.widened(rhs) * jnp.asarray(term.scale, _leaves.wide_dtype(rhs.dtype))
+        rhs = _scaled_by(term.scale, _leaves.widened(rhs))
     for factor in term.factors:
         by = _arranged(factor, values, examples, inner)
         rhs = rhs * by.reshape(by.shape + (1,) * (rhs.ndim - by.ndim)).astype(rhs.dtype)
@@ -120,6 +125,17 @@ def factors(term: Product, values: Values, examples: int) -> Factors:
     lhs = _arranged(term.lhs, values, examples, (*inner, *found.rows))
     columns, lhs = _of_one_dtype(columns, lhs)
     return Factors(lhs.reshape(*lead, sizes.rows), columns, sizes.rows, False, term.precision)
+
+
+def _scaled_by(scale: float, array: Array) -> Array:
+    """Multiplies an array by a number that may be out of the range of its dtype."""
+    step = 2.0**96
+    while abs(scale) > step or 0 < abs(scale) < 1 / step:
+        by = step if abs(scale) > step else 1 / step
+        # The barrier keeps XLA from multiplying the numbers by each other first.
+        array = _compat.optimization_barrier(array * jnp.asarray(by, array.dtype))
+        scale = np.clip(scale, -sys.float_info.max, sys.float_info.max) / by
+    return array * jnp.asarray(scale, array.dtype)
 
 
 def _of_one_dtype(*arrays: Array) -> list[Array]:
@@ -169,9 +185,18 @@ def taken_apart(term: Product, gradient: Array) -> Array:
     """An array in the shape of the gradient as (shared, rows, columns)."""
     sizes = roles(term).sizes
     zeros = jnp.zeros((sizes.shared, sizes.rows, sizes.columns), gradient.dtype)
+    zeros = _compat.varying_like(zeros, gradient)
     # It only moves entries, and its transpose moves them back.
     (block,) = jax.linear_transpose(lambda block: assembled(term, block), zeros)(gradient)
     return block
+
+
+def rest_of(term: Product, gradient: Array, block: Array) -> Array | None:
+    """Returns the entries of a gradient that its block lacks, or None if it lacks none."""
+    if block.size == gradient.size:
+        return None
+    # A difference would make NaN of inf - inf.
+    return jnp.where(assembled(term, block) == gradient, 0, gradient)
 
 
 # -- Norms ---------------------------------------------------------------------------------------
@@ -182,6 +207,14 @@ def row_norms(array: Array) -> Array:
     array = array.reshape(array.shape[0], math.prod(array.shape[1:]))
     rows = _safe_norm.Layout((1,), ())
     return _safe_norm.separate_norms([array], (rows,), 2.0)[0][:, 0]
+
+
+def with_rest(norms: Array, rest: Array | None) -> Array:
+    """Completes the norms of blocks by a rest that all examples share."""
+    if rest is None:
+        return norms
+    beside = jnp.broadcast_to(row_norms(rest[None]), norms.shape).astype(norms.dtype)
+    return row_norms(jnp.stack([norms, beside], 1))
 
 
 def outer_norms(parts: Factors) -> Array:
@@ -313,12 +346,18 @@ def each_product(parts: Factors) -> Array:
     return jnp.einsum("bnti,bnto->bnio", parts.lhs, parts.rhs, precision=parts.precision)
 
 
-def weighted_product(parts: Factors, weights: Array) -> Array:
-    """The weighted sum of the examples' products, none of which is made."""
+def weighted_product(parts: Factors, weights: Sequence[Array]) -> Array:
+    """The weighted sum of the examples' products, none of which is made.
+
+    A weight is a product itself, since one float cannot hold a very small one.
+    """
     wide = _leaves.wide_dtype(parts.rhs.dtype)
     # The range of bfloat16 is that of float32, and its products are fast.
     narrow = parts.rhs.dtype if parts.rhs.dtype == jnp.bfloat16 else wide
-    rhs = (parts.rhs.astype(wide) * weights[:, None, None, None]).astype(narrow)
+    rhs = parts.rhs.astype(wide)
+    for weight in weights:
+        rhs = rhs * weight.astype(wide)[:, None, None, None]
+    rhs = rhs.astype(narrow)
     if parts.is_one_hot:
         return _placed(
             parts.rows, _one_after_the_other(parts.lhs), _one_after_the_other(rhs.astype(wide))

@@ -6,9 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
-from clipax import _compat
+from clipax import _compat, _paths
 from clipax._typing import Array, Axes, AxisName, LeafRule, Updates
+
+# JAX gives it no type.
+_reshard: Callable[..., Array] = jax.sharding.reshard
 
 
 def is_measured(leaf: Any) -> bool:
@@ -40,9 +44,18 @@ def is_none(node: Any) -> bool:
     return node is None
 
 
-def only_measured(updates: Updates) -> Updates:
-    """The updates with None for every leaf that is not measured."""
-    return jax.tree.map(lambda leaf: leaf if is_measured(leaf) else None, updates)
+def only_measured(updates: Updates, mask: LeafRule = True) -> Updates:
+    """The updates with None for every leaf that is not measured, or masked out."""
+    leaves, treedef = jax.tree.flatten(updates)
+    rows = zip(leaves, wanted(updates, mask), strict=True)
+    return jax.tree.unflatten(treedef, [leaf if is_wanted else None for leaf, is_wanted in rows])
+
+
+def over(updates: Updates, some: Updates) -> Updates:
+    """Some leaves, with None in the place of the others, over the leaves that were there."""
+    leaves, treedef = jax.tree.flatten(updates)
+    rows = zip(leaves, up_to(treedef, some), strict=True)
+    return jax.tree.unflatten(treedef, [old if new is None else new for old, new in rows])
 
 
 def up_to(treedef: Any, tree: Any) -> list[Any]:
@@ -70,22 +83,59 @@ def map_prefix(
     return jax.tree.unflatten(treedef, map(function, leaves, subtrees))
 
 
+def map_measured(
+    function: Callable[..., Any], updates: Updates, *prefixes: Any, name: str = "coefficients"
+) -> Updates:
+    """Maps `function(leaf, *values)` over measured leaves of which every prefix says something.
+
+    A leaf without entries stays as it is.
+    """
+    leaves, treedef = jax.tree.flatten(updates)
+    columns = [
+        _paths.spread(prefix, updates, is_leaf=is_none, is_optional=is_unmeasured, name=name)
+        for prefix in prefixes
+    ]
+    mapped = [
+        function(leaf, *values)
+        if is_measured(leaf) and jnp.size(leaf) and not any(value is None for value in values)
+        else leaf
+        for leaf, *values in zip(leaves, *columns, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, mapped)
+
+
+def is_unmeasured(leaf: Any) -> bool:
+    return not is_measured(leaf)
+
+
+def is_function(value: Any) -> bool:
+    """Whether it is called, and not a tree of numbers that could be called too, as a layer."""
+    if not callable(value) or isinstance(value, jax.Array):
+        return False
+    return isinstance(value, jax.tree_util.Partial) or not (
+        # An object that is no pytree is its own leaf.
+        jax.tree.leaves(value) and not jax.tree_util.all_leaves([value])
+    )
+
+
 def per_leaf(updates: Updates, **rule: LeafRule) -> list[Any]:
     """What `name=rule` says of each leaf, in the order of `jax.tree.leaves`."""
     ((name, value),) = rule.items()
-    # A module of parameters can be callable too, but it is a tree.
-    if callable(value) and jax.tree_util.all_leaves([value]):
-        return [
-            value(path_string(path), leaf) if is_measured(leaf) else None
-            for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
-        ]
-    values: list[Any] = []
-
-    def extend(leaf_value: Any, subtree: Any) -> None:
-        values.extend([leaf_value] * len(jax.tree.leaves(subtree)))
-
-    map_prefix(extend, value, updates, is_leaf=is_rule_value, name=name)
-    return values
+    if is_function(value):
+        rows = zip(_paths.of_leaves(updates), jax.tree.leaves(updates), strict=True)
+        return [value(path, leaf) if is_measured(leaf) else None for path, leaf in rows]
+    if is_rule_value(value) and type(value) is not tuple:
+        return [value] * len(jax.tree.leaves(updates))
+    for pair in _paths.paired_tuples(value, updates, is_rule_value):
+        if len(set(pair)) > 1:
+            raise ValueError(
+                f"{name} has {pair!r}, which is one value for all leaves of a tuple of"
+                f" {len(pair)}, but could be meant as one for each. Write a list:"
+                f" {list(pair)!r} for one each, {[pair] * len(pair)!r} for the same."
+            )
+    return _paths.spread(
+        value, updates, is_leaf=is_rule_value, is_optional=is_unmeasured, name=name
+    )
 
 
 def is_rule_value(node: Any) -> bool:
@@ -126,17 +176,19 @@ def wanted(updates: Updates, mask: LeafRule = True) -> list[bool]:
     return answers
 
 
-def axis_tuple(leaf: Any, axes: Axes) -> tuple[int, ...]:
-    """Axes counted from the front, in order."""
+def axis_tuple(leaf: Any, **argument: Axes) -> tuple[int, ...]:
+    """Axes of a leaf counted from the front, in order."""
+    ((name, axes),) = argument.items()
     rank = jnp.ndim(leaf)
     given: tuple[Any, ...] = axes if isinstance(axes, tuple) else (axes,)
     for axis in given:
         if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
-            raise ValueError(f"An axis must be an integer, got {axis!r} in {axes!r}.")
+            raise ValueError(f"{name} must be an integer, got {axis!r} in {axes!r}.")
         if not -rank <= axis < rank:
             raise ValueError(
-                f"A leaf of shape {jnp.shape(leaf)} has no axis {axis}. Give the axes leaf"
-                " by leaf, as a tree prefix or a function (path, leaf) -> axes."
+                f"A leaf of shape {jnp.shape(leaf)} has no axis {axis}, got"
+                f" {name}={axes!r}. Give {name} leaf by leaf, as a tree prefix or a function"
+                " (path, leaf) -> axes."
             )
     return tuple(sorted({int(axis) % rank for axis in given}))
 
@@ -161,14 +213,53 @@ def unit_of(largest: Array) -> Array:
     return jnp.where(largest > 0, invertible, 1)
 
 
+def zeros_like(leaf: Any) -> Array:
+    """Zeros as wide as moments of a leaf are, which lie where it does."""
+    wide = widened(jnp.zeros_like(leaf))
+    # In jit, nothing but a value of the program itself tells it where that runs.
+    is_on_mesh = isinstance(leaf, jax.core.Tracer) and _sharding_of(leaf) is not None
+    return jnp.where(jnp.isnan(leaf), wide, wide) if is_on_mesh else wide
+
+
 def choose(condition: Array, new: Any, old: Any) -> Any:
-    """The new tree where the condition holds, else the old one, bit for bit."""
+    """The new tree where the condition holds, else the old one, bit for bit.
 
-    def choose_leaf(one: Any, other: Any) -> Any:
-        # A product with 0 or 1 would not do: 0 * NaN is NaN.
-        return other if is_float0(other) else jnp.where(condition, one, other)
+    A leaf that is neither a number nor an array of numbers or keys stays the object that it is.
+    """
 
-    return jax.tree.map(choose_leaf, new, old)
+    def choose_leaf(path: Any, one: Any, other: Any) -> Any:
+        if one is other or is_float0(other):
+            return other
+        if _can_be_selected(one) and _can_be_selected(other):
+            is_static = type(one) is type(other) and isinstance(one, int)
+            # A product with 0 or 1 would not do: 0 * NaN is NaN.
+            return other if is_static and one == other else jnp.where(condition, one, other)
+        if type(one) is type(other) and np.array_equal(one, other):
+            return other
+        if isinstance(condition, jax.core.Tracer):
+            raise ValueError(
+                "While tracing, a step that may be left out can change only numbers, arrays and"
+                f" keys, got both {other!r} and {one!r} at {jax.tree_util.keystr(path)!r}."
+            )
+        return one if condition else other
+
+    return jax.tree_util.tree_map_with_path(choose_leaf, new, old)
+
+
+def holds_numbers(leaf: Any) -> bool:
+    """Whether it is a number or an array of them: no key, float0, function or string."""
+    if isinstance(leaf, (bool, int, float, complex)) or hasattr(leaf, "__jax_array__"):
+        return True
+    return _is_array_of(leaf, np.bool_, np.number)
+
+
+def _is_array_of(leaf: Any, *kinds: Any) -> bool:
+    is_array = isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+    return is_array and any(jnp.issubdtype(leaf.dtype, kind) for kind in kinds)
+
+
+def _can_be_selected(leaf: Any) -> bool:
+    return holds_numbers(leaf) or _is_array_of(leaf, jax.dtypes.prng_key)
 
 
 def is_float0(leaf: Any) -> bool:
@@ -177,11 +268,80 @@ def is_float0(leaf: Any) -> bool:
 
 
 def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:
-    """Zeros in the structure, type and sharding of the norms of `params`."""
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-        shapes = jax.eval_shape(norm, params)
-        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    return jax.tree.map(lambda size: filled_like(size, 0.0), norm(params))
+    """Zeros in the type and sharding of the norms of `params`, flat by path."""
+    if not any(map(_tells_its_place, jax.tree.leaves(params))):
+        norms = norm(params)
+        return jax.tree.map(lambda size: filled_like(size, 0.0), _paths.flat(norms))
+    shapes = jax.tree.map(_shape_on_device, params)
+    sharded = {
+        path: leaf.sharding
+        for path, leaf in zip(_paths.of_leaves(shapes), jax.tree.leaves(shapes), strict=True)
+        if getattr(leaf, "sharding", None) is not None
+    }
+    whole = next(iter(sharded.values()), None)
+
+    def zero(path: str, norm: Any) -> Any:
+        sharding = sharded.get(path, whole)
+        if isinstance(sharding, NamedSharding):
+            # What is summed has one entry left, on every device.
+            kept = zip(norm.shape, tuple(sharding.spec), strict=False)
+            spec = [part if size != 1 else None for size, part in kept]
+            sharding = NamedSharding(sharding.mesh, _compat.partition_spec(*spec))
+        return jnp.zeros(norm.shape, norm.dtype, device=sharding)
+
+    norms = _paths.flat(jax.eval_shape(norm, shapes))
+    if not isinstance(norms, dict):
+        return zero("", norms)
+    return {path: None if size is None else zero(path, size) for path, size in norms.items()}
+
+
+def _tells_its_place(leaf: Any) -> bool:
+    """Whether where its norm lies is known from its type, or cannot be computed where it is."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return True
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return False
+    return _shape_on_device(leaf) is not leaf or not jax.typeof(leaf).sharding.mesh.empty
+
+
+def _shape_on_device(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or isinstance(leaf, jax.core.Tracer):
+        return leaf
+    sharding = leaf.sharding
+    if sharding is None:
+        return leaf
+    device = next(iter(sharding.device_set))
+    usual = device.default_memory().kind
+    if sharding.memory_kind in (None, usual):
+        return leaf
+    return _compat.shape_dtype_struct(
+        leaf.shape, leaf.dtype, sharding=sharding.with_memory_kind(usual)
+    )
+
+
+def beside(norm: Array, state: Any) -> Any:
+    """The state laid on the mesh of a norm; what has its shape, as for each unit, like it."""
+    sharding = _sharding_of(norm)
+    if sharding is None:
+        return state
+    whole = NamedSharding(sharding.mesh, _compat.partition_spec())
+
+    def lay(leaf: Any) -> Any:
+        is_alike = jnp.shape(leaf) == norm.shape
+        if not isinstance(leaf, jax.Array) or (_sharding_of(leaf) and not is_alike):
+            return leaf
+        put = _reshard if isinstance(leaf, jax.core.Tracer) else jax.device_put
+        return put(leaf, sharding if is_alike else whole)
+
+    return jax.tree.map(lay, state)
+
+
+def _sharding_of(array: Array) -> NamedSharding | None:
+    """How an array is sharded over a mesh, as far as it is known here."""
+    if not isinstance(array, jax.core.Tracer):
+        return array.sharding if isinstance(array.sharding, NamedSharding) else None
+    sharding = jax.typeof(array).sharding
+    return None if sharding.mesh.empty else sharding
 
 
 class Alike:

@@ -84,8 +84,8 @@ def _view(leaf: Any, unit: Axes, stack: Axes) -> MatrixView | None:
     """None where the leaf is a vector, or said to be one."""
     if unit is None or jnp.ndim(leaf) <= 1:
         return None
-    layers = () if stack is None else _leaves.axis_tuple(leaf, stack)
-    columns = _leaves.axis_tuple(leaf, unit)
+    layers = () if stack is None else _leaves.axis_tuple(leaf, stack_axis=stack)
+    columns = _leaves.axis_tuple(leaf, unit_axis=unit)
     if set(layers) & set(columns):
         raise ValueError(
             f"unit_axis={unit!r} and stack_axis={stack!r} must name different axes of a leaf,"

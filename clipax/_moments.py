@@ -17,11 +17,7 @@ from clipax.norms import global_norm
 
 def zeros(params: Updates) -> Updates:
     """Moments before the first step, complex where a leaf is; None where none is measured."""
-
-    def zero(leaf: Any) -> Array:
-        return _leaves.widened(jnp.zeros_like(leaf))
-
-    return jax.tree.map(zero, _leaves.only_measured(params))
+    return jax.tree.map(_leaves.zeros_like, _leaves.only_measured(params))
 
 
 def zero_moduli(params: Updates) -> Updates:
@@ -57,6 +53,21 @@ def narrowed(values: Updates, updates: Updates) -> Updates:
         return value.astype(jnp.asarray(leaf).dtype)
 
     return jax.tree.map(narrow, updates, values, is_leaf=_leaves.is_none)
+
+
+def added(update: Array, kept: Array) -> Array:
+    """The sum of an update and a finite array; of a finite update, the sum is finite too."""
+    if jnp.iscomplexobj(update):
+        return jax.lax.complex(added(update.real, kept.real), added(update.imag, kept.imag))
+    # An infinite sum has no direction, and a clip would make NaN of it.
+    # A sum with zero would lose the sign of -0.0, which a difference keeps.
+    return in_range(update - (0 - kept), update)
+
+
+def in_range(value: Array, source: Array) -> Array:
+    """The value, but the largest float where it overflowed though its source is finite."""
+    largest = np.finfo(value.dtype).max
+    return jnp.where(jnp.isfinite(source), jnp.clip(value, -largest, largest), value)
 
 
 def all_finite(values: Updates, *, axis_name: AxisName) -> Array:

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from clipax import _grams, _leaves
+from clipax import _compat, _grams, _leaves, coefficients
 from clipax._grams import Values
 from clipax._preparations import Windows
 from clipax._products import terms_of
 from clipax._programs import Ref
-from clipax._terms import Product, Scope, Whole
+from clipax._terms import Product, Scope, Terms, Whole
 from clipax._typing import Array
 
 # To fill a matrix with zeros and to read it again takes about as long as this many products.
@@ -69,7 +70,10 @@ class Kept(NamedTuple):
 
 def plan(name: str, leaf: Any, scope: Scope, variable: Any) -> Plan:
     """Chooses by the numbers of operations, which the shapes tell."""
-    terms = terms_of(scope, variable)
+    if scope.is_mutable:
+        terms: Terms = scope.whole(variable, "a program with mutable arrays")
+    else:
+        terms = terms_of(scope, variable)
     products = [term for term in terms if isinstance(term, Product)]
     whole = tuple(term for term in terms if isinstance(term, Whole))
     facts = (name, tuple(leaf.shape), leaf.dtype)
@@ -147,12 +151,14 @@ class Measured(NamedTuple):
 
 def measured(plan: Plan, values: Values, examples: int) -> Measured:
     """The norm of the leaf's gradient for each example, and what is kept of it."""
-    products = [
-        (term, _grams.factors(term, values, examples))
-        for term in plan.terms
-        if isinstance(term, Product)
-    ]
-    parts = [each for _, each in products]
+    terms = [term for term in plan.terms if isinstance(term, Product)]
+    parts = [_grams.factors(term, values, examples) for term in terms]
+    width = _leaves.wide_dtype(plan.dtype, *(part.rhs.dtype for part in parts))
+    if width == np.float64:
+        # A program can cast a leaf to another width for some of its terms.
+        parts = [part.widened(width) for part in parts]
+    products = list(zip(terms, parts, strict=True))
+    norm_dtype = _leaves.wide_dtype(plan.dtype)
     each = constant = None
     for term in plan.terms:
         if isinstance(term, Whole) and term.depends:
@@ -160,15 +166,26 @@ def measured(plan: Plan, values: Values, examples: int) -> Measured:
         elif isinstance(term, Whole):
             constant = jnp.broadcast_to(jnp.asarray(values[term.ref]), plan.shape)
     if plan.way is Way.ZERO:
-        wide = _leaves.wide_dtype(plan.dtype)
-        return Measured(jnp.zeros((examples,), wide), Kept([], None, None))
+        return Measured(jnp.zeros((examples,), norm_dtype), Kept([], None, None))
     if plan.way is Way.OUTER:
-        return Measured(_grams.outer_norms(parts[0]), Kept(products, None, None))
+        norms = _grams.outer_norms(parts[0]).astype(norm_dtype)
+        return Measured(norms, Kept(products, None, None))
     if plan.way is Way.GRAM:
-        block = None if constant is None else _grams.taken_apart(products[0][0], constant)
+        block = rest = None
+        if constant is not None:
+            # If the products fill a part of the leaf, so does the block of the constant.
+            wide = constant.astype(width)
+            block = _grams.taken_apart(terms[0], wide)
+            rest = _grams.rest_of(terms[0], wide, block)
         norms, is_exact = _grams.gram_norms(parts, block)
-        again = functools.partial(_grams.made_norms, parts, block)
-        return Measured(norms, Kept(products, constant, None), is_exact, again)
+
+        def complete(norms: Array) -> Array:
+            return _grams.with_rest(norms, rest).astype(norm_dtype)
+
+        def again() -> Array:
+            return complete(_grams.made_norms(parts, block))
+
+        return Measured(complete(norms), Kept(products, constant, None), is_exact, again)
     if each is None:
         each = _made(plan, products, constant, examples)
     is_smaller = math.prod(plan.shape) <= sum(_entries(term) for term, _ in products)
@@ -199,7 +216,9 @@ def _made(plan: Plan, products: Any, constant: Array | None, examples: int) -> A
     return each if constant is None else each + constant[None].astype(plan.dtype)
 
 
-def weighted_sum(plan: Plan, kept: Kept, weights: Array, is_kept_out: Array | None) -> Array:
+def weighted_sum(
+    plan: Plan, kept: Kept, weights: coefficients.Factors, is_kept_out: Array | None
+) -> Array:
     """The sum of the examples' gradients, each times its weight.
 
     Of examples that are kept out nothing may come in, not even times zero: it may be NaN.
@@ -211,14 +230,21 @@ def weighted_sum(plan: Plan, kept: Kept, weights: Array, is_kept_out: Array | No
             return array
         return jnp.where(is_kept_out.reshape(-1, *[1] * (array.ndim - 1)), 0, array)
 
-    total = jnp.zeros(plan.shape, wide)
+    first, second = (weight.astype(wide) for weight in weights)
+    total = _compat.varying_like(jnp.zeros(plan.shape, wide), second)
     if kept.each is not None:
-        each = without(kept.each)
-        total += jnp.tensordot(weights.astype(wide), each.astype(wide), 1)
+        each = without(kept.each).astype(wide)
+        each *= first.reshape(-1, *[1] * (each.ndim - 1))
+        total += jnp.tensordot(second, each, 1)
     for term, parts in kept.products:
         lhs = parts.lhs if parts.is_one_hot else without(parts.lhs)
         parts = parts._replace(lhs=lhs, rhs=without(parts.rhs))
         total += _grams.assembled(term, _grams.weighted_product(parts, weights)).astype(wide)
     if kept.constant is not None:
-        total += jnp.sum(weights) * kept.constant.astype(wide)
+        constant = kept.constant.astype(wide)
+        if is_kept_out is not None:
+            constant = jnp.where(jnp.all(is_kept_out), 0, constant)
+        # Of a large constant, every example has a small weight.
+        largest = jnp.max(first)
+        total += jnp.sum(first / largest * second) * (largest * constant)
     return total

@@ -1,4 +1,4 @@
-"""Finds the products of which gradients are made, without making them.
+"""The rules that find the products of which gradients are made.
 
 The gradient of a weight is nearly always a sum of `lhs^T rhs`: of activations and of what
 flows back to them. Walked back from a gradient, the program tells them, through whatever
@@ -14,70 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _programs
+from clipax import _programs, _walk
 from clipax._preparations import Cut, Grouped, Pad, Place, Squeezed, Windows
-from clipax._programs import Body, Equation, Literal, is_variable, shape_of
-from clipax._terms import Axis, Move, Operand, Passed, Product, Scope, Term, Terms, Whole
+from clipax._programs import is_variable, shape_of
+from clipax._terms import Axis, Move, Operand, Origin, Passed, Product, Scope, Term, Terms
+from clipax._walk import Recipe, Site, changed, each, made, rule, total
 
-
-def terms_of(scope: Scope, variable: Any) -> Terms:
-    """The terms that add up to a variable. None of them is zero."""
-    found: list[Term] = []
-    pending = [(scope, variable)]
-    while pending:
-        here, current = pending.pop()
-        here, current = here.origin(current)
-        equation, position = here.maker(current)
-        if equation is not None and equation.primitive.name in ("add", "add_any"):
-            pending += [(here, operand) for operand in equation.invars]
-        elif not _is_zero(here, current):
-            found += _terms_that_are_no_sum(here, current, equation, position)
-    whole = [term for term in found if isinstance(term, Whole)]
-    # What is made for each example anyway is added up by the program itself.
-    if len(found) > 1 and (len(whole) > 1 or any(term.depends for term in whole)):
-        return scope.whole(variable, "; ".join(dict.fromkeys(term.why for term in whole)))
-    return tuple(found)
-
-
-def _terms_that_are_no_sum(
-    scope: Scope, variable: Any, equation: Equation | None, position: int
-) -> Terms:
-    if equation is not None:
-        terms = _rule(scope, equation, position)
-        return scope.whole(variable, equation.primitive.name) if terms is None else terms
-    if scope.is_step and variable in scope.program.invars:
-        return (Passed(scope.program.invars.index(variable)),)
-    return scope.whole(variable, "an argument or a constant")
-
-
-def _is_zero(scope: Scope, atom: Any) -> bool:
-    scope, atom = scope.origin(atom)
-    if isinstance(atom, Literal):
-        return np.ndim(atom.val) == 0 and atom.val == 0
-    equation, _ = scope.maker(atom)
-    if equation is None or equation.primitive.name != "broadcast_in_dim":
-        return False
-    return _is_zero(scope, equation.invars[0])
-
-
-def _rule(scope: Scope, equation: Equation, position: int) -> Terms | None:
-    body = _programs.body_of(equation)
-    if body is not None:
-        return (_scan if body.is_scan else _call)(scope, equation, body, position)
-    name = equation.primitive.name
-    if name == "split":
-        return _split(scope, equation, position)
-    if name == "optimization_barrier":
-        return terms_of(scope, equation.invars[position])
-    return _RULES[name](scope, equation) if name in _RULES else None
+terms_of = _walk.terms_of
 
 
 # -- What makes products -------------------------------------------------------------------------
 
 
-def _dot_general(scope: Scope, equation: Equation) -> Terms | None:
-    lhs, rhs = equation.invars
-    (lhs_summed, rhs_summed), (lhs_batch, rhs_batch) = equation.params["dimension_numbers"]
+@rule("dot_general")
+def _dot_general(site: Site) -> Recipe | None:
+    lhs, rhs = site.operands
+    (lhs_summed, rhs_summed), (lhs_batch, rhs_batch) = site.params["dimension_numbers"]
     lhs_axes, rhs_axes = _axes_of(lhs), _axes_of(rhs)
     for one, other in ((lhs_summed, rhs_summed), (lhs_batch, rhs_batch)):
         for left, right in zip(one, other, strict=True):
@@ -92,12 +44,13 @@ def _dot_general(scope: Scope, equation: Equation) -> Terms | None:
         for index, axis in enumerate(axes)
         if index not in taken
     ]
-    return _product(
-        scope.operand(lhs, lhs_axes),
-        scope.operand(rhs, rhs_axes),
+    product = _product(
+        site.scope.operand(lhs, lhs_axes),
+        site.scope.operand(rhs, rhs_axes),
         (*batch, *free),
-        precision=equation.params["precision"],
+        precision=site.params["precision"],
     )
+    return made(product)
 
 
 def _product(lhs: Operand, rhs: Operand, out: Sequence[Axis], **options: Any) -> Terms | None:
@@ -113,10 +66,11 @@ def _axes_of(variable: Any) -> list[Axis]:
     return [Axis(size) for size in shape_of(variable)]
 
 
-def _scatter_add(scope: Scope, equation: Equation) -> Terms | None:
+@rule("scatter-add", "scatter_add")
+def _scatter_add(site: Site) -> Recipe | None:
     """Of look-ups: updates times the rows of a matrix of zeros and ones."""
-    operand, indices, updates = equation.invars
-    numbers, mode = equation.params["dimension_numbers"], equation.params["mode"]
+    operand, indices, updates = site.operands
+    numbers, mode = site.params["dimension_numbers"], site.params["mode"]
     places = numbers.scatter_dims_to_operand_dims
     window = numbers.update_window_dims
     if len(places) != 1 or numbers.inserted_window_dims != places:
@@ -132,49 +86,55 @@ def _scatter_add(scope: Scope, equation: Equation) -> Terms | None:
     for index, axis in zip(window, rest, strict=True):
         update_axes[index] = axis
     looked_up = [axis for index, axis in enumerate(update_axes) if index not in window]
-    tells = scope.operand(
+    tells = site.scope.operand(
         indices, looked_up, Squeezed(-1), Place(out[place].size, _is_clipped(mode))
     )
-    new = _product(tells, scope.operand(updates, update_axes), out, one_hot=out[place])
-    return None if new is None else terms_of(scope, operand) + new
+    new = _product(tells, site.scope.operand(updates, update_axes), out, one_hot=out[place])
+    if new is None:
+        return None
+    return Recipe([site.origin(0)], lambda terms: total(site, [(terms, 1.0), (new, 1.0)]))
 
 
 def _is_clipped(mode: Any) -> bool:
     return jax.lax.GatherScatterMode.from_any(mode) == jax.lax.GatherScatterMode.CLIP
 
 
-def _dynamic_update_slice(scope: Scope, equation: Equation) -> Terms | None:
+@rule("dynamic_update_slice")
+def _dynamic_update_slice(site: Site) -> Recipe | None:
     """Of a look-up of one row, at a place that is known only when it is computed."""
-    operand, update, *starts = equation.invars
+    operand, update, *starts = site.operands
     out, update_axes = _axes_of(operand), _axes_of(update)
     smaller = [
         index
         for index, (one, other) in enumerate(zip(out, update_axes, strict=True))
         if one.size != other.size
     ]
-    if len(smaller) != 1 or update_axes[smaller[0]].size != 1 or not _is_zero(scope, operand):
+    if len(smaller) != 1 or update_axes[smaller[0]].size != 1:
         return None
     (place,) = smaller
     rest = [axis for index, axis in enumerate(out) if index != place]
-    tells = scope.operand(starts[place], (), Place(out[place].size, is_clipped=True))
-    row = scope.operand(update, rest, Squeezed(place))
-    return _product(tells, row, out, one_hot=out[place])
+    tells = site.scope.operand(starts[place], (), Place(out[place].size, is_clipped=True))
+    row = site.scope.operand(update, rest, Squeezed(place))
+    new = _product(tells, row, out, one_hot=out[place])
+    # The row replaces other entries, which must be zero.
+    return Recipe([site.origin(0)], lambda terms: None if terms else new)
 
 
 # More than this many entries of a window would be more slices than a compiler likes.
 _LARGEST_WINDOW = 128
 
 
-def _conv(scope: Scope, equation: Equation) -> Terms | None:
+@rule("conv_general_dilated")
+def _conv(site: Site) -> Recipe | None:
     """Of kernels: windows of the activations times what flows back."""
-    lhs, rhs = equation.invars
-    params = equation.params
+    lhs, rhs = site.operands
+    params = site.params
     numbers = params["dimension_numbers"]
     groups = params["batch_group_count"]
     inputs, outputs, results = (
         [shape_of(variable)[axis] for axis in spec]
         for variable, spec in zip(
-            (lhs, rhs, equation.outvars[0]),
+            (lhs, rhs, site.variable),
             (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec),
             strict=True,
         )
@@ -200,72 +160,74 @@ def _conv(scope: Scope, equation: Equation) -> Terms | None:
         Move("reshape", ((*results[2:], row.size, groups * column.size),)),
         Move("transpose", (tuple(order[int(axis)] for axis in np.argsort(numbers.out_spec)),)),
     )
-    return _product(
-        scope.operand(lhs, [feature, *places, *window, group, row], windows),
-        scope.operand(rhs, [group, column, feature, *places], grouped),
+    product = _product(
+        site.scope.operand(lhs, [feature, *places, *window, group, row], windows),
+        site.scope.operand(rhs, [group, column, feature, *places], grouped),
         out,
         moves=moves,
         precision=params["precision"],
     )
+    return made(product)
 
 
 # -- What keeps them -----------------------------------------------------------------------------
 
 
-def _each(scope: Scope, atom: Any, change: Callable[[Product], Product | None]) -> Terms | None:
-    """The terms of an operand, changed; None where one of them cannot be."""
-    changed = []
-    for term in terms_of(scope, atom):
-        new = change(term) if isinstance(term, Product) else None
-        if new is None:
-            return None
-        changed.append(new)
-    return tuple(changed)
+@rule("rev")
+def _rev(site: Site) -> Recipe:
+    move = Move("rev", (tuple(site.params["dimensions"]),))
+    return each(site.origin(0), lambda term: _moved(term, move))
 
 
-def _rev(scope: Scope, equation: Equation) -> Terms | None:
-    move = Move("rev", (tuple(equation.params["dimensions"]),))
-    return _each(scope, equation.invars[0], lambda term: term._replace(moves=(*term.moves, move)))
+def _moved(term: Product, move: Move) -> Product:
+    return term._replace(moves=move.after(term.moves))
 
 
-def _transpose(scope: Scope, equation: Equation) -> Terms | None:
-    permutation = tuple(equation.params["permutation"])
+@rule("transpose")
+def _transpose(site: Site) -> Recipe:
+    permutation = tuple(map(int, site.params["permutation"]))
 
     def change(term: Product) -> Product:
         if term.moves:
-            return term._replace(moves=(*term.moves, Move("transpose", (permutation,))))
+            return _moved(term, Move("transpose", (permutation,)))
         return term._replace(out=tuple(term.out[axis] for axis in permutation))
 
-    return _each(scope, equation.invars[0], change)
+    return each(site.origin(0), change)
 
 
-def _reshape(scope: Scope, equation: Equation) -> Terms | None:
-    is_permuted = equation.params["dimensions"] is not None
-    return None if is_permuted else _in_the_new_shape(scope, equation)
+@rule("reshape")
+def _reshape(site: Site) -> Recipe | None:
+    is_permuted = site.params["dimensions"] is not None
+    return None if is_permuted else _in_the_new_shape(site)
 
 
-def _in_the_new_shape(scope: Scope, equation: Equation) -> Terms | None:
-    shape = shape_of(equation.outvars[0])
-    return _each(scope, equation.invars[0], lambda term: _reshaped(term, shape))
+@rule("squeeze")
+def _in_the_new_shape(site: Site) -> Recipe:
+    shape = shape_of(site.variable)
+    return each(site.origin(0), lambda term: _reshaped(term, shape))
 
 
 def _reshaped(term: Product, shape: tuple[int, ...]) -> Product:
     longer = [axis for axis in term.out if axis.size != 1]
     if term.moves or [axis.size for axis in longer] != [size for size in shape if size != 1]:
-        return term._replace(moves=(*term.moves, Move("reshape", (shape,))))
+        return _moved(term, Move("reshape", (shape,)))
     # Only axes of size one come and go.
     rest = iter(longer)
     return term._replace(out=tuple(next(rest) if size != 1 else Axis(1) for size in shape))
 
 
-def _broadcast(scope: Scope, equation: Equation) -> Terms | None:
-    before, after = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
-    is_same_size = math.prod(before) == math.prod(after)
-    return _in_the_new_shape(scope, equation) if is_same_size else None
+@rule("broadcast_in_dim")
+def _broadcast(site: Site) -> Recipe | None:
+    before, after = shape_of(site.operands[0]), shape_of(site.variable)
+    if math.prod(before) == math.prod(after):
+        return _in_the_new_shape(site)
+    # Zero has no terms, and stays zero.
+    return each(site.origin(0), lambda _: None)
 
 
-def _reduce_sum(scope: Scope, equation: Equation) -> Terms | None:
-    summed = equation.params["axes"]
+@rule("reduce_sum")
+def _reduce_sum(site: Site) -> Recipe:
+    summed = site.params["axes"]
 
     def change(term: Product) -> Product | None:
         if term.moves or term.one_hot in [term.out[axis] for axis in summed]:
@@ -273,20 +235,18 @@ def _reduce_sum(scope: Scope, equation: Equation) -> Terms | None:
         kept = [axis for index, axis in enumerate(term.out) if index not in summed]
         return term._replace(out=tuple(kept))
 
-    return _each(scope, equation.invars[0], change)
+    return each(site.origin(0), change)
 
 
-def _pad(scope: Scope, equation: Equation) -> Terms | None:
-    operand, filling = equation.invars
-    config = [tuple(map(int, edges)) for edges in equation.params["padding_config"]]
-    shape = shape_of(operand)
+@rule("pad")
+def _pad(site: Site) -> Recipe | None:
+    config = [tuple(map(int, edges)) for edges in site.params["padding_config"]]
+    shape = shape_of(site.operands[0])
     cuts = [
         (max(-low, 0), size - max(-high, 0), 1)
         for (low, high, _), size in zip(config, shape, strict=True)
     ]
     edges = [(max(low, 0), max(high, 0), step) for low, high, step in config]
-    if not _is_zero(scope, filling):
-        return None
     rows = zip(cuts, shape, edges, strict=True)
     if any(step and cut != (0, size, 1) for cut, size, (_, _, step) in rows):
         return None
@@ -295,14 +255,17 @@ def _pad(scope: Scope, equation: Equation) -> Terms | None:
         cut = _cut(term, cuts, shape)
         return None if cut is None else _padded(cut, edges)
 
-    return _each(scope, operand, change)
+    def combine(terms: Terms, filling: Terms) -> Terms | None:
+        return None if filling else changed(terms, change)
+
+    return Recipe([site.origin(0), site.origin(1)], combine)
 
 
 def _padded(term: Product, edges: Sequence[tuple[int, ...]]) -> Product:
     positions = [position for position, each in enumerate(edges) if any(each)]
     is_of_factors = not term.moves and all(_has_factors(term, position) for position in positions)
     if not is_of_factors:
-        return term._replace(moves=(*term.moves, Move("pad", tuple(edges))))
+        return _moved(term, Move("pad", tuple(edges)))
     for position in positions:
         low, high, step = edges[position]
         size = term.out[position].size
@@ -311,38 +274,44 @@ def _padded(term: Product, edges: Sequence[tuple[int, ...]]) -> Product:
     return term
 
 
-def _slice(scope: Scope, equation: Equation) -> Terms | None:
-    params = equation.params
+@rule("slice")
+def _slice(site: Site) -> Recipe:
+    params = site.params
     strides = params["strides"] or [1] * len(params["start_indices"])
     cuts = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
-    shape = shape_of(equation.invars[0])
-    return _each(scope, equation.invars[0], lambda term: _cut(term, cuts, shape))
+    shape = shape_of(site.operands[0])
+    return each(site.origin(0), lambda term: _cut(term, cuts, shape))
 
 
-def _split(scope: Scope, equation: Equation, position: int) -> Terms | None:
-    (operand,), axis = equation.invars, equation.params["axis"]
-    sizes = equation.params["sizes"]
-    start = sum(sizes[:position])
-    cuts = [(0, size, 1) for size in shape_of(operand)]
-    cuts[axis] = (start, start + sizes[position], 1)
-    return _each(scope, operand, lambda term: _cut(term, cuts, shape_of(operand)))
+@rule("split")
+def _split(site: Site) -> Recipe:
+    axis, sizes = site.params["axis"], site.params["sizes"]
+    shape = shape_of(site.operands[0])
+    start = sum(sizes[: site.position])
+    cuts = [(0, size, 1) for size in shape]
+    cuts[axis] = (start, start + sizes[site.position], 1)
+    return each(site.origin(0), lambda term: _cut(term, cuts, shape))
 
 
-def _concatenate(scope: Scope, equation: Equation) -> Terms | None:
-    axis = equation.params["dimension"]
-    total = shape_of(equation.outvars[0])[axis]
-    found: Terms = ()
-    start = 0
-    for operand in equation.invars:
-        shape = shape_of(operand)
-        edges = [(0, 0, 0)] * len(shape)
-        edges[axis] = (start, total - start - shape[axis], 0)
-        start += shape[axis]
-        terms = _each(scope, operand, functools.partial(_padded, edges=edges))
-        if terms is None:
-            return None
-        found += terms
-    return found
+@rule("concatenate")
+def _concatenate(site: Site) -> Recipe:
+    axis = site.params["dimension"]
+    sizes = [shape_of(operand)[axis] for operand in site.operands]
+
+    def combine(*parts: Terms) -> Terms | None:
+        found: list[Term] = []
+        start = 0
+        for terms, size in zip(parts, sizes, strict=True):
+            edges = [(0, 0, 0)] * len(shape_of(site.variable))
+            edges[axis] = (start, sum(sizes) - start - size, 0)
+            start += size
+            padded = changed(terms, functools.partial(_padded, edges=edges))
+            if padded is None:
+                return None
+            found += padded
+        return tuple(found)
+
+    return Recipe([site.origin(index) for index in range(len(sizes))], combine)
 
 
 def _cut(
@@ -380,138 +349,125 @@ def _changed_along(term: Product, position: int, new: Axis, kind: Any, how: Any)
     return term._replace(lhs=change(term.lhs), rhs=change(term.rhs), out=out)
 
 
-def _mul(scope: Scope, equation: Equation) -> Terms | None:
-    one, other = equation.invars
-    by_other = _scaled(scope, one, other)
-    return _scaled(scope, other, one) if by_other is None else by_other
+@rule("mul")
+def _mul(site: Site) -> Recipe | None:
+    pairs = [(site.origin(index), site.scope.number(site.operands[1 - index])) for index in (0, 1)]
+    scaled = [(place, number) for place, number in pairs if number is not None]
+
+    def combine(*found: Terms) -> Terms | None:
+        products = (
+            _scaled(terms, number) for terms, (_, number) in zip(found, scaled, strict=True)
+        )
+        return next((terms for terms in products if terms is not None), None)
+
+    return Recipe([place for place, _ in scaled], combine)
 
 
-def _div(scope: Scope, equation: Equation) -> Terms | None:
-    return _scaled(scope, *equation.invars, jnp.reciprocal)
+@rule("div")
+def _div(site: Site) -> Recipe | None:
+    number = site.scope.number(site.operands[1])
+    if number is None:
+        return None
+    return Recipe([site.origin(0)], lambda terms: _scaled(terms, number, jnp.reciprocal))
 
 
-def _scaled(scope: Scope, atom: Any, by: Any, *preparations: Any) -> Terms | None:
-    """The terms of an operand that is multiplied by a number."""
-    # What has one value for all entries: a scalar, or one that was broadcast.
-    here, number = scope.origin(by)
-    while number.aval.ndim:
-        equation, _ = here.maker(number)
-        if equation is None or equation.primitive.name != "broadcast_in_dim":
-            return None
-        here, number = here.origin(equation.invars[0])
-    factor = here.operand(number, (), *preparations)
-    return _each(scope, atom, lambda term: term._replace(factors=(*term.factors, factor)))
+def _scaled(terms: Terms, number: Origin, *preparations: Any) -> Terms | None:
+    """Multiplies terms by a number."""
+    scale = _constant(number[1], *preparations)
+    if scale is not None:
+        return changed(terms, lambda term: term._replace(scale=term.scale * scale))
+    if not terms:
+        # Zero times a number that may be infinite is not always zero.
+        return None
+    scope, atom = number
+    factor = scope.operand(atom, (), *preparations)
+    return changed(terms, lambda term: term._replace(factors=(*term.factors, factor)))
 
 
-def _neg(scope: Scope, equation: Equation) -> Terms | None:
-    return _each(scope, equation.invars[0], lambda term: term._replace(scale=-term.scale))
+def _constant(atom: Any, *preparations: Any) -> float | None:
+    """Returns the value of a number, or of its reciprocal, if the program states it."""
+    is_real = jnp.issubdtype(atom.aval.dtype, np.floating)
+    if is_variable(atom) or not is_real or not np.isfinite(value := float(atom.val)):
+        return None
+    if not preparations:
+        return value
+    return 1 / value if value else None
 
 
-def _same(scope: Scope, equation: Equation) -> Terms | None:
-    return _each(scope, equation.invars[0], lambda term: term)
+@rule("neg")
+def _neg(site: Site) -> Recipe:
+    return each(site.origin(0), lambda term: term._replace(scale=-term.scale))
 
 
-def _cast(scope: Scope, equation: Equation) -> Terms | None:
+@rule("convert_element_type")
+def _cast(site: Site) -> Recipe | None:
     # The sum is cast in the end, and a norm is taken of what was not rounded.
-    is_float = jnp.issubdtype(equation.params["new_dtype"], np.floating)
-    return _same(scope, equation) if is_float else None
+    is_float = jnp.issubdtype(site.params["new_dtype"], np.floating)
+    return each(site.origin(0), lambda term: term) if is_float else None
 
 
-_RULES: dict[str, Callable[[Scope, Equation], Terms | None]] = {
-    "dot_general": _dot_general,
-    "scatter-add": _scatter_add,
-    "scatter_add": _scatter_add,
-    "dynamic_update_slice": _dynamic_update_slice,
-    "conv_general_dilated": _conv,
-    "transpose": _transpose,
-    "reshape": _reshape,
-    "squeeze": _in_the_new_shape,
-    "broadcast_in_dim": _broadcast,
-    "reduce_sum": _reduce_sum,
-    "pad": _pad,
-    "slice": _slice,
-    "concatenate": _concatenate,
-    "mul": _mul,
-    "div": _div,
-    "neg": _neg,
-    "convert_element_type": _cast,
-    "copy": _same,
-    "copy_p": _same,
-    "sharding_constraint": _same,
-    "rev": _rev,
-}
+# -- Scans ---------------------------------------------------------------------------------------
 
 
-# -- Bodies --------------------------------------------------------------------------------------
+@rule("scan")
+def _scan(site: Site) -> Recipe | None:
+    body = _programs.body_of(site.equation)
+    if body is None:
+        return None
+    layout = _programs.scan_layout(site.equation, body)
+    inside = site.scope.inside(site.equation, body)
+    step = Axis(site.params["length"])
+    places = [inside.origin(body.program.outvars[site.position])]
+    is_carried = site.position < layout.carries
+    if is_carried:
+        places.append(site.origin(layout.consts + site.position))
+
+    def combine(terms: Terms, start: Terms = ()) -> Terms | None:
+        passed = [term.position for term in terms if isinstance(term, Passed)]
+        products = [term for term in terms if isinstance(term, Product)]
+        if len(products) + len(passed) < len(terms):
+            return None
+        # The sum of a term over the steps, if nothing else is done to what is carried.
+        if passed != ([layout.consts + site.position] if is_carried else []):
+            return None
+        lift = _lifted(site, inside, layout, step)
+        lifted = tuple(_with_operands(term, lift) for term in products)
+        if is_carried:
+            return total(site, [(start, 1.0), (lifted, 1.0)])
+        return tuple(
+            term._replace(
+                out=(step, *term.out), moves=tuple(Move("mapped", move) for move in term.moves)
+            )
+            for term in lifted
+        )
+
+    return Recipe(places, combine)
 
 
-def _call(scope: Scope, equation: Equation, body: Body, position: int) -> Terms | None:
-    inside = scope.inside(equation, body)
-    terms = terms_of(inside, body.program.outvars[position])
-    return tuple(_outwards(scope, inside, equation, term) for term in terms)
-
-
-def _outwards(scope: Scope, inside: Scope, equation: Equation, term: Term) -> Term:
-    """A term with operands of the body named by what they are outside."""
-    outer = dict(zip(inside.program.invars, equation.invars, strict=True))
+def _lifted(
+    site: Site, inside: Scope, layout: _programs.ScanLayout, step: Axis
+) -> Callable[[Operand], Operand]:
+    """Returns a function that turns an operand of one step into that of all steps."""
+    first_scanned = layout.consts + layout.carries
 
     def lift(operand: Operand) -> Operand:
-        variable = operand.ref.variable
-        if operand.ref.path == inside.path and is_variable(variable) and variable in outer:
-            return scope.naming(operand, outer[variable])
-        return operand
+        path, variable = operand.ref
+        if not is_variable(variable):
+            return operand
+        index = inside.inputs.get(variable) if path == inside.path else None
+        if index is None or layout.consts <= index < first_scanned:
+            return operand._replace(stacked=(step, *operand.stacked))
+        operand = site.scope.naming(operand, site.operands[index])
+        return (
+            operand
+            if index < layout.consts
+            else operand._replace(stacked=(step, *operand.stacked))
+        )
 
-    return _with_operands(term, lift) if isinstance(term, Product) else term
+    return lift
 
 
 def _with_operands(term: Product, change: Callable[[Operand], Operand]) -> Product:
     return term._replace(
         lhs=change(term.lhs), rhs=change(term.rhs), factors=tuple(map(change, term.factors))
     )
-
-
-def _scan(scope: Scope, equation: Equation, body: Body, position: int) -> Terms | None:
-    layout = _programs.scan_layout(equation, body)
-    inside = scope.inside(equation, body)
-    terms = terms_of(inside, body.program.outvars[position])
-    passed = [term.position for term in terms if isinstance(term, Passed)]
-    products = [term for term in terms if isinstance(term, Product)]
-    if len(products) + len(passed) < len(terms):
-        return None
-    step = Axis(equation.params["length"])
-    lifted = tuple(_stacked(scope, inside, equation, body, term, step) for term in products)
-    if position < layout.carries:
-        # The sum of a term over the steps, if nothing else is done to what is carried.
-        if passed != [layout.consts + position]:
-            return None
-        return terms_of(scope, equation.invars[layout.consts + position]) + lifted
-    if passed:
-        return None
-    return tuple(
-        term._replace(
-            out=(step, *term.out), moves=tuple(Move("mapped", move) for move in term.moves)
-        )
-        for term in lifted
-    )
-
-
-def _stacked(
-    scope: Scope, inside: Scope, equation: Equation, body: Body, term: Product, step: Axis
-) -> Product:
-    """A term of one step as a product along all steps."""
-    layout = _programs.scan_layout(equation, body)
-    pairs = zip(inside.program.invars, equation.invars, strict=True)
-    outer = {variable: (index, value) for index, (variable, value) in enumerate(pairs)}
-
-    def lift(operand: Operand) -> Operand:
-        if not is_variable(operand.ref.variable):
-            return operand
-        is_here = operand.ref.path == inside.path
-        index, value = outer.get(operand.ref.variable, (None, None)) if is_here else (None, None)
-        if index is not None and not layout.consts <= index < layout.consts + layout.carries:
-            operand = scope.naming(operand, value)
-            if index < layout.consts:
-                return operand
-        return operand._replace(stacked=(step, *operand.stacked))
-
-    return _with_operands(term, lift)

@@ -20,6 +20,19 @@ Literal = core.Literal
 # Equations that only wrap a program. What is traced under `jit` had another name before jax 0.7.
 _CALLS = {"jit", "pjit", "closed_call", "core_call"}
 _REMATS = {"checkpoint", "remat", "remat2"}
+# Equations that return their operands. They change the mesh axes over which a type varies, the
+# place of an array, or what a compiler may join.
+_PASSING = {
+    "copy",
+    "copy_p",
+    "layout_constraint",
+    "optimization_barrier",
+    "pvary",
+    "reduced_vary_cast",
+    "reduced_vary_cast_p",  # its name before jax 0.12
+    "reshard",
+    "sharding_constraint",
+}
 
 
 class Ref(NamedTuple):
@@ -45,9 +58,41 @@ def shape_of(atom: Any) -> tuple[int, ...]:
     return tuple(atom.aval.shape)
 
 
+def constant(atom: Any) -> Constant:
+    return atom if isinstance(atom, Constant) else Constant(atom)
+
+
 def ref(path: tuple[Equation, ...], atom: Any) -> Ref:
     """Of a variable, or of a literal, which is the same everywhere."""
-    return Ref(path, atom) if is_variable(atom) else Ref((), Constant(atom))
+    return Ref(path, atom) if is_variable(atom) else Ref((), constant(atom))
+
+
+def passes_on(equation: Equation) -> bool:
+    """Whether an equation returns its operands with no change but to their types."""
+    if equation.primitive.name == "convert_element_type":
+        # A weak type matters for promotion alone, and a program holds no promotions.
+        before: Any = equation.invars[0].aval
+        return bool(before.dtype == equation.params["new_dtype"])
+    return equation.primitive.name in _PASSING
+
+
+def has_mutable_arrays(program: Program) -> bool:
+    """Whether a program, or a body that it calls, has a mutable array."""
+    pending = [program]
+    while pending:
+        current = pending.pop()
+        made = [variable for equation in current.eqns for variable in equation.outvars]
+        if any(map(_is_mutable, (*current.constvars, *current.invars, *made))):
+            return True
+        bodies = map(body_of, current.eqns)
+        pending += [body.program for body in bodies if body is not None]
+    return False
+
+
+def _is_mutable(variable: Any) -> bool:
+    # This attribute marks the type of a mutable array, which has no public name in all of the
+    # supported versions of JAX.
+    return hasattr(variable.aval, "inner_aval")
 
 
 class Body(NamedTuple):
@@ -104,10 +149,31 @@ def scan_layout(equation: Equation, body: Body) -> ScanLayout:
 
 def evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Ref]) -> list[Any]:
     """The values of some variables of a program. In a scan, those of all steps are stacked."""
+    if has_mutable_arrays(closed.jaxpr):
+        return _evaluate_in_one(closed, args, wanted)
     inputs = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     return _evaluate(
         closed.jaxpr, inputs | dict(zip(closed.jaxpr.invars, args, strict=True)), wanted
     )
+
+
+def _evaluate_in_one(
+    closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Ref]
+) -> list[Any]:
+    """Evaluates outputs by the whole program, so that reads and writes keep their order."""
+    try:
+        outputs = core.jaxpr_as_fun(closed)(*args)
+    except FloatingPointError:  # of jax_debug_nans
+        raise
+    except Exception as error:
+        raise ValueError(
+            "loss_fn must use mutable arrays so that JAX can map it over examples, which fails:"
+            f" {error} Make an array that loss_fn writes to inside of loss_fn, by jax.new_ref, and"
+            " write to it outside of jax.lax.cond and jax.lax.switch."
+        ) from error
+    pairs = zip(closed.jaxpr.outvars, outputs, strict=True)
+    values = {variable: value for variable, value in pairs if is_variable(variable)}
+    return [values[variable] if is_variable(variable) else variable.val for _, variable in wanted]
 
 
 class _Step(NamedTuple):

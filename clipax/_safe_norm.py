@@ -230,7 +230,7 @@ def _p_norms(
         largest = _largest_entries(reduce, reduce_stacked, arrays, is_reduced_across)
         units = [finite_or_one(each) for each in largest]
         norms = roots(reduce(arrays, _SUM, ord, units))
-        return [norm * unit for norm, unit in zip(norms, units, strict=True)]
+        return [_in_range(norm, unit) for norm, unit in zip(norms, units, strict=True)]
 
     # Where units are sharded, devices could take different branches, and wait in one of them
     # for those in the other.
@@ -399,6 +399,13 @@ def finite_or_one(largest: Array) -> Array:
     usable = (largest > 0) & jnp.isfinite(largest)
     # A norm does not depend on its unit, and neither does its derivative.
     return jax.lax.stop_gradient(jnp.where(usable, _leaves.unit_of(largest), 1.0))
+
+
+def _in_range(norm: Array, unit: Array) -> Array:
+    """`norm * unit`, which is no float only if the exact norm is none."""
+    last = np.finfo(norm.dtype).max * (1 - 1e-6) / unit
+    is_rounded_out = (norm > last) & (norm * (1 - 4e-6) <= last)
+    return jnp.where(is_rounded_out, last, norm) * unit
 
 
 def _root(sums: Array, power: float) -> Array:

@@ -88,6 +88,24 @@ class Move(NamedTuple):
             return padded(value, self.arguments)
         return getattr(jax.lax, self.name)(value, *self.arguments)
 
+    def after(self, moves: tuple["Move", ...]) -> tuple["Move", ...]:
+        """Appends this move to others, and joins it with the last one if both are of a kind."""
+        if not moves or moves[-1].name != self.name:
+            return (*moves, self)
+        (*before, last) = moves
+        if self.name == "reshape":
+            return (*before, self)
+        if self.name == "rev":
+            (dimensions,), (others,) = self.arguments, last.arguments
+            both = tuple(sorted({*dimensions} ^ {*others}))
+            return (*before, Move("rev", (both,))) if both else tuple(before)
+        if self.name == "transpose":
+            (permutation,), (first,) = self.arguments, last.arguments
+            both = tuple(first[axis] for axis in permutation)
+            is_nothing = both == tuple(range(len(both)))
+            return tuple(before) if is_nothing else (*before, Move("transpose", (both,)))
+        return (*moves, self)
+
 
 def mapped(function: Callable[[Array], Array], times: int) -> Callable[[Array], Array]:
     """The function over some leading axes."""
@@ -108,31 +126,49 @@ class Scope:
         is_step: bool = False,
     ):
         self.program, self.path, self.outer, self.is_step = program, path, outer, is_step
-        self.depending = {
-            variable for variable, flag in zip(program.invars, depends, strict=True) if flag
-        }
+        self.inputs = {variable: index for index, variable in enumerate(program.invars)}
         self.made_by: dict[Any, tuple[Equation, int]] = {}
+        self.terms: dict[Any, Terms] = {}
+        """The terms of variables that a walk has visited."""
         self._bodies: dict[int, Scope] = {}
+        self._origins: dict[Any, Origin] = {}
+        self._numbers: dict[Any, Origin] = {}
         for equation in program.eqns:
-            is_dependent = any(self.depends_on_example(operand) for operand in equation.invars)
             for position, variable in enumerate(equation.outvars):
                 self.made_by[variable] = (equation, position)
-                if is_dependent:
-                    self.depending.add(variable)
+        self.is_mutable = outer is None and _programs.has_mutable_arrays(program)
+        self.depending = self._depending(depends)
+
+    def _depending(self, depends: Sequence[bool]) -> set[Any]:
+        if self.is_mutable:
+            # An example can write to an array here, and read from it anywhere.
+            return {*self.inputs, *self.made_by}
+        found = {
+            variable for variable, flag in zip(self.program.invars, depends, strict=True) if flag
+        }
+        for equation in self.program.eqns:
+            if any(is_variable(operand) and operand in found for operand in equation.invars):
+                found.update(equation.outvars)
+        return found
 
     def maker(self, atom: Any) -> tuple[Equation | None, int]:
         """The equation that makes a variable, and at which of its outputs."""
         return self.made_by.get(atom, (None, 0)) if is_variable(atom) else (None, 0)
 
-    def origin(self, atom: Any) -> tuple["Scope", Any]:
-        """An operand of calls where it comes from: outside of them."""
-        scope: Scope = self
-        while scope.outer is not None and not scope.is_step:
-            if not is_variable(atom) or atom not in scope.program.invars:
-                break
-            atom = scope.path[-1].invars[scope.program.invars.index(atom)]
-            scope = scope.outer
-        return scope, atom
+    def caller(self, atom: Any) -> "Origin | None":
+        """Returns the argument that a call gets for an input of its body."""
+        if self.outer is None or self.is_step or atom not in self.inputs:
+            return None
+        return self.outer, self.path[-1].invars[self.inputs[atom]]
+
+    def origin(self, atom: Any) -> "Origin":
+        """Returns the variable that a value comes from, behind calls and changes of type."""
+        return _followed((self, atom), _passed_on, lambda scope: scope._origins)
+
+    def number(self, atom: Any) -> "Origin | None":
+        """Returns the scalar that fills an array, or None if its entries may differ."""
+        place = _followed((self, atom), _repeated, lambda scope: scope._numbers)
+        return None if place[1].aval.ndim else place
 
     def depends_on_example(self, variable: Any) -> bool:
         return is_variable(variable) and variable in self.depending
@@ -154,10 +190,64 @@ class Scope:
     def ref(self, atom: Any) -> Ref:
         return _programs.ref(self.path, atom)
 
-    def naming(self, operand: Operand, atom: Any) -> Operand:
-        """An operand by what it is in this scope."""
-        return operand._replace(ref=self.ref(atom), depends=self.depends_on_example(atom))
+    def operand(self, atom: Any, axes: Sequence[Axis], *preparations: Any) -> Operand:
+        return self.naming(Operand(self.ref(atom), False, (), tuple(axes), preparations), atom)
 
-    def operand(self, variable: Any, axes: Sequence[Axis], *preparations: Any) -> Operand:
-        depends = self.depends_on_example(variable)
-        return Operand(self.ref(variable), depends, (), tuple(axes), preparations)
+    def naming(self, operand: Operand, atom: Any) -> Operand:
+        """Names an operand by a value of this scope, or of the scope that passed it in."""
+        here: Scope = self
+        while is_variable(atom) and (outside := here.caller(atom)):
+            here, atom = outside
+        return operand._replace(ref=here.ref(atom), depends=here.depends_on_example(atom))
+
+
+Origin: TypeAlias = tuple[Scope, Any]
+"""A variable or a constant, and its scope."""
+
+
+def _followed(
+    place: Origin,
+    link: Callable[[Scope, Any], Origin | None],
+    known: Callable[[Scope], dict[Any, Origin]],
+) -> Origin:
+    """Returns the end of a chain of links. Every variable on it remembers that end."""
+    passed = []
+    following: Origin | None = place
+    while following is not None:
+        place = following
+        scope, atom = place
+        if not is_variable(atom):
+            place = scope, _programs.constant(atom)
+            break
+        if atom in known(scope):
+            place = known(scope)[atom]
+            break
+        passed.append(place)
+        following = link(scope, atom)
+    for scope, atom in passed:
+        known(scope)[atom] = place
+    return place
+
+
+def _passed_on(scope: Scope, variable: Any) -> Origin | None:
+    equation, position = scope.maker(variable)
+    if equation is None:
+        return scope.caller(variable)
+    body = _programs.body_of(equation)
+    if body is not None:
+        inside = (scope.inside(equation, body), body.program.outvars[position])
+        return None if body.is_scan else inside
+    return (scope, equation.invars[position]) if _programs.passes_on(equation) else None
+
+
+# Primitives that turn an array filled with one number into another such array.
+_REPEATING = {"broadcast_in_dim", "reshape", "squeeze", "transpose", "rev", "slice"}
+
+
+def _repeated(scope: Scope, variable: Any) -> Origin | None:
+    before = _passed_on(scope, variable)
+    equation, _ = scope.maker(variable)
+    if before is not None or not variable.aval.ndim or equation is None:
+        return before
+    is_repeating = equation.primitive.name in _REPEATING
+    return (scope, equation.invars[0]) if is_repeating else None

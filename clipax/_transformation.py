@@ -1,7 +1,9 @@
-"""What every transformation does before its own rule."""
+"""What every transformation, and its factory, does before its own rule."""
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -14,11 +16,16 @@ from clipax._typing import Array, Updates
 _reshard: Callable[..., Array] = jax.sharding.reshard
 _sum_over: Callable[..., Array] = jax.lax.psum
 
+_Factory = TypeVar("_Factory", bound=Callable[..., Any])
+
 
 def transformation(
-    init_fn: Callable[..., Any], update_fn: Callable[..., Any]
+    init_fn: Callable[..., Any], update_fn: Callable[..., Any], kind: type | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation of whole leaves, which is handed the unreduced ones summed."""
+    """A transformation of whole leaves, which is handed the unreduced ones summed.
+
+    With a `kind`, it needs a state of this kind.
+    """
 
     def init(params: Updates) -> Any:
         return init_fn(reduced(params))
@@ -26,9 +33,20 @@ def transformation(
     def update(
         updates: Updates, state: Any, params: Updates | None = None, **extra_args: Any
     ) -> tuple[Updates, Any]:
+        if kind is not None and not isinstance(state, kind):
+            raise no_state(kind, state)
         return update_fn(reduced(updates), state, reduced(params), **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def no_state(kind: type, given: Any) -> ValueError:
+    name = "None" if given is None else f"a {type(given).__name__}"
+    return ValueError(
+        f"state must be the {kind.__name__} that init(params) or the last update returned, got"
+        f" {name}: this method has a memory, or a schedule. Call state = method.init(params)"
+        " once, and pass the state that each update returns to the next."
+    )
 
 
 def reduced(tree: Updates) -> Updates:
@@ -45,3 +63,47 @@ def _reduced(leaf: Any) -> Any:
     if spec is None:
         return leaf
     return _reshard(leaf, NamedSharding(jax.typeof(leaf).sharding.mesh, spec))
+
+
+class _Static:
+    """A default that is no schedule and no hyperparameter, whatever its type."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __repr__(self) -> str:
+        return getattr(self.value, "__name__", repr(self.value))
+
+
+def injectable(factory: _Factory) -> _Factory:
+    """Hides functions and integers among the defaults from `optax.inject_hyperparams`.
+
+    It reads the signature, calls every function there as a schedule, and makes an array of
+    every integer; but a norm is no schedule, and no window has a traced size. In the
+    signature, such a default is in a box that it hands on as it is.
+    """
+    signature = inspect.signature(factory)
+    boxed = [
+        parameter.replace(default=_Static(parameter.default))
+        if _is_taken_wrongly(parameter.default)
+        else parameter
+        for parameter in signature.parameters.values()
+    ]
+
+    @functools.wraps(factory)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        given = {name: _unboxed(value) for name, value in kwargs.items()}
+        return factory(*map(_unboxed, args), **given)
+
+    wrapper.__signature__ = signature.replace(parameters=boxed)  # type: ignore[attr-defined]
+    return wrapper  # type: ignore[return-value]
+
+
+def _is_taken_wrongly(default: Any) -> bool:
+    if default is inspect.Parameter.empty or isinstance(default, bool):
+        return False
+    return callable(default) or isinstance(default, int)
+
+
+def _unboxed(value: Any) -> Any:
+    return value.value if isinstance(value, _Static) else value

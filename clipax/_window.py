@@ -20,7 +20,7 @@ _PARTS = 4096
 class WindowState(NamedTuple):
     values: Array
     """A ring: the value number `i` stands at `i % window_size`; float."""
-    count: Array  # type: ignore[assignment]
+    value_count: Array
     """How many values there have been; int32."""
 
 
@@ -32,9 +32,9 @@ def empty(window_size: int, zero: Array) -> WindowState:
 def push(window: WindowState, value: Array) -> WindowState:
     """The window with the value in place of its oldest."""
     size = window.values.shape[-1]
-    is_oldest = jnp.arange(size, dtype=jnp.int32) == window.count % size
+    is_oldest = jnp.arange(size, dtype=jnp.int32) == window.value_count % size
     values = jnp.where(is_oldest, value, window.values)
-    return WindowState(values, optax.safe_increment(window.count))
+    return WindowState(values, optax.safe_increment(window.value_count))
 
 
 def quantile(window: WindowState, q: jax.typing.ArrayLike) -> Array:
@@ -43,7 +43,7 @@ def quantile(window: WindowState, q: jax.typing.ArrayLike) -> Array:
     Inf where there are none. Leading axes are those of several windows.
     """
     size = window.values.shape[-1]
-    filled = jnp.minimum(window.count, size)[..., None]
+    filled = jnp.minimum(window.value_count, size)[..., None]
     in_use = jnp.arange(size, dtype=jnp.int32).reshape((1,) * (filled.ndim - 1) + (size,)) < filled
     ordered = jnp.sort(jnp.where(in_use, window.values, jnp.inf), axis=-1)
     last = jnp.maximum(filled - 1, 0)
@@ -65,11 +65,11 @@ def mean_and_std(window: WindowState, *, ddof: int = 0) -> tuple[Array, Array]:
     deviation is no less than 1e-6 of the mean.
     """
     size = window.values.shape[-1]
-    in_use = jnp.arange(size, dtype=jnp.int32) < window.count
+    in_use = jnp.arange(size, dtype=jnp.int32) < window.value_count
     values = jnp.where(in_use, window.values, 0)
     # In this unit neither a sum nor a square can overflow or vanish.
     unit = _leaves.unit_of(jnp.max(jnp.abs(values)))
-    count = jnp.minimum(window.count, size).astype(values.dtype)
+    count = jnp.minimum(window.value_count, size).astype(values.dtype)
     mean = jnp.sum(values / unit) / jnp.maximum(count, 1)
     squares = jnp.where(in_use, jnp.square(values / unit - mean), 0)
     variance = jnp.sum(squares) / jnp.maximum(count - ddof, 1)

@@ -1,6 +1,6 @@
 """The coefficient axis, and the one place where updates are scaled."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -198,8 +198,10 @@ def automatic(stability: jax.typing.ArrayLike = 0.01) -> Coefficient:
 def psac(stability: jax.typing.ArrayLike = 0.1) -> Coefficient:
     """Makes `coefficient = max_norm / (norm + stability / (norm + stability))`.
 
-    As `automatic`, but examples with small gradients are not lengthened: their weight grows
-    towards a norm of about `sqrt(stability)` and falls again from there.
+    As `automatic`, but the factor does not grow without end towards a norm of zero. There it is
+    `max_norm`; it is largest at a norm of `sqrt(stability) - stability`, where it is
+    `max_norm / (2 * sqrt(stability) - stability)`, and falls from there. So small gradients are
+    lengthened too: with a stability of 0.1 and a bound of 1, a norm of 0.2 becomes 0.375.
 
     Args:
       stability: > 0; 0.1 and 0.01 are usual.
@@ -237,19 +239,50 @@ def scale_updates(updates: Updates, coefficients: Norms) -> Updates:
 
     Args:
       updates: Any pytree.
-      coefficients: A tree prefix of it; each leaf broadcasts against what it scales.
+      coefficients: A tree prefix of it, or a dict from paths such as "encoder/kernel"; each
+        leaf broadcasts against what it scales.
 
     Example:
       >>> scale_updates({"w": jnp.array([3.0, 4.0]), "n": 7}, jnp.array(0.5))
       {'n': 7, 'w': Array([1.5, 2. ], dtype=float32)}
     """
+    return _leaves.map_measured(_scale_leaf, updates, coefficients)
 
-    def scale_subtree(coefficient: Array | None, subtree: Updates) -> Updates:
-        if coefficient is None:
-            return subtree
-        return jax.tree.map(lambda leaf: _scale_leaf(leaf, coefficient), subtree)
 
-    return _leaves.map_prefix(scale_subtree, coefficients, updates, name="coefficients")
+class Factors(NamedTuple):
+    """A coefficient as a product, since one float cannot hold it where it is very small."""
+
+    first: Norms
+    """1, but for a power of two where the coefficient is below the smallest normal float."""
+    second: Norms
+
+    @property
+    def product(self) -> Norms:
+        return jax.tree.map(jnp.multiply, self.first, self.second)
+
+    def scale(self, updates: Updates) -> Updates:
+        return _leaves.map_measured(_scale_leaf, updates, self.first, self.second)
+
+
+def in_two(coefficient: Coefficient, norms: Norms, max_norms: Norms) -> Factors:
+    """The coefficient of each norm in two factors, so that the largest floats can be clipped."""
+    sizes, treedef = jax.tree.flatten(norms)
+    rows = zip(sizes, _leaves.up_to(treedef, max_norms), strict=True)
+    pairs = [_in_two(coefficient, norm, max_norm) for norm, max_norm in rows]
+    return Factors(*(jax.tree.unflatten(treedef, [pair[row] for pair in pairs]) for row in (0, 1)))
+
+
+def _in_two(coefficient: Coefficient, norm: Array, max_norm: Array) -> tuple[Array, Array]:
+    whole = coefficient(norm, max_norm)
+    limits = np.finfo(norm.dtype)
+    half = 2.0 ** -(limits.maxexp // 2)
+    # So far above its bound, a norm and one that is less by a factor leave the same direction.
+    is_far = (norm * half > max_norm / half**0.5) & (max_norm > 0) & jnp.isfinite(norm)
+    is_lost = is_far & (whole < limits.tiny)
+    is_lost_by_half = norm * half > max_norm * 2.0 ** (limits.maxexp * 7 // 8)
+    first = jnp.where(is_lost, jnp.where(is_lost_by_half, limits.tiny, half), 1)
+    first = first.astype(norm.dtype)
+    return first, coefficient(norm * first, max_norm)
 
 
 def _smaller_over_larger(norm: Array, max_norm: Array) -> tuple[Array, Array]:
@@ -266,14 +299,16 @@ def _smaller_over_larger(norm: Array, max_norm: Array) -> tuple[Array, Array]:
     return quotient, jnp.where(within, 1.0, quotient)
 
 
-def _scale_leaf(leaf: Any, coefficient: Array) -> Any:
-    if not _leaves.is_measured(leaf):
-        return leaf
+def _scale_leaf(leaf: Any, *factors: Array) -> Array:
     leaf = jnp.asarray(leaf)
-    wide = _leaves.wide_dtype(leaf.dtype, coefficient.dtype)
-    factor = coefficient.astype(wide)
+    wide = _leaves.wide_dtype(leaf.dtype, *(factor.dtype for factor in factors))
+
+    def scale(part: Array) -> Array:
+        for factor in factors:
+            part = part.astype(wide) * factor.astype(wide)
+        return part
+
     if jnp.iscomplexobj(leaf):
         # A complex product would mix inf * 0 = NaN of one part into the other.
-        parts = (part.astype(wide) * factor for part in (leaf.real, leaf.imag))
-        return jax.lax.complex(*parts).astype(leaf.dtype)
-    return (leaf.astype(wide) * factor).astype(leaf.dtype)
+        return jax.lax.complex(scale(leaf.real), scale(leaf.imag)).astype(leaf.dtype)
+    return scale(leaf).astype(leaf.dtype)

@@ -1,5 +1,6 @@
 """What happened, as a flat dict of scalars for a logger."""
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clipax import _leaves, _window
+from clipax import _leaves, _paths, _window
 from clipax._clip_by import ClipState
 from clipax._typing import Array, Norms
 from clipax._window import WindowState
@@ -29,7 +30,10 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       per_leaf: Whether each leaf's own norms are given too, with its path in the key.
 
     Returns:
-      A dict from names to scalars. A clipping state gives
+      A dict from names to scalars, copies of what the state holds. Of a state with an axis of
+      members, as `vmap` makes it, each has that axis; in general, call
+      `jax.vmap(clipax.metrics)`, since norms of units alone do not tell one. A clipping
+      state gives
 
       | key | value |
       |---|---|
@@ -49,7 +53,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       | `raw_norm` | the norm of what came in, NaN and inf too |
       | `is_skipped` | 1 where the last step was skipped, else 0; its mean is the share |
       | `skipped` | how many steps were skipped in all |
-      | `consecutive_skipped` | how many in a row up to the last one |
+      | `consecutive_skipped` | how many in a row up to the last one, without `skip_ranges` |
 
       and what its inner state gives, which after a skipped step is that of the last one
       taken. Names that lead to a state (of `optax.named_chain`, the labels of
@@ -73,9 +77,30 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
     names = _distinct([("/".join(path), type(state)) for path, state in states])
     result: dict[str, Array] = {}
     for name, (_, state) in zip(names, states, strict=True):
-        read = _clipped(state, per_leaf) if isinstance(state, ClipState) else _wrapped(state)
-        result.update({f"{name}/{key}" if name else key: value for key, value in read.items()})
+        read = functools.partial(_read, per_leaf=per_leaf)
+        for _ in range(_axes_of_members(state)):
+            read = jax.vmap(read)
+        for key, value in read(state).items():
+            # Its own array: that of the state may be donated to the next step.
+            result[f"{name}/{key}" if name else key] = jnp.copy(value)
     return result
+
+
+def _read(state: Any, per_leaf: bool) -> dict[str, Array]:
+    return _clipped(state, per_leaf) if isinstance(state, ClipState) else _wrapped(state)
+
+
+def _axes_of_members(state: Any) -> int:
+    """How many axes of members a state has, as `vmap` adds one."""
+    if not isinstance(state, ClipState):
+        scalar = state.norm_in if isinstance(state, ObserveState) else state.is_skipped
+        return int(jnp.ndim(scalar))
+    # Norms of units are arrays themselves, with an axis of one entry at least.
+    shapes = [norm.shape for norm in jax.tree.leaves(state.norm)]
+    if min(map(len, shapes), default=0) != 1:
+        return 0
+    members = {shape[0] for shape in shapes}
+    return int(len(members) == 1 and members != {1})
 
 
 def _find(tree: Any, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -121,7 +146,7 @@ def _wrapped(state: ObserveState | SkipState) -> dict[str, Array]:
 def _clipped(state: ClipState, per_leaf: bool) -> dict[str, Array]:
     trees = {
         "norm": state.norm,
-        "clipped_norm": jax.tree.map(jnp.multiply, state.norm, state.coefficient),
+        "clipped_norm": jax.tree.map(_clipped_norm, state.norm, state.max_norm, state.coefficient),
         "max_norm": state.max_norm,
         "coefficient": state.coefficient,
     }
@@ -135,10 +160,16 @@ def _clipped(state: ClipState, per_leaf: bool) -> dict[str, Array]:
                 result[key] = jnp.maximum(result[key], value) if key in result else value
     if per_leaf:
         for name, tree in trees.items():
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            for path, leaf in zip(_paths.of_leaves(tree), jax.tree.leaves(tree), strict=True):
                 if path:
-                    result[f"{name}/{_leaves.path_string(path)}"] = _extreme(name, leaf)
+                    result[f"{name}/{path}"] = _extreme(name, leaf)
     return result
+
+
+def _clipped_norm(norm: Array, max_norm: Array, coefficient: Array) -> Array:
+    # A coefficient below the smallest normal number is recorded as zero.
+    is_lost = (coefficient == 0) & jnp.isfinite(norm) & (norm > 2.0**64)
+    return jnp.where(is_lost, jnp.minimum(norm, max_norm), norm * coefficient)
 
 
 def _extreme(name: str, *leaves: Array) -> Array:

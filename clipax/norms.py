@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clipax import _checks, _compat, _leaves
+from clipax import _checks, _compat, _leaves, _paths
 from clipax._safe_norm import Layout, separate_norms, total_norm
 from clipax._transformation import reduced
 from clipax._typing import Array, Axes, AxisName, LeafRule, Norms, Updates
@@ -23,7 +23,11 @@ from clipax.units import output_last
 
 
 def global_norm(
-    updates: Updates, ord: float | None = None, *, axis_name: AxisName = None
+    updates: Updates,
+    ord: float | None = None,
+    *,
+    mask: LeafRule = True,
+    axis_name: AxisName = None,
 ) -> Array:
     """Measures one p-norm over all leaves.
 
@@ -32,6 +36,8 @@ def global_norm(
     Args:
       updates: Any pytree. Leaves of any shape and floating or complex dtype are measured.
       ord: The order `p > 0` of the norm; `inf` gives the largest modulus. None is 2.
+      mask: Which leaves are measured: True, a tree prefix of booleans, or a function
+        `(path, leaf) -> bool` with paths such as "encoder/kernel".
       axis_name: Which mapped axes shard the leaves, where the types do not say: under
         `pmap`, `vmap(axis_name=...)` and `shard_map(check_vma=False)`. One name, several,
         or a tree prefix of them. `()` sums over no mapped axis: the leaves are replicated,
@@ -57,7 +63,8 @@ def global_norm(
       Array(19., dtype=float32)
     """
     order = _checks.order(ord)
-    wanted = _leaves.wanted(updates)
+    _checks.static(mask=mask)
+    wanted = _leaves.wanted(updates, mask)
     leaves = _sharded_leaves(updates, axis_name, wanted, [None] * len(wanted))
     if not leaves:
         return jnp.zeros((), jnp.float32)
@@ -119,7 +126,7 @@ def leaf_norm(
         for leaf, is_wanted, leaf_axes, leaf_stack_axis in rows
     ]
     order = _checks.order(ord)
-    return _leafwise(updates, wanted, summed, ord=order, axis_name=axis_name, must_tell=True)
+    return _leafwise(updates, wanted, summed, ord=order, axis_name=axis_name)
 
 
 def unit_norm(
@@ -142,8 +149,8 @@ def unit_norm(
         `output_last`; the others at hand are `output_first`, `nfnets` and `whole_leaf`.
       mask: As in `leaf_norm`.
       axis_name: As in `global_norm`: the mapped axes that shard what is summed. Where types
-        say that a leaf varies and nothing is passed, they are taken to shard its summed
-        axes, and not its units.
+        say that a leaf varies, it must be given: they do not say whether the units are
+        sharded, or what is summed.
 
     Returns:
       The tree of the updates with an array at each measured leaf that broadcasts
@@ -163,8 +170,9 @@ def unit_norm(
     summed: list[tuple[int, ...] | None] = []
     for leaf, is_wanted, unit in zip(jax.tree.leaves(updates), wanted, units, strict=True):
         is_split = is_wanted and unit is not None and (callable(rule) or jnp.ndim(leaf) > 1)
-        summed.append(_other_axes(leaf, unit) if is_split else None)
-    return _leafwise(updates, wanted, summed, ord=_checks.order(ord), axis_name=axis_name)
+        summed.append(_other_axes(leaf, unit_axis=unit) if is_split else None)
+    order = _checks.order(ord)
+    return _leafwise(updates, wanted, summed, ord=order, axis_name=axis_name)
 
 
 def block_rms(updates: Updates, *, axis_name: AxisName = None) -> Norms:
@@ -199,15 +207,12 @@ def _sharded_leaves(
     axis_name: AxisName,
     wanted: Sequence[bool],
     summed: Sequence[tuple[int, ...] | None],
-    *,
-    must_tell: bool = False,
 ) -> list[_Leaf]:
-    """The wanted leaves; `must_tell`: where only some axes are summed, types are not enough."""
     _checks.axis_name(axis_name=axis_name)
     names = _leaves.per_leaf(updates, axis_name=axis_name)
     rows = zip(jax.tree.leaves(updates), names, wanted, summed, strict=True)
     return [
-        _Leaf(position, array, _sharding_axes(array, name, axes, must_tell=must_tell))
+        _Leaf(position, array, _sharding_axes(array, name, axes))
         for position, (leaf, name, is_wanted, axes) in enumerate(rows)
         if is_wanted
         for array in [reduced(jnp.asarray(leaf))]
@@ -215,7 +220,7 @@ def _sharded_leaves(
 
 
 def _sharding_axes(
-    array: Array, name: Any, summed: tuple[int, ...] | None, *, must_tell: bool
+    array: Array, name: Any, summed: tuple[int, ...] | None
 ) -> tuple[Hashable, ...]:
     named = _leaves.names_of(name)
     for axis in named:
@@ -231,11 +236,12 @@ def _sharding_axes(
         )
     varying = _compat.varying_axes(array)
     is_partial = summed is not None
-    if is_partial and must_tell and varying and name is None:
+    if is_partial and varying and name is None:
         raise ValueError(
             f"A leaf of shape {array.shape} varies over {sorted(map(str, varying))}, and"
             " only some of its axes are summed. Pass axis_name= with the names that"
-            " shard the summed ones, or axis_name=() if none does."
+            " shard the summed ones, or axis_name=() if none does; or make the state of the"
+            " transformation outside of the mapped program, which then tells."
         )
     # Types know whether a leaf is sharded at all, not along which of its axes; and `()` says
     # that what varies is no shard.
@@ -253,13 +259,12 @@ def _leafwise(
     ord: float = 2.0,
     divisor: Callable[[int], float] = lambda _: 1.0,
     axis_name: AxisName,
-    must_tell: bool = False,
 ) -> Norms:
     """Measures each wanted leaf over its summed axes, None being all of them."""
-    every_leaf, treedef = jax.tree.flatten(updates)
+    every_leaf = jax.tree.leaves(updates)
     summed = summed or [None] * len(every_leaf)
     wanted = wanted or _leaves.wanted(updates)
-    leaves = _sharded_leaves(updates, axis_name, wanted, summed, must_tell=must_tell)
+    leaves = _sharded_leaves(updates, axis_name, wanted, summed)
     layouts: list[Layout] = []
     for leaf in leaves:
         axes = summed[leaf.position]
@@ -271,20 +276,20 @@ def _leafwise(
         measured = separate_norms([leaf.array for leaf in leaves], tuple(layouts), ord)
         for leaf, norm in zip(leaves, measured, strict=True):
             norms[leaf.position] = norm
-    return jax.tree.unflatten(treedef, norms)
+    return _paths.rebuilt(updates, norms)
 
 
 def _summed_axes(leaf: Any, axes: Axes, stack_axis: Axes) -> tuple[int, ...] | None:
     if stack_axis is None:
-        return None if axes is None else _leaves.axis_tuple(leaf, axes)
+        return None if axes is None else _leaves.axis_tuple(leaf, axes=axes)
     if axes is not None:
         raise ValueError(
             f"Give a leaf either axes or stack_axis, got axes={axes!r} and"
             f" stack_axis={stack_axis!r} for the shape {jnp.shape(leaf)}."
         )
-    return _other_axes(leaf, stack_axis)
+    return _other_axes(leaf, stack_axis=stack_axis)
 
 
-def _other_axes(leaf: Any, axes: Axes) -> tuple[int, ...]:
-    kept = _leaves.axis_tuple(leaf, axes)
-    return tuple(axis for axis in range(jnp.ndim(leaf)) if axis not in kept)
+def _other_axes(leaf: Any, **kept: Axes) -> tuple[int, ...]:
+    axes = _leaves.axis_tuple(leaf, **kept)
+    return tuple(axis for axis in range(jnp.ndim(leaf)) if axis not in axes)

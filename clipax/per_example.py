@@ -1,5 +1,6 @@
 """Clips the gradient of each example, at about the price of one gradient of the batch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _checks, _leaves
-from clipax._examples import ArgNums, Call, norms_over
+from clipax import _checks, _compat, _leaves
+from clipax._examples import ArgNums, Call
 from clipax._examples import PerExampleInfo as PerExampleInfo
 from clipax._plans import Plan
 from clipax._typing import Array, Bound, Coefficient, Norms
@@ -39,7 +40,9 @@ def clipped_grad(
 
     Args:
       loss_fn: `loss_fn(params, example) -> loss`, a scalar, for *one* example. Any function
-        that JAX can differentiate; layers and frameworks play no part.
+        that JAX can differentiate; layers and frameworks play no part. What is neither
+        differentiated nor of the examples, and what is passed by keyword, is one for all
+        examples; what is no array in it (a flag, a function, None) reaches `loss_fn` as it is.
       max_norm: The bound, >= 0; `inf` never clips. With a tree prefix of the parameters,
         each part has a norm and a coefficient of its own.
       coefficient: `(norm, max_norm) -> factor`, as `hard`, `rational`, `normalized`,
@@ -55,17 +58,20 @@ def clipped_grad(
         all by default. It must divide the batch.
 
     Returns:
-      `grad_fn(*args, mask=None, max_norm=None) -> (grads, info)` with the arguments of
-      `loss_fn`, to be called under `jax.jit`. `grads` has the structure, shapes and dtypes of
+      `grad_fn(*args, mask=None, max_norm=None, **shared) -> (grads, info)` with the arguments
+      of `loss_fn`, to be called under `jax.jit`. `grads` has the structure, shapes and dtypes of
       the parameters; `info` is a `PerExampleInfo`. `mask`, one boolean an example, leaves
       examples out: those that pad a batch. `max_norm` takes the place of the bound above,
-      as one that `track_quantile` moves. On a mesh the batch may be sharded along the
-      examples; where its axes are explicit, `loss_fn` is called with automatic ones.
+      as one that `track_quantile` moves; an argument of `loss_fn` of one of these two names is
+      passed by position. On a mesh the batch may be sharded along the examples; where its axes
+      are explicit, `loss_fn` is called with automatic ones. In `shard_map`, `pmap` and `vmap`
+      with a name, what comes out is of the examples of the device; no `axis_name=` is needed.
 
     Raises:
       ValueError: An argument is not as above; on a call, a parameter is no array of floats,
         the loss is not a scalar, the leading axes of the batch differ or there is none, the
-        mask does not fit.
+        mask does not fit; in a mapped program, what `loss_fn` shares with other devices mixes
+        the gradients of examples, or types do not say whether it does.
 
     | example | result |
     |---|---|
@@ -98,14 +104,16 @@ def clipped_grad(
     _checks.flag(has_aux=has_aux, mean=mean, skip_nonfinite=skip_nonfinite)
     if microbatch_size is not None:
         _checks.positive_integer(microbatch_size=microbatch_size)
-    call = Call(loss_fn, argnums, batch_argnums, has_aux)
+    given = Call(loss_fn, argnums, batch_argnums, has_aux)
     static_bound = max_norm
 
-    def clip_part(args: Any, mask: Array | None, bound: Any) -> tuple[Any, PerExampleInfo]:
-        measured = call.measure(args)
-        return measured.clipped(bound, coefficient, mask, skip_nonfinite)
+    def clip_all(
+        call: Call, args: Any, mask: Array | None, bound: Any
+    ) -> tuple[Any, PerExampleInfo]:
+        def clip_part(args: Any, mask: Array | None, bound: Any) -> tuple[Any, PerExampleInfo]:
+            measured = call.measure(args)
+            return measured.clipped(bound, coefficient, mask, skip_nonfinite)
 
-    def clip_all(args: Any, mask: Array | None, bound: Any) -> tuple[Any, PerExampleInfo]:
         if microbatch_size is None:
             sums, info = clip_part(args, mask, bound)
         else:
@@ -119,13 +127,16 @@ def clipped_grad(
         grads = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), sums, params)
         return grads, info._replace(clip_fraction=clip_fraction)
 
-    def grad_fn(*args: Any, mask: Any = None, max_norm: Any = None) -> tuple[Any, PerExampleInfo]:
+    def grad_fn(
+        *args: Any, mask: Any = None, max_norm: Any = None, **shared: Any
+    ) -> tuple[Any, PerExampleInfo]:
         bound = static_bound if max_norm is None else max_norm
         _check_max_norm(bound)
-        mask = _checked_mask(mask, call.check(args))
+        call, arrays = given.of_arrays(args, shared, mask=mask, max_norm=max_norm)
+        mask = _checked_mask(mask, call.check(arrays))
         return call.with_automatic_axes(
-            clip_all,
-            args,
+            functools.partial(clip_all, call),
+            arrays,
             mask,
             bound,
             out=lambda grads, each, one: (
@@ -155,7 +166,7 @@ def per_example_norms(
       per_leaf: Whether each leaf has norms of its own.
 
     Returns:
-      `norm_fn(*args) -> norms` of shape (examples,), in float32 (float64 for float64
+      `norm_fn(*args, **shared) -> norms` of shape (examples,), in float32 (float64 for float64
       parameters); with `per_leaf`, in the structure of the parameters.
 
     Raises:
@@ -169,16 +180,20 @@ def per_example_norms(
     """
     _checks.function(loss_fn=loss_fn)
     _checks.flag(has_aux=has_aux, per_leaf=per_leaf)
-    call = Call(loss_fn, argnums, batch_argnums, has_aux)
+    given = Call(loss_fn, argnums, batch_argnums, has_aux)
 
-    def measure(args: Any) -> Any:
-        measured = call.measure(args)
-        tree = jax.tree.unflatten(measured.structure, measured.leaf_norms)
-        return tree if per_leaf else norms_over(tree)
+    def norm_fn(*args: Any, **shared: Any) -> Any:
+        call, arrays = given.of_arrays(args, shared)
+        call.check(arrays)
 
-    def norm_fn(*args: Any) -> Any:
-        call.check(args)
-        return call.with_automatic_axes(measure, args, out=lambda _, each, __: each)
+        def measure(args: Any) -> Any:
+            measured = call.measure(args)
+            places = measured.places()
+            if per_leaf:
+                return jax.tree.map(measured.norms_over, places)
+            return measured.norms_over(places)
+
+        return call.with_automatic_axes(measure, arrays, out=lambda _, each, __: each)
 
     return norm_fn
 
@@ -189,6 +204,7 @@ def explain(
     argnums: ArgNums = 0,
     batch_argnums: ArgNums = 1,
     has_aux: bool = False,
+    **shared: Any,
 ) -> None:
     """Prints how the norm of each leaf is found, and what that costs for one example.
 
@@ -200,6 +216,7 @@ def explain(
       argnums: Which arguments are differentiated.
       batch_argnums: Which have the examples along the first axis.
       has_aux: Whether `loss_fn` returns `(loss, aux)`.
+      **shared: What the gradient function would be called with by keyword.
 
     The columns: the leaf, its shape, the way to its norm and why, the products of numbers
     that it takes, and the numbers kept for the sum as a share of the leaf's size.
@@ -213,10 +230,15 @@ def explain(
       b     (4,)    made for each example comes from mul                          4   100%
       w     (8, 4)  norms of two vectors  a product that sums over nothing       12    38%
     """
-    call = Call(loss_fn, argnums, batch_argnums, has_aux)
-    call.check(args)
-    # How arrays are sharded makes no difference to what is printed.
-    plans = call.plans(jax.tree.map(_shape, args)).plans
+    own = {"argnums": argnums, "batch_argnums": batch_argnums, "has_aux": has_aux}
+    usual = {"argnums": 0, "batch_argnums": 1, "has_aux": False}
+    told = {name: value for name, value in own.items() if value != usual[name]}
+    given = Call(loss_fn, argnums, batch_argnums, has_aux)
+    call, arrays = given.of_arrays(args, shared, **told)
+    call.check(arrays)
+    # How arrays are sharded makes no difference to what is printed, but in a mapped program
+    # their types say what the loss may do.
+    plans = call.plans(arrays if _compat.bound_axes() else jax.tree.map(_shape, arrays)).plans
     rows: list[tuple[str, ...]] = [
         ("leaf", "shape", "norm of one example", "why", "products", "kept")
     ]
@@ -229,8 +251,6 @@ def explain(
 
 
 def _shape(leaf: Any) -> Any:
-    if not hasattr(leaf, "dtype"):
-        return leaf
     return _without_sharding(leaf.shape, leaf.dtype)
 
 
@@ -328,7 +348,12 @@ def _share(info: PerExampleInfo, holds: Array) -> Array:
 def _checked_mask(mask: Any, examples: int) -> Array | None:
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
+    try:
+        mask = jnp.asarray(mask)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"mask must be {examples} booleans, one an example, got {mask!r}."
+        ) from error
     if mask.shape != (examples,) or mask.dtype != bool:
         raise ValueError(
             f"mask must be {examples} booleans, one an example,"

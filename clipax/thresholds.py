@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _leaves
+from clipax import _checks, _leaves, _paths
 from clipax._typing import Array, Bound, Norms
 
 
@@ -24,7 +24,7 @@ class Threshold(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
 
 
 class FixedState(NamedTuple):
-    count: Array  # type: ignore[assignment]
+    step_count: Array
     """The number of updates so far; int32."""
 
 
@@ -36,7 +36,7 @@ def fixed(max_norm: Bound) -> Threshold:
         be checked; a negative one then counts as zero.
 
     Returns:
-      A threshold. With a schedule its state holds the `count` of updates; else nothing.
+      A threshold. With a schedule its state counts the updates; otherwise it holds nothing.
 
     Raises:
       ValueError: A number in `max_norm` is negative, NaN, boolean, None or a string; at
@@ -64,23 +64,30 @@ def bounded(
     is_scheduled = any(map(_checks.is_schedule, leaves))
 
     def init_fn(norms: Norms) -> Any:
-        bounds_at(jnp.zeros((), jnp.int32), norms)  # a prefix that does not fit
-        return FixedState(jnp.zeros((), jnp.int32)) if is_scheduled else optax.EmptyState()
+        step_count = jnp.zeros((), jnp.int32)
+        bounds_at(step_count, norms)  # a prefix that does not fit
+        return FixedState(step_count) if is_scheduled else optax.EmptyState()
 
     def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
         del params, extra_args
         if not is_scheduled:
             return bounds_at(None, norms), state
-        return bounds_at(state.count, norms), FixedState(optax.safe_increment(state.count))
+        count = state.step_count
+        return bounds_at(count, norms), FixedState(optax.safe_increment(count))
 
     def bounds_at(count: Array | None, norms: Norms) -> Norms:
-        def spread(leaf: Any, subtree: Norms) -> Norms:
-            now = leaf(count) if _checks.is_schedule(leaf) else leaf
-            modulus = -now if is_lower else now
-            return jax.tree.map(lambda norm: _bound_like(norm, modulus, name), subtree)
+        bounds = _paths.spread(value, norms, is_leaf=_checks.is_bound_leaf, name=name)
+        sizes, treedef = jax.tree.flatten(norms)
+        rows = zip(sizes, bounds, strict=True)
+        return jax.tree.unflatten(treedef, [bound_of(norm, leaf, count) for norm, leaf in rows])
 
-        is_leaf = _checks.is_bound_leaf
-        return _leaves.map_prefix(spread, value, norms, is_leaf=is_leaf, name=name)
+    def bound_of(norm: Array, leaf: Any, count: Array | None) -> Array:
+        if _checks.is_schedule(leaf):
+            # A schedule of Optax promotes its integer count to a float.
+            with jax.numpy_dtype_promotion("standard"):
+                leaf = leaf(count)
+            _checks.scheduled(**{name: leaf})
+        return _bound_like(norm, -leaf if is_lower else leaf, name)
 
     return Threshold(init_fn, update_fn)
 
@@ -139,15 +146,21 @@ def per_norm(rule: optax.GradientTransformation) -> Threshold:
       norms that are scalars, and one for each norm that is an array. `update` takes the
       last bounds as the extra argument `max_norm`.
 
+    Raises:
+      ValueError: `rule` is no `optax.GradientTransformation`.
+
     Example:
       >>> threshold = per_norm(optax.chain(optax.ema(0.5, debias=False), optax.scale(1.5)))
       >>> threshold.update(jnp.array(4.0), threshold.init(jnp.array(4.0)))[0]
       Array(3., dtype=float32)
     """
+    rule = _checks.transformation(rule=rule)
 
     def init_fn(norms: Norms) -> Any:
         alike = _leaves.Alike(norms)
-        return tuple(_first_states(rule, stack) for stack in alike.stack(norms))
+        return tuple(
+            _leaves.beside(stack, _first_states(rule, stack)) for stack in alike.stack(norms)
+        )
 
     def update_fn(
         norms: Norms,
@@ -170,7 +183,9 @@ def per_norm(rule: optax.GradientTransformation) -> Threshold:
         return alike.unstack([bound for bound, _ in results]), tuple(s for _, s in results)
 
     def update_one(norm: Array, state: Any, param_norm: Array | None, last: Array) -> Any:
-        max_norm, new_state = rule.update(norm, state, param_norm)
+        # A rule of Optax promotes its integer counters.
+        with jax.numpy_dtype_promotion("standard"):
+            max_norm, new_state = rule.update(norm, state, param_norm)
         bound = jnp.maximum(jnp.asarray(max_norm, norm.dtype), 0)
         return _leaves.choose(jnp.isfinite(norm), (bound, new_state), (last, state))
 
@@ -211,7 +226,7 @@ def as_threshold(value: Bound | optax.GradientTransformation) -> Threshold:
     """A threshold as it is, a transformation lifted by `per_norm`, anything else `fixed`."""
     if isinstance(value, Threshold):
         return value
-    if isinstance(value, optax.GradientTransformation):
+    if _checks.is_transformation(value):
         return per_norm(value)
     return fixed(value)
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 
 from clipax import _checks, _leaves, _window
-from clipax._transformation import transformation
+from clipax._transformation import injectable, transformation
 from clipax._typing import Array, AxisName, Bound, Updates
 from clipax.norms import global_norm
 from clipax.thresholds import bounded
@@ -36,12 +37,15 @@ def observe(
     `cosine = <u, v> / (|u|_2 |v|_2)` for the updates `u` that go in and `v` that come out.
 
     Args:
-      inner: Any transformation, a whole chain too.
+      inner: Any transformation, a whole chain too, or an `optax.MultiSteps`.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      The transformation, unchanged in what it does; its state is an `ObserveState` of
-      scalars round the inner state, float32 or float64 (where a parameter is).
+      `inner` with an `ObserveState` round its state: scalars, float32 or float64 (where a
+      parameter is).
+
+    Raises:
+      ValueError: `inner` is no transformation.
 
     | updates | cosine |
     |---|---|
@@ -55,14 +59,13 @@ def observe(
       >>> state.norm_in.round(3), state.norm_out.round(3), state.cosine.round(3)
       (Array(7.071, dtype=float32), Array(1.414, dtype=float32), Array(0.8, dtype=float32))
     """
-    _checks.transformation(inner=inner)
+    inner = _checks.transformation(inner=inner)
     _checks.axis_name(axis_name=axis_name)
-    inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Updates) -> ObserveState:
         norm = functools.partial(global_norm, axis_name=_leaves.names_bound_here(axis_name))
         # Arrays of their own, since a buffer can be donated only once.
-        zero = _leaves.zero_norms(norm, params)
+        zero = _leaves.zero_norms(norm, _leaves.only_measured(params))
         return ObserveState(zero, zero + 0, zero + 0, inner.init(params))
 
     def update_fn(
@@ -71,11 +74,14 @@ def observe(
         params: Updates | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, ObserveState]:
-        new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        # Nothing of its own is remembered: what is no state of its own is the inner one's.
+        is_own = isinstance(state, ObserveState)
+        inner_state = state.inner_state if is_own else state
+        new_updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
         norm_in = global_norm(updates, axis_name=axis_name)
         norm_out = global_norm(new_updates, axis_name=axis_name)
         cosine = _cosine(updates, new_updates, axis_name)
-        dtype = state.norm_in.dtype
+        dtype = state.norm_in.dtype if is_own else norm_in.dtype
         norm_in, norm_out, cosine = (x.astype(dtype) for x in (norm_in, norm_out, cosine))
         return new_updates, ObserveState(norm_in, norm_out, cosine, inner_state)
 
@@ -122,7 +128,9 @@ class SkipState(NamedTuple):
     skipped_count: Array
     """How many steps were skipped in all; int32."""
     consecutive_count: Array
-    """How many were skipped in a row up to the last one; int32."""
+    """How many in a row up to the last one, without those of `skip_ranges`; int32."""
+    taken_count: Array
+    """How many steps were not skipped; int32."""
     threshold: Any
     """The state of the rule that gives `max_norm`."""
     norm_window: Any
@@ -131,7 +139,13 @@ class SkipState(NamedTuple):
     """The last losses, where there is a `loss_z_max`."""
     inner_state: Any
 
+    @property
+    def step_count(self) -> Array:
+        """How many steps there were in all: the number of the next one."""
+        return self.taken_count + self.skipped_count
 
+
+@injectable
 def skip_step(
     inner: optax.GradientTransformation,
     max_norm: Bound | None = None,
@@ -140,24 +154,22 @@ def skip_step(
     loss_z_max: jax.typing.ArrayLike | None = None,
     window_size: int = 128,
     warmup_steps: int | None = None,
+    skip_ranges: Sequence[tuple[int, int]] = (),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Skips a whole step of an optimizer whose gradient is not finite, or a spike.
 
     A step is skipped if `norm`, the global L2 norm of the updates that come in, is NaN or
     inf, if `norm > max_norm`, or if `norm - mean > z_max * max(std, 1e-6 * |mean|)` over the
-    window of the last finite norms before it; `std` is the sample's, over `n - 1`. With
-    `loss_z_max` the same rule holds for the losses too. Skipped means: the updates are zeros
-    and the inner state stays as it was.
+    window of the last finite norms; `std` is the sample's, over `n - 1`. `loss_z_max` is the
+    same rule for losses. A skipped step gives zeros and keeps the inner state.
 
-    It goes round the whole optimizer, the clip too:
-    `skip_step(optax.chain(clip_by_global_norm(1.0), optax.adam(1e-3)), z_max=6.0)`. Behind
-    a clip it would see clipped norms, and no spike. With `optax.MultiSteps` it goes outside
-    to skip single gradients before they are accumulated, which is what a NaN needs: the sum
-    inside `MultiSteps` never gets rid of it.
+    It goes round the whole optimizer, the clip too, since behind a clip there are no spikes:
+    `skip_step(optax.chain(clip_by_global_norm(1.0), optax.adam(1e-3)), z_max=6.0)`. It goes
+    round `optax.MultiSteps`, whose sum never gets rid of a NaN.
 
     Args:
-      inner: Any transformation; to leave the parameters alone, a whole optimizer.
+      inner: A whole optimizer, or any transformation.
       max_norm: Above it a step is skipped, > 0: a number, a scalar array or a schedule
         `count -> value` that counts the steps with a finite norm, skipped or not. None is
         never.
@@ -167,9 +179,11 @@ def skip_step(
         `update`, one number, the same on all devices.
       window_size: How many of the last values are remembered, >= 2; one float each.
         OLMo-core has 128.
-      warmup_steps: From which value on, the one at hand counted, the rules with a window
-        apply, >= 1; never before the third, as one value has no spread. None is half the
-        window: at 128 values, OLMo-core's 64.
+      warmup_steps: From which value on, the current one counted, the rules with a window
+        apply, >= 1, but never before the third. None is half the window.
+      skip_ranges: Steps to skip whatever they are, as pairs `(start, stop)` with
+        `0 <= start < stop`: the steps `start, ..., stop - 1`, where the first call of
+        `update` is step 0 and every call counts. Pairs may overlap.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -178,38 +192,39 @@ def skip_step(
       too.
 
     Raises:
-      ValueError: `max_norm`, `z_max` or `loss_z_max` is not > 0, `window_size` not an
-        integer >= 2, `warmup_steps` not an integer >= 1; at `update`, there is no `loss`
-        and a `loss_z_max`, or it is no scalar.
+      ValueError: `inner` is no transformation; `max_norm`, `z_max` or `loss_z_max` is not
+        > 0, `window_size` not an integer >= 2, `warmup_steps` not an integer >= 1, or
+        `skip_ranges` not such pairs; at `update`, there is no `loss` and a `loss_z_max`, or
+        it is no scalar.
 
     The windows learn every value of a step whose norm and, with `loss_z_max`, loss are
     finite, also of a skipped step: a new level becomes the usual one after a few steps, and
-    nothing is skipped for ever. A step that is not finite leaves no trace but in the counts.
+    nothing is skipped for ever. Whatever finite norms came before, under `z_max=6` half of a
+    usual norm passes within 5 steps, and under the smallest `z_max` within `window_size + 1`.
 
     | step | result |
     |---|---|
     | not skipped | what `inner` gives, bit for bit; compiled alone, it may round otherwise |
     | skipped | -0.0 everywhere, which leaves a parameter as it is, -0.0 too |
     | skipped, an integer or bool leaf | 0 or False |
-    | skipped, a None, MaskedNode or float0 leaf | as it is |
-    | a norm or watched loss of NaN or inf, however many in a row | skipped |
+    | skipped, a None, MaskedNode, float0, PRNG-key leaf, or no array at all | as it is |
+    | a norm or watched loss of NaN or inf, however many in a row | skipped; not learned |
+    | in a pair of `skip_ranges` | skipped; not learned, nor counted by a schedule |
+    | in a pair, between skipped steps | neither counts as one in a row nor ends the row |
     | the first, whatever its finite norm | taken, if it is not above `max_norm` |
     | one above a window of equal norms | skipped, if by more than a share of `1e-6 * z_max` |
     | one below the mean | taken |
     | a bound that turns out NaN | skipped |
 
-    Differences from OLMo-core's `SkipStepOptimizer`: a value that is not finite is kept
-    out of the windows, where it makes every later comparison false and all steps skipped
-    until it leaves; the state is frozen by a choice, not by a product with zero, which NaN
-    survives; the spread of equal values has a floor; one past value judges nothing; and
-    norms can be watched without the loss.
+    The steps are counted in the state, so that a run goes on from a checkpoint with other
+    `skip_ranges`, and leaves out a batch that is known by then to be bad.
+    `check_not_stuck` stops a run that skips step after step.
 
-    MaxText's `skip_step_on_spikes` is that rule fed with norms after clipping, and it is off
-    without a word if there is no loss. Levanter's takes the population's deviation, begins
-    one step later and multiplies by zero. AXLearn's `skip_and_clip_by_global_norm` holds
-    norms against a running mean that starts at one and learns from no skipped step, so a
-    model whose first norms are too large for it never starts. `optax.apply_if_finite` gives
-    up after some steps, and lets the NaN through.
+    Differences from OLMo-core's `SkipStepOptimizer`: values that are not finite stay out of
+    the windows, where they would have all steps skipped; the state is kept by a choice, not
+    by a product with zero, which NaN survives; the spread of equal values has a floor; one
+    past value judges nothing; norms can be watched without the loss. And unlike
+    `optax.apply_if_finite`, it never lets a NaN through.
 
     Example:
       >>> optimizer = skip_step(optax.sgd(1.0), z_max=3.0, window_size=4)
@@ -225,9 +240,8 @@ def skip_step(
     References:
       OLMo-core, https://github.com/allenai/OLMo-core (`SkipStepOptimizer`)
     """
-    _checks.transformation(inner=inner)
+    inner = _checks.transformation(inner=inner)
     _checks.axis_name(axis_name=axis_name)
-    inner = optax.with_extra_args_support(inner)
     max_norm = math.inf if max_norm is None else max_norm
     _checks.one_bound(_checks.positive, max_norm=max_norm)
     limit = bounded(_checks.positive, max_norm=max_norm)
@@ -239,16 +253,17 @@ def skip_step(
     if window_size < 2:
         raise ValueError(f"window_size must be an integer >= 2, got {window_size!r}.")
     first = _checks.warmup(warmup_steps, window_size)
+    ranges = _checked_ranges(skip_ranges)
 
     def init_fn(params: Updates) -> SkipState:
         norm = functools.partial(global_norm, axis_name=_leaves.names_bound_here(axis_name))
-        zero = _leaves.zero_norms(norm, params)
+        zero = _leaves.zero_norms(norm, _leaves.only_measured(params))
 
         def window(z: jax.typing.ArrayLike | None) -> Any:
             return optax.EmptyState() if z is None else _window.empty(window_size, zero)
 
         # Arrays of their own, since a buffer can be donated only once.
-        counts = zero.astype(jnp.int32), zero.astype(jnp.int32)
+        counts = zero.astype(jnp.int32), zero.astype(jnp.int32), zero.astype(jnp.int32)
         windows = window(z_max), window(loss_z_max)
         return SkipState(zero, zero != 0, *counts, limit.init(zero), *windows, inner.init(params))
 
@@ -264,27 +279,69 @@ def skip_step(
         bound, threshold = limit.update(norm, state.threshold)
         is_large, norm_window = _watch(state.norm_window, norm, z_max, first)
         is_lost, loss_window = _watch(state.loss_window, loss, loss_z_max, first)
-        is_skipped = ~(is_finite & (norm <= bound)) | is_large | is_lost
+        is_chosen = _is_in(ranges, state.step_count)
+        is_bad = ~(is_finite & (norm <= bound)) | is_large | is_lost
+        is_skipped = is_bad | is_chosen
         threshold, norm_window, loss_window = _leaves.choose(
-            is_finite,
+            is_finite & ~is_chosen,
             (threshold, norm_window, loss_window),
             (state.threshold, state.norm_window, state.loss_window),
         )
         new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        return _leaves.choose(
-            is_skipped, jax.tree.map(_neutral, new_updates), new_updates
-        ), SkipState(
+        in_a_row = jnp.where(is_bad, optax.safe_increment(state.consecutive_count), 0)
+
+        def leave_out(leaf: Any) -> Any:
+            return _leaves.choose(is_skipped, _neutral(leaf), leaf)
+
+        # Leaf by leaf: a class that checks the shape of what it holds sees no zero alone.
+        return jax.tree.map(leave_out, new_updates), SkipState(
             norm,
             is_skipped,
-            jnp.where(is_skipped, optax.safe_increment(state.skipped_count), state.skipped_count),
-            jnp.where(is_skipped, optax.safe_increment(state.consecutive_count), 0),
+            _counted(is_skipped, state.skipped_count),
+            jnp.where(is_chosen, state.consecutive_count, in_a_row),
+            _counted(~is_skipped, state.taken_count),
             threshold,
             norm_window,
             loss_window,
             _leaves.choose(is_skipped, state.inner_state, inner_state),
         )
 
-    return transformation(init_fn, update_fn)
+    return transformation(init_fn, update_fn, SkipState)
+
+
+def _counted(happened: Array, count: Array) -> Array:
+    return jnp.where(happened, optax.safe_increment(count), count)
+
+
+def _checked_ranges(skip_ranges: Any) -> np.ndarray:
+    """The pairs as two rows of an array: where ranges start, and where they stop."""
+    _checks.static(skip_ranges=skip_ranges)
+    is_iterable = isinstance(skip_ranges, Iterable) and getattr(skip_ranges, "ndim", 1) > 0
+    pairs = [_pair(item) for item in skip_ranges] if is_iterable else [None]
+    if None in pairs:
+        raise ValueError(
+            "skip_ranges must be pairs (start, stop) of integers with 0 <= start < stop, as"
+            f" ((100, 110), (250, 251)), got {skip_ranges!r}."
+        )
+    last = np.iinfo(np.int32).max
+    clipped = [[min(number, last) for number in pair] for pair in pairs if pair]
+    return np.array(clipped, np.int32).reshape(-1, 2).T
+
+
+def _pair(item: Any) -> tuple[int, int] | None:
+    """A range of steps, or None where this is none."""
+    if not isinstance(item, Sequence | np.ndarray) or isinstance(item, range) or len(item) != 2:
+        return None
+    start, stop = item
+    for number in item:
+        if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
+            return None
+    return (int(start), int(stop)) if 0 <= start < stop else None
+
+
+def _is_in(ranges: np.ndarray, step: Array) -> Array:
+    starts, stops = ranges
+    return jnp.any((starts <= step) & (step < stops))
 
 
 _NUMBERS = (int, float, np.generic, np.ndarray, jax.Array)
@@ -310,13 +367,13 @@ def _watch(
         return False, window
     mean, std = _window.mean_and_std(window, ddof=1)
     (times,) = _leaves.in_dtype_of(value, z_max)
-    is_known = window.count >= max(first - 1, 2)
+    is_known = window.value_count >= max(first - 1, 2)
     return is_known & (value - mean > times * std), _window.push(window, value)
 
 
 def _neutral(leaf: Any) -> Any:
     """What leaves a parameter as it is when it is added."""
-    if _leaves.is_float0(leaf):
+    if not _leaves.holds_numbers(leaf):
         return leaf
     zero = np.zeros((), jnp.asarray(leaf).dtype)
     # Of -0.0, adding 0.0 would make 0.0.

@@ -237,3 +237,22 @@ def test_a_prefix_that_does_not_fit_is_named(updates: Any) -> None:
 def test_masked_nodes_pass() -> None:
     updates = {"a": optax.MaskedNode(), "b": None}
     assert clipax.scale_updates(updates, jnp.float32(0)) == updates
+
+
+@pytest.mark.parametrize("stability", [0.1, 0.01, 0.5])
+def test_the_factor_of_psac_is_largest_where_its_docstring_says(stability: float) -> None:
+    peak = stability**0.5 - stability
+    norms = jnp.asarray([0.0, peak, *np.linspace(0.001, 2, 500)], jnp.float32)
+    factors = np.asarray(clipax.psac(stability)(norms, jnp.full_like(norms, 3.0)))
+    expected = 3 / (2 * stability**0.5 - stability)
+    np.testing.assert_allclose(factors[1], expected, rtol=1e-6)
+    assert (factors <= factors[1] * (1 + 1e-6)).all()
+    rising = np.asarray(norms[2:]) < peak
+    assert (np.diff(factors[2:])[rising[1:]] > 0).all()
+    assert (np.diff(factors[2:])[~rising[:-1]] < 0).all()
+
+
+def test_psac_lengthens_small_gradients() -> None:
+    norms = jnp.array([1e-6, 0.2])
+    lengths = norms * clipax.psac(0.1)(norms, jnp.ones(2))
+    np.testing.assert_allclose(lengths, [1e-6, 0.375], rtol=1e-4)

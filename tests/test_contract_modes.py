@@ -1,6 +1,5 @@
-"""What every method keeps in JAX's modes: what it computes, and that nothing finite becomes NaN."""
+"""What every method keeps in JAX's modes: its results, and NaN-free steps of finite updates."""
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable

@@ -289,6 +289,39 @@ def test_mapped_axes_are_told_by_names(name: str, mapping: Any) -> None:
 
 
 @pytest.mark.slow
+@methods
+def test_a_whole_model_on_each_device_is_no_shard(name: str) -> None:
+    """Types say that the leaves of an ensemble vary, and `axis_name=()` that none is a shard."""
+    members, mesh = 2, jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
+
+    def stacked(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: np.stack([leaf, 3 * leaf[::-1] if leaf.ndim else leaf]), tree
+        )
+
+    def member(tree: Any, place: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf[place], tree)
+
+    def step(*args: Any) -> Any:
+        outputs = method.update(*(member(tree, 0) for tree in args))
+        return jax.tree.map(lambda leaf: leaf[None], outputs)
+
+    method = build_with_names(name, ())
+    params, *sequence = map(stacked, (params_and_sequence()[0], *params_and_sequence()[1]))
+    states = [method.init(member(params, place)) for place in range(members)]
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    spec = PartitionSpec("i")
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec)
+    outputs, last = run(jax.jit(mapped), state, sequence, params)
+    alone = jax.jit(trees.build(name).update)
+    for place in range(members):
+        own = [member(updates, place) for updates in sequence]
+        expected = run(alone, states[place], own, member(params, place))
+        found = jax.tree.map(lambda leaf, place=place: leaf[place], (outputs, last))
+        trees.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10),
     reason="XLA before jax 0.10 keeps collectives of leaves apart on a CPU",

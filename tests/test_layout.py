@@ -13,7 +13,10 @@ FLOORS = [
     {
         "_compat",
         "_leaves",
+        "_paths",
+        "_arguments",
         "_checks",
+        "_patience",
         "_preparations",
         "_programs",
         "_transformation",
@@ -26,6 +29,7 @@ FLOORS = [
         "_products",
         "_singular",
         "_terms",
+        "_mapped",
         "_spectral",
         "norms",
         "_moments",

@@ -479,8 +479,15 @@ def test_what_varies_and_is_no_shard_is_measured_alone(method: Any) -> None:
     np.testing.assert_allclose(np.linalg.norm(mapped(examples), axis=1), np.ones(8), rtol=2e-6)
 
 
-def test_units_are_whole_where_types_alone_speak() -> None:
-    norms = mapped(lambda u: clipax.unit_norm(u, unit_axis=1)["sharded"], in_axes=("y", None))
+@pytest.mark.parametrize("in_axes", [("y", None), (None, "y")], ids=["summed", "units"])
+def test_types_alone_do_not_tell_whether_units_are_sharded_and_names_do(in_axes: Any) -> None:
+    def units(names: Any) -> Any:
+        return lambda u: clipax.unit_norm(u, unit_axis=1, axis_name=names)["sharded"]
+
+    with pytest.raises(ValueError, match=r"only some of its axes are summed\. Pass axis_name="):
+        mapped(units(None), in_axes=in_axes)
+    names, out_specs = ("y", None) if in_axes[0] else ((), PartitionSpec(*in_axes))
+    norms = mapped(units(names), in_axes=in_axes, out_specs=out_specs)
     np.testing.assert_allclose(norms, np.linalg.norm(SHARDED, axis=0, keepdims=True), rtol=2e-6)
 
 

@@ -190,3 +190,63 @@ def test_the_bounds_keyword_has_clipaxs_name(name, theirs, ours):
 def test_optaxs_third_argument_of_agc_is_refused_and_not_misread():
     with pytest.raises(TypeError):
         clipax.adaptive_grad_clip(0.1, 1e-3, 0)
+
+
+# -- Calls without a state ------------------------------------------------------------------------
+
+_FIXED = {"w": jnp.full((3, 4), 500.0), "b": (jnp.array([0.5, -2.0]), jnp.array(-4.0))}
+_CLIPS = {
+    "clip": lambda bound: (clipax.clip(bound), optax.clip(bound)),
+    "clip_by_block_rms": lambda bound: (
+        clipax.clip_by_block_rms(bound),
+        optax.clip_by_block_rms(bound),
+    ),
+    "clip_by_global_norm": lambda bound: (
+        clipax.clip_by_global_norm(bound),
+        optax.clip_by_global_norm(bound),
+    ),
+    "adaptive_grad_clip": lambda bound: (
+        clipax.adaptive_grad_clip(bound),
+        optax.adaptive_grad_clip(bound),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _CLIPS)
+def test_a_clip_is_called_without_a_state_as_optaxs_is(name):
+    params = jax.tree.map(lambda leaf: 0.3 * jnp.ones_like(leaf), _FIXED)
+    for i in range(1, 8):
+        ours, theirs = _CLIPS[name](1.0 / i)
+        for state in (None, optax.EmptyState(), (), theirs.init(params), ours.init(params)):
+            expected, _ = theirs.update(_FIXED, theirs.init(params), params)
+            for update in (ours.update, jax.jit(ours.update)):
+                clipped, _ = update(_FIXED, state, params)
+                jax.tree.map(
+                    functools.partial(np.testing.assert_allclose, rtol=2e-5), clipped, expected
+                )
+
+
+def test_a_clipped_tree_has_the_bound_for_its_norm_without_a_state():
+    for i in range(1, 11):
+        bound = 1.0 / i
+        clipped, _ = clipax.clip_by_global_norm(bound).update(_FIXED, None)
+        np.testing.assert_allclose(optax.tree.norm(clipped), bound, rtol=1e-6)
+        again, _ = clipax.clip_by_global_norm(2 * bound).update(clipped, None)
+        jax.tree.map(np.testing.assert_array_equal, again, clipped)
+        clipped, _ = clipax.clip_by_block_rms(bound).update(_FIXED, None)
+        for leaf in jax.tree.leaves(clipped):
+            np.testing.assert_allclose(np.sqrt(np.mean(leaf**2)), bound, rtol=1e-6)
+        clipped, _ = clipax.clip(bound).update(_FIXED, None)
+        for leaf in jax.tree.leaves(clipped):
+            np.testing.assert_allclose(np.abs(leaf).max(), bound, rtol=1e-6)
+
+
+def test_clips_stand_in_a_chain_whose_state_is_optaxs():
+    """As where an optimizer state was made by the chain with optax's clip."""
+    made_with_optax = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
+    used = optax.chain(clipax.clip_by_global_norm(1.0), optax.adam(0.1))
+    with jax.numpy_dtype_promotion("standard"):
+        state = made_with_optax.init(_FIXED)
+        expected, _ = made_with_optax.update(_FIXED, state, _FIXED)
+        updates, _ = used.update(_FIXED, state, _FIXED)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), updates, expected)

@@ -33,7 +33,7 @@ def test_a_prefix_of_bounds_with_a_schedule_in_it() -> None:
         bounds, state = jax.jit(threshold.update)(NORMS, state)
         assert float(bounds["a"]) == 1
         assert float(bounds["b"]["c"]) == 10 + step
-    assert (int(state.count), state.count.dtype) == (3, jnp.int32)
+    assert (int(state.step_count), state.step_count.dtype) == (3, jnp.int32)
 
 
 def test_a_bound_for_each_layer_of_a_stack() -> None:

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _leaves
+from clipax import _checks, _leaves, _patience
 from clipax._clip_by import clip_by
+from clipax._transformation import injectable
 from clipax._typing import Array, AxisName, LeafRule, Norms
-from clipax.coefficients import hard
+from clipax.coefficients import hard, in_two
 from clipax.norms import global_norm, leaf_norm
 from clipax.thresholds import Threshold
 
@@ -18,10 +19,13 @@ from clipax.thresholds import Threshold
 class AdaGCState(NamedTuple):
     average: Norms
     """The running average of each leaf's norm; 0 where there has been none."""
-    count: Array  # type: ignore[assignment]
+    step_count: Array
     """The number of steps with a finite global norm; int32."""
+    halved_count: Norms
+    """How many of each leaf's norms in a row were more than twice their bounds; int32."""
 
 
+@injectable
 def adagc(
     ratio: jax.typing.ArrayLike = 1.05,
     *,
@@ -43,6 +47,10 @@ def adagc(
     Clipped norms pull the average down: where norms scatter much, as with small batches,
     most steps are clipped. `raw_history` has no such bias.
 
+    Whatever finite norms came before, half of a usual norm passes within 300 steps, those of
+    the warm-up and 200 more: a leaf's average is forgotten after 200 of its norms in a row that
+    were more than twice their bounds.
+
     Args:
       ratio: The bound on the norm over its average, > 0. The paper has 1.03 to 1.05.
       decay: The weight of the past in the average, in [0, 1). The paper has 0.98 to 0.99.
@@ -61,7 +69,7 @@ def adagc(
     Returns:
       A transformation whose state is a `ClipState` of trees with a scalar a leaf, or an
       array that broadcasts against it where layers are stacked; its threshold holds the
-      averages and the count.
+      averages and the counts.
 
     Raises:
       ValueError: A number is out of its range, NaN, boolean, None or a string, or
@@ -74,6 +82,7 @@ def adagc(
     | norm <= ratio * average | the leaf, bit for bit |
     | zero | zeros; the average stays |
     | zero in every step so far | the first other norm is bounded as in warm-up |
+    | clipped to less than half 200 times in a row | the next norm is bounded as in warm-up |
     | NaN or inf after warm-up | as for a fixed bound; its average stays, other leaves go on |
     | NaN or inf in warm-up | as for a fixed global bound; all averages and the count stay |
     | only NaN or inf so far | warm-up |
@@ -81,7 +90,8 @@ def adagc(
     Differences from the paper: a norm of zero never enters the average. There it does, and
     a leaf whose gradient is zero once during warm-up, as one behind a matrix that starts at
     zero, is clipped to zero for ever. The warm-up keeps the smallest norm, also a tiny one,
-    from which a clipped average recovers slowly and a raw one soon. Differences from the
+    and a clipped average grows by `(1 - decay) * (ratio - 1)` of itself a step: from a tiny
+    one there it never recovers, and here it is forgotten. Differences from the
     authors' published code: during warm-up the averages take clipped norms, there raw ones;
     `warmup_steps` steps, there one more; no 1e-8 beside the norms.
 
@@ -110,38 +120,48 @@ def adagc(
 
     def init_fn(norms: Norms) -> AdaGCState:
         averages = jax.tree.map(lambda norm: norm + 0, norms)
-        return AdaGCState(averages, norm_of_all(norms).astype(jnp.int32))
+        counts = jax.tree.map(lambda norm: norm.astype(jnp.int32), norms)
+        return AdaGCState(averages, norm_of_all(norms).astype(jnp.int32), counts)
 
     def update_fn(norms: Norms, state: AdaGCState, params: Any = None, **extra: Any) -> Any:
         del params, extra
         total = norm_of_all(norms)
         is_finite = jnp.isfinite(total)
-        global_factor = hard(total, *_leaves.in_dtype_of(total, max_norm))
-        is_warmed_up = state.count >= warmup_steps
+        start = in_two(hard, total, *_leaves.in_dtype_of(total, max_norm))
+        is_warmed_up = state.step_count >= warmup_steps
 
         def follows_itself(average: Array) -> Array:
             return is_warmed_up & (average > 0)
 
         def bound(norm: Array, average: Array) -> Array:
-            factor = global_factor.astype(norm.dtype)
+            first, second = _leaves.in_dtype_of(norm, *start)
             # An infinite norm times zero is no bound.
-            at_start = jnp.where(factor == 0, 0, norm) * factor
+            at_start = jnp.where(second == 0, 0, norm) * first * second
             (share,) = _leaves.in_dtype_of(norm, ratio)
             return jnp.where(follows_itself(average), share * average, at_start)
 
-        def learn(norm: Array, average: Array, bound: Array) -> Array:
+        def learns(norm: Array, average: Array) -> Array:
+            return (norm > 0) & jnp.isfinite(norm) & (follows_itself(average) | is_finite)
+
+        def count_halved(norm: Array, average: Array, bound: Array, count: Array) -> Array:
+            own = jnp.where(follows_itself(average), bound, jnp.inf)
+            counted = _patience.count_halved(count, norm, own)
+            return jnp.where(learns(norm, average), counted, count)
+
+        def learn(norm: Array, average: Array, bound: Array, count: Array) -> Array:
             value = norm if raw_history else jnp.minimum(norm, bound)
             smallest = jnp.where(average > 0, jnp.minimum(average, value), value)
             old, new = _leaves.in_dtype_of(norm, decay, 1 - decay)
             moved = old * average + new * value
             learned = jnp.where(follows_itself(average), moved, smallest)
-            learns = (norm > 0) & jnp.isfinite(norm) & (follows_itself(average) | is_finite)
-            return jnp.where(learns, learned, average)
+            learned = jnp.where(count >= _patience.PATIENCE, 0, learned)
+            return jnp.where(learns(norm, average), learned, average)
 
         bounds = jax.tree.map(bound, norms, state.average)
-        averages = jax.tree.map(learn, norms, state.average, bounds)
-        count = jnp.where(is_finite, optax.safe_increment(state.count), state.count)
-        return bounds, AdaGCState(averages, count)
+        counts = jax.tree.map(count_halved, norms, state.average, bounds, state.halved_count)
+        averages = jax.tree.map(learn, norms, state.average, bounds, counts)
+        count = jnp.where(is_finite, optax.safe_increment(state.step_count), state.step_count)
+        return bounds, AdaGCState(averages, count, counts)
 
     norm = functools.partial(leaf_norm, stack_axis=stack_axis, mask=mask)
     return clip_by(norm, Threshold(init_fn, update_fn), axis_name=axis_name)

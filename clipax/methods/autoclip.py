@@ -9,11 +9,13 @@ import optax
 
 from clipax import _checks, _window
 from clipax._clip_by import clip_by_history
-from clipax._typing import Array, AxisName, Bound, Norm
+from clipax._transformation import injectable
+from clipax._typing import Array, AxisName, Bound, LeafRule, Norm
 from clipax._window import WindowState
 from clipax.norms import global_norm
 
 
+@injectable
 def autoclip(
     quantile: jax.typing.ArrayLike = 0.1,
     window_size: int = 1000,
@@ -22,6 +24,7 @@ def autoclip(
     count_current: bool = True,
     warmup_steps: int = 1,
     max_norm: Bound | None = None,
+    mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the norm by a quantile of the norms seen so far.
@@ -43,6 +46,8 @@ def autoclip(
       warmup_steps: How many norms the history needs before it bounds, >= 1; until then
         `max_norm` alone does.
       max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
+      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
+        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -53,7 +58,9 @@ def autoclip(
       ValueError: `quantile` is not in (0, 1), `window_size` or `warmup_steps` not an
         integer >= 1, `max_norm` not > 0, or `count_current` not a boolean.
 
-    The history learns from raw norms, before clipping, so that it cannot collapse.
+    The history learns from raw norms, before clipping, so that it cannot collapse. Whatever
+    finite norms came before, half of a usual norm passes within 900 steps: in general, within
+    `(1 - quantile) * window_size + 2`, when that share of the window is usual again.
 
     | norm | result |
     |---|---|
@@ -88,8 +95,10 @@ def autoclip(
         del params
         window = _window.push(past, norm)
         history = window if count_current else past
-        is_warmed_up = history.count >= warmup_steps
+        is_warmed_up = history.value_count >= warmup_steps
         return jnp.where(is_warmed_up, _window.quantile(history, quantile), jnp.inf), window
 
     start = functools.partial(_window.empty, window_size)
-    return clip_by_history(start, bound, norm=norm, max_norm=max_norm, axis_name=axis_name)
+    return clip_by_history(
+        start, bound, norm=norm, max_norm=max_norm, mask=mask, axis_name=axis_name
+    )

@@ -33,6 +33,9 @@ def clip21(
         clipped, states = jax.vmap(clip.update)(updates_of_workers, states)
         updates = jax.tree.map(lambda leaf: leaf.mean(0), clipped)
 
+    After n steps of any finite updates, half of a usual norm passes within n + 1 steps, if it is
+    no longer than the bound: each step takes the estimate one bound away, or one back.
+
     One worker alone, with stochastic updates, gets a running estimate that no single update
     moves by more than the bound.
 
@@ -56,7 +59,7 @@ def clip21(
     | difference within the bound | the updates, bit for bit |
     | zero, after others | the estimate, on its way back to zero |
     | a NaN or inf entry | the estimate plus what `inner` makes of it; the state stays |
-    | the difference overflows | as above |
+    | the difference overflows | as if it were the largest float; the state stays |
     | float16, bfloat16 | computed wide, then rounded; the estimate is not rounded |
     | None, integer, bool, float0 leaf | as it was; nothing is kept |
 
@@ -79,9 +82,8 @@ def clip21(
       Khirirat, Gorbunov, Horváth, Islamov, Karray, Richtárik, "Clip21: error feedback for
       gradient clipping", 2023, https://arxiv.org/abs/2305.18929
     """
-    _checks.transformation(inner=inner)
+    inner = _checks.transformation(inner=inner)
     _checks.axis_name(axis_name=axis_name)
-    inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Updates) -> Clip21State:
         return Clip21State(_moments.zeros(params), inner.init(_moments.zeros(params)))
@@ -95,13 +97,18 @@ def clip21(
         extra_args.pop("norm", None)
         wide = _moments.widened(updates, state.estimate)
         moves = jax.tree.map(jnp.subtract, wide, state.estimate)
-        clipped, inner_state = inner.update(moves, state.inner_state, params, **extra_args)
+        within = jax.tree.map(_within_range, wide, state.estimate)
+        clipped, inner_state = inner.update(within, state.inner_state, params, **extra_args)
         estimate = jax.tree.map(_moved, state.estimate, wide, moves, clipped)
         is_finite = jnp.isfinite(global_norm(moves, axis_name=axis_name))
         new_state = _leaves.choose(is_finite, Clip21State(estimate, inner_state), state)
         return _moments.narrowed(estimate, updates), new_state
 
-    return transformation(init_fn, update_fn)
+    return transformation(init_fn, update_fn, Clip21State)
+
+
+def _within_range(update: Array, estimate: Array) -> Array:
+    return _moments.added(update, -estimate)
 
 
 def _moved(estimate: Array, update: Array, move: Array, clipped: Array) -> Array:

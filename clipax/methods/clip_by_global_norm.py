@@ -7,7 +7,7 @@ import optax
 
 from clipax import _checks
 from clipax._clip_by import clip_by
-from clipax._typing import AxisName, Bound
+from clipax._typing import AxisName, Bound, LeafRule
 from clipax.coefficients import hard
 from clipax.norms import global_norm
 
@@ -17,6 +17,7 @@ def clip_by_global_norm(
     ord: float | None = None,
     *,
     eps: jax.typing.ArrayLike = 0.0,
+    mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales all updates by one factor, so that their global norm is bounded.
@@ -31,6 +32,8 @@ def clip_by_global_norm(
         `optax.inject_hyperparams` it needs `static_args=("ord",)`.
       eps: >= 0. With 1e-6 the factor is `torch.nn.utils.clip_grad_norm_`'s, and a clipped
         norm ends just below the bound.
+      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
+        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
       axis_name: The mapped axes that shard the leaves, where types do not say: under
         `pmap`, `vmap(axis_name=...)` and `shard_map(check_vma=False)`. One name, several
         or a tree prefix; `()` for replicated leaves.
@@ -54,7 +57,7 @@ def clip_by_global_norm(
     | an inf entry | finite | NaN there, zero elsewhere |
     | a NaN entry | any | all NaN |
     | finite, but the norm overflows its dtype | finite | zeros |
-    | None, integer, bool, float0 leaf | any | as it was, not measured |
+    | masked out, None, integer, bool, float0 leaf | any | as it was, not measured |
 
     Bit for bit holds of normal numbers; XLA's CPU and TPU backends flush subnormal ones,
     and a factor below the smallest normal number (1.2e-38) with them.
@@ -76,4 +79,4 @@ def clip_by_global_norm(
     _checks.scalar(_checks.non_negative, eps=eps)
     norm = functools.partial(global_norm, ord=_checks.order(ord))
     coefficient = functools.partial(hard, eps=eps)
-    return clip_by(norm, max_norm, coefficient, known_norm=True, axis_name=axis_name)
+    return clip_by(norm, max_norm, coefficient, known_norm=True, mask=mask, axis_name=axis_name)

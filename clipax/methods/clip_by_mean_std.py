@@ -9,11 +9,13 @@ import optax
 
 from clipax import _checks, _leaves, _window
 from clipax._clip_by import clip_by_history
-from clipax._typing import Array, AxisName, Bound, Norm
+from clipax._transformation import injectable
+from clipax._typing import Array, AxisName, Bound, LeafRule, Norm
 from clipax._window import WindowState
 from clipax.norms import global_norm
 
 
+@injectable
 def clip_by_mean_std(
     k: jax.typing.ArrayLike = 3.0,
     window_size: int = 128,
@@ -21,6 +23,7 @@ def clip_by_mean_std(
     norm: Norm = global_norm,
     warmup_steps: int | None = None,
     max_norm: Bound | None = None,
+    mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the norm by the mean of the last norms and k standard deviations.
@@ -35,8 +38,10 @@ def clip_by_mean_std(
       norm: What is measured, and bounded by its own history: `global_norm`, `leaf_norm`
         for each leaf by itself, `block_rms`, ..., or your own.
       warmup_steps: How many norms the history needs before it bounds, >= 1; until then
-        `max_norm` alone does. None is half the window, as in Levanter.
+        `max_norm` alone does. None is half the window, and at least 2, as in Levanter.
       max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
+      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
+        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -49,7 +54,8 @@ def clip_by_mean_std(
 
     The history learns from raw norms, before clipping, and the norm at hand does not count.
     So a new level of norms becomes the usual one within a window; and one spike, until it
-    leaves the window, raises the bound.
+    leaves the window, raises the bound. Whatever finite norms came before, half of a usual norm
+    passes within 5 steps; with a smaller k, within half a window and two steps.
 
     | norm | result |
     |---|---|
@@ -60,8 +66,10 @@ def clip_by_mean_std(
     | only NaN or inf so far | bounded by `max_norm` alone |
 
     Differences from Levanter's `clip_update_norm`: the least standard deviation is relative,
-    there 1e-6; norms that are not finite are left out, where one would make the bound NaN
-    for a window; it clips wherever it stands in the chain, there after the optimizer.
+    there 1e-6, as is the least norm that the bound is divided by; a window of one norm clips
+    from the third step on, there never; norms that are not finite are left out, where one would
+    make the bound NaN for a window; it clips wherever it stands in the chain, there after the
+    optimizer.
 
     Example:
       >>> clip = clip_by_mean_std(3.0, window_size=4)
@@ -77,13 +85,17 @@ def clip_by_mean_std(
     _checks.scalar(_checks.finite_positive, k=k)
     _checks.positive_integer(window_size=window_size)
     needed = _checks.warmup(warmup_steps, window_size)
+    if warmup_steps is None:
+        needed = max(2, needed)
 
     def bound(norm: Array, past: WindowState, params: Any = None) -> tuple[Array, WindowState]:
         del params
         mean, std = _window.mean_and_std(past)
         (times,) = _leaves.in_dtype_of(norm, k)
         limit = mean + times * std
-        return jnp.where(past.count >= needed, limit, jnp.inf), _window.push(past, norm)
+        return jnp.where(past.value_count >= needed, limit, jnp.inf), _window.push(past, norm)
 
     start = functools.partial(_window.empty, window_size)
-    return clip_by_history(start, bound, norm=norm, max_norm=max_norm, axis_name=axis_name)
+    return clip_by_history(
+        start, bound, norm=norm, max_norm=max_norm, mask=mask, axis_name=axis_name
+    )

@@ -7,23 +7,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipax import _checks, _leaves
+from clipax import _checks, _leaves, _patience
 from clipax._clip_by import clip_by_history
-from clipax._typing import Array, AxisName, Bound, Norm
+from clipax._transformation import injectable
+from clipax._typing import Array, AxisName, Bound, LeafRule, Norm
 from clipax.norms import global_norm
 
 
 class QuantileState(NamedTuple):
     max_norm: Array
     """The estimate of the quantile; 0 before the first norm."""
+    halved_count: Array
+    """How many norms in a row were more than twice the estimate; int32."""
 
 
+@injectable
 def clip_by_quantile(
     quantile: jax.typing.ArrayLike = 0.5,
     *,
     learning_rate: jax.typing.ArrayLike = 0.2,
     norm: Norm = global_norm,
     max_norm: Bound | None = None,
+    mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the norm by a running estimate of a quantile of the norms.
@@ -41,6 +46,8 @@ def clip_by_quantile(
       norm: What is measured, and bounded by its own history: `global_norm`, `leaf_norm`
         for each leaf by itself, `block_rms`, ..., or your own.
       max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
+      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
+        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -51,7 +58,9 @@ def clip_by_quantile(
       ValueError: `quantile` is not in (0, 1), `learning_rate` not a finite number > 0, or
         `max_norm` not > 0.
 
-    The estimate learns from raw norms, before clipping.
+    The estimate learns from raw norms, before clipping. Whatever finite norms came before, half
+    of a usual norm passes within 201 steps: after 200 norms in a row that were more than twice
+    the estimate, or `20 / quantile` if that is more, the estimate starts again at the last.
 
     | norm | result |
     |---|---|
@@ -60,9 +69,12 @@ def clip_by_quantile(
     | zero | zeros; the estimate stays, since it could fall to zero and never rise again |
     | NaN or inf | as for a fixed bound; the estimate stays |
     | only NaN or inf so far | bounded by `max_norm` alone |
+    | more than twice the estimate, 200 times in a row | clipped; the last is the estimate |
 
     Differences from the paper: it has many clients' norms in a step, and here there is one,
-    without noise; it starts at 0.1, here at the first norm; zero norms do not count.
+    without noise; it starts at 0.1, here at the first norm; zero norms do not count; and the
+    estimate starts again where it is far too low, from which the rule alone takes
+    `log(norm / max_norm) / (learning_rate * quantile)` steps.
 
     Example:
       >>> clip = clip_by_quantile(0.5)
@@ -80,7 +92,7 @@ def clip_by_quantile(
     _checks.scalar(_checks.finite_positive, learning_rate=learning_rate)
 
     def init_fn(zero: Array) -> QuantileState:
-        return QuantileState(zero + 0)
+        return QuantileState(zero + 0, zero.astype(jnp.int32))
 
     def bound(
         norm: Array, state: QuantileState, params: Any = None
@@ -92,10 +104,16 @@ def clip_by_quantile(
         rate, share = _leaves.in_dtype_of(norm, learning_rate, quantile)
         factor = jnp.exp(-rate * (is_under - share))
         moved = jnp.minimum(estimate * factor, np.finfo(norm.dtype).max)
-        learned = jnp.where(is_first, norm, moved)
-        return (
-            jnp.where(is_first, jnp.inf, estimate),
-            QuantileState(jnp.where(norm > 0, learned, estimate)),
+        limit = jnp.where(is_first, jnp.inf, estimate)
+        count = _patience.count_halved(state.halved_count, norm, limit)
+        # Of a low quantile, many norms are far above it.
+        most = jnp.maximum(_patience.PATIENCE, 20 / share)
+        is_given_up = count.astype(norm.dtype) >= most
+        learned = QuantileState(
+            jnp.where(is_first | is_given_up, norm, moved), jnp.where(is_given_up, 0, count)
         )
+        return limit, _leaves.choose(norm > 0, learned, state)
 
-    return clip_by_history(init_fn, bound, norm=norm, max_norm=max_norm, axis_name=axis_name)
+    return clip_by_history(
+        init_fn, bound, norm=norm, max_norm=max_norm, mask=mask, axis_name=axis_name
+    )

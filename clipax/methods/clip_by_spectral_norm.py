@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _leaves, _matrices, _spectral
+from clipax import _checks, _leaves, _matrices, _paths, _spectral
 from clipax._clip_by import ClipState, clip_by
-from clipax._transformation import transformation
+from clipax._transformation import injectable, transformation
 from clipax._typing import AxisName, Bound, Coefficient, LeafRule, Norms, Updates
 from clipax.coefficients import hard, square_root
 from clipax.norms import leaf_norm
 
 
+@injectable
 def clip_by_spectral_norm(
     max_norm: Bound | optax.GradientTransformation,
     coefficient: Coefficient = hard,
@@ -143,16 +144,15 @@ def clip_by_spectral_norm(
 
         are_vectors = [one and row not in views for row, one in enumerate(wanted)]
         vectors = jax.tree.unflatten(treedef, are_vectors)
-        norms = _leaves.up_to(treedef, norm(updates, mask=vectors, axis_name=axis_name))
+        norms = _by_leaf(norm(updates, mask=vectors, axis_name=axis_name), updates)
         for row, view in views.items():
             norms[row] = view.as_norm(measured[row].norm)
-        scaled, state = recorder.update(updates, state, norm=jax.tree.unflatten(treedef, norms))
+        known = {position.path: None for position in _paths.positions(updates)}
+        known |= dict(zip(_paths.of_leaves(updates), norms, strict=True))
+        scaled, state = recorder.update(updates, state, norm=known.get("", known))
 
         clipped = jax.tree.leaves(scaled)
-        bounds, factors = (
-            _leaves.up_to(treedef, _without_frozen(updates, norms))
-            for norms in (state.max_norm, state.coefficient)
-        )
+        bounds, factors = (_by_leaf(each, updates) for each in (state.max_norm, state.coefficient))
         for row, view in views.items():
             bound = view.per_matrix(bounds[row])
             x = _spectral.clip(matrices[row], measured[row], bound, coefficient, iterations)
@@ -163,10 +163,10 @@ def clip_by_spectral_norm(
     return transformation(recorder.init, update_fn)
 
 
-def _without_frozen(updates: Updates, norms: Norms) -> Norms:
-    """The norms in the structure of the updates, of which some are None since `init`."""
-
-    def present(leaf: Any, norm: Any) -> Any:
-        return None if leaf is None else norm
-
-    return jax.tree.map(present, updates, norms, is_leaf=_leaves.is_none)
+def _by_leaf(norms: Norms, updates: Updates) -> list[Any]:
+    """What norms that are flat by path, or in a tree, have for each leaf; None where nothing."""
+    by_path = _paths.flat(norms)
+    return [
+        by_path.get(path) if isinstance(by_path, dict) else by_path
+        for path in _paths.of_leaves(updates)
+    ]

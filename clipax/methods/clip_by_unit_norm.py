@@ -36,7 +36,7 @@ def clip_by_unit_norm(
         `(path, leaf) -> bool`.
       axis_name: As in `clip_by_global_norm`; it names the axes that shard what is summed,
         and not those that shard the units. Under `shard_map` with types, a state that was
-        made outside tells which is which; one that is made inside takes units to be whole.
+        made outside tells which is which; one that is made inside is refused without it.
 
     Returns:
       A transformation whose state is a `ClipState` of trees with an array a leaf that

@@ -11,7 +11,7 @@ from clipax import _checks, _leaves
 from clipax._clip_by import ClipState, clip_by
 from clipax._transformation import transformation
 from clipax._typing import Array, AxisName, Bound, Norms, Updates
-from clipax.coefficients import hard, scale_updates
+from clipax.coefficients import hard, in_two
 from clipax.norms import leaf_norm
 from clipax.thresholds import bounded
 
@@ -77,9 +77,9 @@ def clip_by_value(
             return states[0]
         return ClipState(*(tuple(field) for field in zip(*states, strict=True)))
 
-    def each(state: ClipState) -> list[ClipState]:
-        if len(sides) == 1:
-            return [state]
+    def each(state: Any) -> list[Any]:
+        if len(sides) == 1 or not isinstance(state, ClipState):
+            return [state] * len(sides)
         return [ClipState(*fields) for fields in zip(*state, strict=True)]
 
     def init_fn(params: Updates) -> ClipState:
@@ -93,8 +93,7 @@ def clip_by_value(
         pairs = zip(sides, each(state), strict=True)
         states = [side.update(updates, side_state)[1] for side, side_state in pairs]
         tops, bottoms = states[0].max_norm, states[-1].max_norm
-        clipped = jax.tree.map(_clip_subtree, tops, bottoms, updates, is_leaf=_leaves.is_none)
-        return clipped, both(states)
+        return _leaves.map_measured(_clip_leaf, updates, tops, bottoms), both(states)
 
     return transformation(init_fn, update_fn)
 
@@ -136,16 +135,12 @@ def _positive_part(leaf: Any) -> Array:
     return jnp.maximum(leaf, 0)
 
 
-def _clip_subtree(top: Array | None, bottom: Array | None, subtree: Updates) -> Updates:
-    if top is None or bottom is None:
-        return subtree
-
-    def clip_leaf(leaf: Any) -> Any:
-        leaf = jnp.asarray(leaf)
-        if jnp.iscomplexobj(leaf):
-            return scale_updates(leaf, hard(jnp.abs(leaf), top.astype(leaf.real.dtype)))
-        wide = _leaves.wide_dtype(leaf.dtype, top.dtype)
-        lowest, highest = -bottom.astype(wide), top.astype(wide)
-        return jnp.clip(leaf.astype(wide), lowest, highest).astype(leaf.dtype)
-
-    return jax.tree.map(clip_leaf, subtree)
+def _clip_leaf(leaf: Any, top: Array, bottom: Array) -> Array:
+    leaf = jnp.asarray(leaf)
+    if jnp.iscomplexobj(leaf):
+        moduli = jnp.abs(leaf)
+        bounds = top.astype(moduli.dtype) + jnp.zeros_like(moduli)
+        return in_two(hard, moduli, bounds).scale(leaf)
+    wide = _leaves.wide_dtype(leaf.dtype, top.dtype)
+    lowest, highest = -bottom.astype(wide), top.astype(wide)
+    return jnp.clip(leaf.astype(wide), lowest, highest).astype(leaf.dtype)

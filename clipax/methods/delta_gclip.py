@@ -8,13 +8,17 @@ import optax
 
 from clipax import _checks, _leaves
 from clipax._clip_by import clip_by
-from clipax._typing import Array, AxisName, Bound
+from clipax._typing import Array, AxisName, Bound, LeafRule
 from clipax.coefficients import hard
 from clipax.norms import global_norm
 
 
 def delta_gclip(
-    max_norm: Bound, delta: jax.typing.ArrayLike = 1e-3, *, axis_name: AxisName = None
+    max_norm: Bound,
+    delta: jax.typing.ArrayLike = 1e-3,
+    *,
+    mask: LeafRule = True,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips by the global norm, but by no factor below `delta`.
 
@@ -26,6 +30,8 @@ def delta_gclip(
     Args:
       max_norm: The bound, >= 0: a number, a scalar array or a schedule `count -> value`.
       delta: The least factor, in (0, 1). The authors' published code has 1e-3.
+      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
+        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -45,7 +51,7 @@ def delta_gclip(
     | an inf entry | finite | inf there, `delta` times the others |
     | a NaN entry | any | all NaN |
     | finite, but the norm overflows its dtype | finite | `delta` times the updates |
-    | None, integer, bool, float0 leaf | any | as it was, not measured |
+    | masked out, None, integer, bool, float0 leaf | any | as it was, not measured |
 
     Differences from the paper: none in the factor. The learning rate, which the paper
     takes into it, is the optimizer's.
@@ -65,7 +71,9 @@ def delta_gclip(
     _checks.one_bound(_checks.non_negative, max_norm=max_norm)
     _checks.scalar(_checks.inside_unit_interval, delta=delta)
     coefficient = functools.partial(_hard_above, floor=delta)
-    return clip_by(global_norm, max_norm, coefficient, known_norm=True, axis_name=axis_name)
+    return clip_by(
+        global_norm, max_norm, coefficient, known_norm=True, mask=mask, axis_name=axis_name
+    )
 
 
 def _hard_above(norm: Array, max_norm: Array, *, floor: jax.typing.ArrayLike) -> Array:

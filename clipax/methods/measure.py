@@ -9,6 +9,7 @@ import optax
 
 from clipax import _checks, _leaves, _window
 from clipax._clip_by import clip_by
+from clipax._transformation import injectable
 from clipax._typing import Array, AxisName, Norm, Norms
 from clipax._window import WindowState
 from clipax.coefficients import unclipped
@@ -16,6 +17,7 @@ from clipax.norms import global_norm
 from clipax.thresholds import Threshold, per_norm
 
 
+@injectable
 def measure(
     norm: Norm = global_norm, *, window_size: int = 1000, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:

@@ -21,7 +21,7 @@ class StableAdamState(NamedTuple):
     """The mean of the updates, bias-corrected."""
     root_nu: Updates
     """The root of the mean of their squares, bias-corrected."""
-    count: Array  # type: ignore[assignment]
+    step_count: Array
     """The number of steps that they have learned from; int32."""
 
 
@@ -38,6 +38,10 @@ def scale_by_stable_adam(
     `w = (1 - b) / (1 - b^count)`, which is Adam's bias correction. Then, for each leaf `l`,
     `rms_l = sqrt(mean(|u|^2 / max(nu, eps^2)))` and
     `u_l <- mu / (sqrt(nu) + eps) * min(1, 1 / rms_l)`.
+
+    Whatever finite updates came before, half of a usual norm passes within 17,500 steps. As with
+    Adam, a spike of `s` usual updates divides those after it, for
+    `2 * log(2 * s * sqrt(1 - b2)) / -log(b2)` steps; a tiny start is over in 30.
 
     It takes the place of `optax.scale_by_adam` in a chain, and the learning rate follows:
     `optax.chain(scale_by_stable_adam(), optax.add_decayed_weights(0.01),
@@ -114,7 +118,7 @@ def scale_by_stable_adam(
         **extra_args: Any,
     ) -> tuple[Updates, StableAdamState]:
         del params, extra_args
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.step_count)
         wide = _moments.widened(updates, state.mu)
 
         def average(old: Array, x: Array) -> Array:
@@ -136,8 +140,8 @@ def scale_by_stable_adam(
         clipped = scale_updates(steps, clip.coefficient)
         # A mean that overflows is no history either.
         is_finite = _moments.all_finite(mu, axis_name=axis_name)
-        before = (state.mu, state.root_nu, state.count)
+        before = (state.mu, state.root_nu, state.step_count)
         learned = _leaves.choose(is_finite, (mu, root_nu, count), before)
         return _moments.narrowed(clipped, updates), StableAdamState(clip, *learned)
 
-    return transformation(init_fn, update_fn)
+    return transformation(init_fn, update_fn, StableAdamState)

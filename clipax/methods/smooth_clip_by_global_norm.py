@@ -4,15 +4,18 @@ import optax
 
 from clipax import _checks
 from clipax._clip_by import clip_by
-from clipax._typing import AxisName, Bound, Coefficient
+from clipax._transformation import injectable
+from clipax._typing import AxisName, Bound, Coefficient, LeafRule
 from clipax.coefficients import square_root
 from clipax.norms import global_norm
 
 
+@injectable
 def smooth_clip_by_global_norm(
     max_norm: Bound,
     coefficient: Coefficient = square_root,
     *,
+    mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales all updates by one factor that falls smoothly as their norm grows.
@@ -30,6 +33,8 @@ def smooth_clip_by_global_norm(
     Args:
       max_norm: The bound, >= 0: a number, a scalar array or a schedule `count -> value`.
       coefficient: `(norm, max_norm) -> factor`: one of the three, or your own.
+      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
+        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -49,7 +54,7 @@ def smooth_clip_by_global_norm(
     | an inf entry | finite | NaN there, zero elsewhere |
     | a NaN entry | any | all NaN |
     | finite, but the norm overflows its dtype | finite | zeros |
-    | None, integer, bool, float0 leaf | any | as it was, not measured |
+    | masked out, None, integer, bool, float0 leaf | any | as it was, not measured |
 
     Example:
       >>> clip = smooth_clip_by_global_norm(10.0)
@@ -64,4 +69,6 @@ def smooth_clip_by_global_norm(
     """
     _checks.one_bound(_checks.non_negative, max_norm=max_norm)
     _checks.function(coefficient=coefficient)
-    return clip_by(global_norm, max_norm, coefficient, known_norm=True, axis_name=axis_name)
+    return clip_by(
+        global_norm, max_norm, coefficient, known_norm=True, mask=mask, axis_name=axis_name
+    )

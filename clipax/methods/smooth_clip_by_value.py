@@ -4,16 +4,15 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from clipax import _checks, _leaves
 from clipax._clip_by import ClipState, clip_by
-from clipax._transformation import transformation
+from clipax._transformation import injectable, transformation
 from clipax._typing import Array, AxisName, Bound, Coefficient, Updates
-from clipax.coefficients import scale_updates, tanh
+from clipax.coefficients import in_two, scale_updates, tanh
 from clipax.norms import leaf_norm
 from clipax.thresholds import bounded
 
@@ -22,6 +21,7 @@ from clipax.thresholds import bounded
 _FARTHEST = 2.0**64
 
 
+@injectable
 def smooth_clip_by_value(
     max_value: Bound, coefficient: Coefficient = tanh, *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -78,10 +78,8 @@ def smooth_clip_by_value(
     largest = functools.partial(leaf_norm, ord=math.inf)
     whole_leaves = clip_by(largest, bound, coefficient, axis_name=axis_name)
 
-    def draw(top: Array | None, subtree: Updates) -> Updates:
-        if top is None:
-            return subtree
-        return jax.tree.map(lambda leaf: _draw_leaf(leaf, top, coefficient), subtree)
+    def draw(leaf: Any, top: Array) -> Array:
+        return _draw_leaf(leaf, top, coefficient)
 
     def update_fn(
         updates: Updates, state: ClipState, params: Updates | None = None, **extra_args: Any
@@ -89,7 +87,7 @@ def smooth_clip_by_value(
         del params, extra_args
         # It says what happened; the updates it scales are never computed in jit.
         _, state = whole_leaves.update(updates, state)
-        return _leaves.map_prefix(draw, state.max_norm, updates, name="max_value"), state
+        return _leaves.map_measured(draw, updates, state.max_norm), state
 
     return transformation(whole_leaves.init, update_fn)
 
@@ -98,9 +96,10 @@ def _draw_leaf(leaf: Any, top: Array, coefficient: Coefficient) -> Array:
     leaf = jnp.asarray(leaf)
     wide = _leaves.wide_dtype(leaf.dtype, top.dtype)
     top = top.astype(wide)
-    bounds = jnp.broadcast_to(top, leaf.shape)
+    # As the leaf is sharded, which a broadcast would not be.
+    bounds = top + jnp.zeros_like(leaf, wide)
     if jnp.iscomplexobj(leaf):
-        return scale_updates(leaf, coefficient(jnp.abs(leaf).astype(wide), bounds))
+        return in_two(coefficient, jnp.abs(leaf).astype(wide), bounds).scale(leaf)
     reach = jnp.where(jnp.isposinf(top), top, jnp.minimum(top * _FARTHEST, np.finfo(wide).max))
     entries = jnp.clip(leaf.astype(wide), -reach, reach)
     return scale_updates(entries, coefficient(jnp.abs(entries), bounds)).astype(leaf.dtype)

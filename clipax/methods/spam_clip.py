@@ -10,7 +10,7 @@ import optax
 
 from clipax import _checks, _leaves, _moments
 from clipax._clip_by import ClipState, clip_by
-from clipax._transformation import transformation
+from clipax._transformation import injectable, transformation
 from clipax._typing import Array, AxisName, Bound, Norms, Updates
 from clipax.coefficients import scale_updates
 from clipax.norms import global_norm, leaf_norm
@@ -21,10 +21,11 @@ class SpamClipState(NamedTuple):
     clip: ClipState
     rms: Updates
     """The root of each entry's running mean square, after clipping; 0 is no history."""
-    count: Array  # type: ignore[assignment]
-    """The number of steps that it has learned from; int32."""
+    step_count: Array
+    """The number of the last step that it has learned from, 0 for that of a reset; int32."""
 
 
+@injectable
 def spam_clip(
     ratio: Bound = 5000.0,
     *,
@@ -44,15 +45,20 @@ def spam_clip(
     that it then warms up belong to the optimizer: this transformation goes before it in a
     chain, keeps second moments of its own, and resets only these.
 
+    Whatever finite updates came before, half of a usual norm passes within 100 steps. From
+    usual entries `s` times the root of `v_i`, it takes
+    `2 * log(s / sqrt(ratio)) / log(decay + (1 - decay) * ratio)` steps, or until a reset.
+
     Args:
       ratio: The bound on an entry's square over the mean of its squares, > 0: a number, a
         scalar array, a schedule `count -> value`, or a tree prefix of them. At or under 1,
         clipped entries would pull their own bound down to zero.
       decay: The weight of the past in the mean of squares, in [0, 1).
-      warmup_steps: How many steps the means learn from before anything is clipped, >= 1, at
-        the start and after each reset.
-      reset_every: After how many steps the means start again at zero, > `warmup_steps`;
-        SPAM has 500. None is never.
+      warmup_steps: The first step, counted from 1, at which an entry can be clipped, >= 1.
+        Each reset makes its step number 0, so that the means learn from `warmup_steps` steps
+        after a reset, and from one fewer at the start.
+      reset_every: At every multiple of it, a step finds the means at zero, >
+        `warmup_steps`; SPAM has 500. None is never.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -72,7 +78,7 @@ def spam_clip(
 
     | entry | result |
     |---|---|
-    | in the first `warmup_steps`, and those after a reset | as it was, bit for bit |
+    | in a step before number `warmup_steps`, from the start or a reset | as it was, bit for bit |
     | square <= ratio * v_i | as it was, bit for bit |
     | zero | zero, which v_i learns |
     | zero in every step so far | the first other one passes as it is |
@@ -84,6 +90,7 @@ def spam_clip(
     there its bound is zero, and it is clipped to zero until the next reset. An infinite
     entry is not turned into the bound. The root of `v` is kept, not `v`, so that neither 1e20
     nor 1e-25 leaves the range of float32. Differences from the paper's code: the reset is off.
+    It starts and resets at the same steps as there.
 
     Example:
       >>> clip = spam_clip(9.0, decay=0.75, warmup_steps=1)
@@ -122,28 +129,28 @@ def spam_clip(
         **extra_args: Any,
     ) -> tuple[Updates, SpamClipState]:
         del params, extra_args
-        rms, count = state.rms, state.count
+        rms, step = state.rms, optax.safe_increment(state.step_count)
         if reset_every is not None:
-            start = jax.tree.map(jnp.zeros_like, (rms, count))
-            rms, count = _leaves.choose(count >= reset_every, start, (rms, count))
+            step = jnp.where(step >= reset_every, 0, step)
+            rms = _leaves.choose(step == 0, jax.tree.map(jnp.zeros_like, rms), rms)
         wide = _moments.widened(updates, rms)
-        is_on = count >= warmup_steps
+        is_on = step >= warmup_steps
         usual = jax.tree.map(lambda size: jnp.where(is_on & (size > 0), size, jnp.inf), rms)
-        relative = jax.tree.map(lambda x, size: jnp.abs(x) / size, wide, usual)
+        relative = jax.tree.map(_relative, wide, usual)
         _, clip = record.update(relative, state.clip)
-        clipped = jax.tree.map(_clip_leaf, wide, usual, clip.max_norm)
+        clipped = _leaves.map_measured(_clip_leaf, wide, usual, clip.max_norm)
 
         def learn(old: Array, x: Array) -> Array:
             return _moments.power_mean(old, x, 1 - decay)
 
-        learned = jax.tree.map(learn, rms, clipped), optax.safe_increment(count), clip.threshold
+        learned = jax.tree.map(learn, rms, clipped), step, clip.threshold
         is_finite = _moments.all_finite(wide, axis_name=axis_name)
-        before = state.rms, state.count, state.clip.threshold
+        before = state.rms, state.step_count, state.clip.threshold
         rms, count, threshold = _leaves.choose(is_finite, learned, before)
         clip = clip._replace(threshold=threshold)
         return _moments.narrowed(clipped, updates), SpamClipState(clip, rms, count)
 
-    return transformation(init_fn, update_fn)
+    return transformation(init_fn, update_fn, SpamClipState)
 
 
 def _root_of(ratios: Threshold) -> Threshold:
@@ -152,6 +159,11 @@ def _root_of(ratios: Threshold) -> Threshold:
         return jax.tree.map(jnp.sqrt, bounds), state
 
     return Threshold(ratios.init, update_fn)
+
+
+def _relative(x: Array, usual: Array) -> Array:
+    modulus = jnp.abs(x)
+    return _moments.in_range(modulus / usual, modulus)
 
 
 def _clip_leaf(x: Array, usual: Array, root: Array) -> Array:

@@ -7,17 +7,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _leaves, _moments
+from clipax import _checks, _leaves, _moments, _patience
 from clipax._clip_by import clip_by_history
-from clipax._typing import Array, AxisName, Bound, Norm
+from clipax._transformation import injectable
+from clipax._typing import Array, AxisName, Bound, LeafRule, Norm
 from clipax.norms import global_norm
 
 
 class ZClipState(NamedTuple):
     mean: Array
     std: Array
-    count: Array  # type: ignore[assignment]
+    norm_count: Array
     """The number of norms learned from; int32."""
+    halved_count: Array
+    """How many spikes in a row were more than twice their bounds; int32."""
 
 
 def reciprocal_bound(z: Array, mean: Array, std: Array, z_max: Array) -> Array:
@@ -55,6 +58,7 @@ def limit_bound(z: Array, mean: Array, std: Array, z_max: Array) -> Array:
     return mean + z_max * std
 
 
+@injectable
 def zclip(
     z_max: jax.typing.ArrayLike = 2.5,
     *,
@@ -68,6 +72,7 @@ def zclip(
     learn_from_spikes: bool = True,
     min_std: jax.typing.ArrayLike = 1e-3,
     eps: jax.typing.ArrayLike = 1e-6,
+    mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips norms that are outliers against a running mean and standard deviation.
@@ -79,6 +84,11 @@ def zclip(
     `std^2 <- decay * std^2 + (1 - decay) * (x - mean)^2`. The first `warmup_steps` norms
     give mean and (population) variance as they are.
 
+    Whatever finite norms came before, half of a usual norm passes within 210 steps: the 200th
+    spike in a row that is more than twice its bound enters the history as it was, and so do
+    those after it, also without `learn_from_spikes`. With another `z_max` it is some
+    `log(2) / -log(decay)` steps after the 200th.
+
     Args:
       z_max: How many standard deviations above the mean a norm may lie, > 0.
       decay: The weight of the past in the averages, in [0, 1).
@@ -89,14 +99,18 @@ def zclip(
         for each leaf by itself, `block_rms`, ..., or your own.
       spike_bound: What a spike shrinks to, `(z, mean, std, z_max) -> bound`:
         `reciprocal_bound`, `mean_bound` (the reference's "mean") or `limit_bound` (its
-        "percentile").
-      factor: Multiplies the bound of a spike, > 0, the reference's `clip_factor`.
+        "percentile"). Under `limit_bound`, `norm > mean + z_max * std` is a spike, without
+        `eps`, as in the reference.
+      factor: Multiplies the bound of a spike, > 0: the reference's `clip_factor`, which there
+        multiplies that of `reciprocal_bound` alone.
       raw_history: Whether spikes enter the history as they were. A new level of norms then
         soon becomes the usual one; of clipped spikes, under `mean_bound` above all, the
-        history may never learn it.
+        history learns it late or, if it is less than twice the old one, never.
       learn_from_spikes: Whether they enter it at all.
       min_std: Which share of the mean counts as no spread, in [0, 1).
       eps: Added to the standard deviation, a finite number > 0 in the unit of the norms.
+      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
+        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -115,12 +129,15 @@ def zclip(
     | the first `warmup_steps` | bounded by `max_norm` alone, and learned as they were |
     | no spike, at or under `max_norm` | the updates, bit for bit |
     | a spike after norms without spread | shrinks to their mean; the history learns it raw |
+    | 200 spikes in a row, each more than twice its bound | the history learns the last raw |
     | zero | zeros; the zero enters the history |
     | NaN or inf | as for a fixed bound; the statistics stay |
     | only NaN or inf so far | bounded by `max_norm` alone |
 
     Differences from the paper's code: without spread, it would learn the mean from every
-    spike and so clip any larger norm to it for ever; `min_std` ends that. A spike's bound
+    spike and so clip any larger norm to it for ever; `min_std` ends that. From statistics of
+    tiny norms it would hold usual ones down for hundreds of steps or for ever; raw norms after
+    200 spikes end that. A spike's bound
     that `factor` lifts above the norm is not learned, the norm is. Norms that are not
     finite are left out. No 1e-6 beside the norm: a clipped norm ends at the bound. The
     standard deviation is kept, not its square, for range.
@@ -144,27 +161,31 @@ def zclip(
     _checks.function(spike_bound=spike_bound)
 
     def init_fn(zero: Array) -> ZClipState:
-        return ZClipState(zero + 0, zero + 0, zero.astype(jnp.int32))
+        return ZClipState(zero + 0, zero + 0, zero.astype(jnp.int32), zero.astype(jnp.int32))
 
     def bound(norm: Array, state: ZClipState, params: Any = None) -> tuple[Array, ZClipState]:
         del params
-        mean, std, count = state
+        mean, std, count, halved_count = state
         z_top, scale, least, guard = _leaves.in_dtype_of(norm, z_max, factor, min_std, eps)
         is_warmed_up = count >= warmup_steps
-        limit = mean + z_top * (std + guard)
+        limit = mean + z_top * (std if spike_bound is limit_bound else std + guard)
         is_spike = is_warmed_up & (norm > limit)
         # At least z_max, also where this is no spike: it will be divided by.
         z = jnp.maximum((norm - mean) / (std + guard), z_top)
         shrunk = scale * spike_bound(z, mean, std, z_top)
-        has_spread = std > least * mean
-        seen = norm if raw_history else jnp.where(has_spread, jnp.minimum(norm, shrunk), norm)
+        max_norm = jnp.where(is_warmed_up, jnp.where(is_spike, shrunk, limit), jnp.inf)
+        halved_count = _patience.count_halved(halved_count, norm, max_norm)
+        state = state._replace(halved_count=halved_count)
+        # Statistics without spread, or long out of date, have no say in what they learn.
+        is_trusted = (std > least * mean) & (halved_count < _patience.PATIENCE)
+        seen = norm if raw_history else jnp.where(is_trusted, jnp.minimum(norm, shrunk), norm)
         learned = learn(state, jnp.where(is_spike, seen, norm))
         if not learn_from_spikes:
-            learned = _leaves.choose(is_spike & has_spread, state, learned)
-        return jnp.where(is_warmed_up, jnp.where(is_spike, shrunk, limit), jnp.inf), learned
+            learned = _leaves.choose(is_spike & is_trusted, state, learned)
+        return max_norm, learned
 
     def learn(state: ZClipState, value: Array) -> ZClipState:
-        mean, std, count = state
+        mean, std, count, _ = state
         is_warmed_up = count >= warmup_steps
         old, new = _leaves.in_dtype_of(value, decay, 1 - decay)
         weight = jnp.where(is_warmed_up, new, 1 / (count + 1).astype(value.dtype))
@@ -177,6 +198,8 @@ def zclip(
         kept, added = _moments.root(past) * std, _moments.root(share) * deviation
         new_std = _moments.hypotenuse(kept, added)
         new_mean = _moments.mean(mean, value, weight)
-        return ZClipState(new_mean, new_std, optax.safe_increment(count))
+        return state._replace(mean=new_mean, std=new_std, norm_count=optax.safe_increment(count))
 
-    return clip_by_history(init_fn, bound, norm=norm, max_norm=max_norm, axis_name=axis_name)
+    return clip_by_history(
+        init_fn, bound, norm=norm, max_norm=max_norm, mask=mask, axis_name=axis_name
+    )

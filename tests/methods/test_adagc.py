@@ -191,6 +191,25 @@ def test_edge_the_first_norm_after_warm_up_is_bounded_as_in_it() -> None:
     np.testing.assert_allclose(clipped["b"], [0, 0, 0.8, 1.05 * 0.8], rtol=1e-6)
 
 
+def test_edge_an_average_far_below_its_norms_is_forgotten() -> None:
+    count = 300
+    a, b = np.full(count, 3.0), np.full(count, 0.5)
+    a[:2], a[9], a[11] = 1e-3, 0.0, np.nan
+    setting = {"warmup": 2, "cap": 2.0}
+    bounds, averages = oracle({"a": a, "b": b}, **setting)
+    clipped, states = run(build(setting), a=list(a), b=list(b))
+    # The 200th such norm is the one at 203: a zero and a NaN are none, and end no row.
+    kept = np.arange(count) != 11
+    kept[203:] = False
+    np.testing.assert_allclose(clipped["a"][kept], np.minimum(a, bounds["a"])[kept], rtol=1e-4)
+    assert averages["a"][203] < 2e-3
+    np.testing.assert_array_equal(states.threshold.average["a"][203], 0)
+    # The next is bounded by the global norm, and its own average starts from there.
+    np.testing.assert_allclose(clipped["a"][204], 3 * 2 / np.hypot(3, 0.5), rtol=1e-6)
+    np.testing.assert_array_equal(states.threshold.average["a"][204], clipped["a"][204])
+    np.testing.assert_array_equal(clipped["b"][205:], 0.5)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_edge_after_warm_up_a_bad_leaf_harms_no_other(value: float) -> None:
     method = clipax.adagc(warmup_steps=1, max_norm=100.0)

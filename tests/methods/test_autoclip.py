@@ -189,7 +189,9 @@ def test_ranks_in_long_windows_are_exact(size: int, q: float) -> None:
     method = clipax.autoclip(q, size)
     state = method.init(jnp.zeros(1))
     (window,) = state.threshold
-    filled = window._replace(values=jnp.asarray(norms)[None], count=window.count + size)
+    filled = window._replace(
+        values=jnp.asarray(norms)[None], value_count=window.value_count + size
+    )
     _, state = method.update(jnp.array([norms[0]]), state._replace(threshold=(filled,)))
     expected = np.quantile(norms.astype(np.float64), q)
     np.testing.assert_allclose(state.max_norm, expected, rtol=2e-6)

@@ -232,6 +232,17 @@ def test_edge_a_difference_that_overflows() -> None:
     trees.assert_bitwise(after, state)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_edge_a_difference_that_overflows_is_no_nan_under_a_norm(dtype: str) -> None:
+    method = clipax.clip21(clipax.clip_by_global_norm(1e38))
+    state = method.init(jnp.zeros(1, dtype))
+    for _ in range(3):
+        _, state = method.update(jnp.array([3e38], dtype), state)
+    clipped, after = method.update(jnp.array([-3e38], dtype), state)
+    np.testing.assert_allclose(clipped, [2e38], rtol=1e-6)
+    trees.assert_bitwise(after, state)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_edge_the_estimate_of_narrow_updates_is_wide(dtype: str) -> None:
     """In bfloat16, steps of 0.1 from 100 would lead nowhere."""

@@ -16,7 +16,7 @@ def oracle(
     norms: np.ndarray, k: float = 3.0, window: int = 128, least: int | None = None
 ) -> np.ndarray:
     """The bound of every step; NaN where the norm is none."""
-    least = window // 2 if least is None else least
+    least = max(2, window // 2) if least is None else least
     history: list[float] = []
     bounds = []
     for norm in norms:
@@ -36,6 +36,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"k": 0.1, "window": 5, "least": 5},
     {"k": 6.0, "window": 64, "least": 10},
     {"k": 2.0, "window": 2},
+    {"k": 2.0, "window": 3},
 ]
 
 
@@ -131,12 +132,19 @@ def test_edge_only_what_is_no_norm_so_far() -> None:
     np.testing.assert_allclose(clipped[3], 2, rtol=1e-6)
 
 
-def test_the_default_warm_up_is_half_a_window_and_never_nothing() -> None:
-    for window in (1, 2, 3, 9):
-        method = clipax.clip_by_mean_std(3.0, window)
-        _, states = run_norms(method, np.ones(12))
-        bounded = np.isfinite(states.max_norm)
-        assert bounded.argmax() == max(1, window // 2)
+@pytest.mark.parametrize(
+    ("window", "first"), [(1, 2), (2, 2), (3, 2), (4, 2), (5, 2), (6, 3), (9, 4), (16, 8)]
+)
+def test_the_default_warm_up_is_half_a_window_and_no_less_than_two_norms(
+    window: int, first: int
+) -> None:
+    _, states = run_norms(clipax.clip_by_mean_std(3.0, window), np.ones(12))
+    np.testing.assert_array_equal(np.isfinite(states.max_norm), np.arange(12) >= first)
+
+
+def test_a_warm_up_of_one_norm_is_one() -> None:
+    _, states = run_norms(clipax.clip_by_mean_std(3.0, 2, warmup_steps=1), np.ones(4))
+    np.testing.assert_array_equal(np.isfinite(states.max_norm), np.arange(4) >= 1)
 
 
 @pytest.mark.parametrize("bad", [0, -1.0, np.inf, jnp.ones(2), *sequences.NO_NUMBERS])

@@ -92,6 +92,24 @@ def test_edge_zeros_do_not_lock_the_bound_at_zero() -> None:
     np.testing.assert_array_equal(states.max_norm[1:], 1)
 
 
+@pytest.mark.parametrize(("q", "patience"), [(0.9, 200), (0.5, 200), (0.1, 200), (0.05, 400)])
+def test_edge_after_many_norms_far_above_it_the_estimate_is_the_last(
+    q: float, patience: int
+) -> None:
+    method = clipax.clip_by_quantile(q, learning_rate=0.02)
+    # Zeros do not count, and end no row.
+    norms = np.full(patience + 4, 1e4)
+    norms[0], norms[5], norms[-2:] = 1.0, 0.0, 7.0
+    _, states = run_norms(method, norms)
+    paper = oracle(norms, q, 0.02)
+    np.testing.assert_allclose(states.max_norm[:-2], paper[:-2], rtol=1e-4)
+    assert paper[-2] < 50
+    assert states.max_norm[-2] == 1e4
+    norms[10] = 1.0
+    _, states = run_norms(method, norms)
+    np.testing.assert_allclose(states.max_norm, oracle(norms, q, 0.02), rtol=1e-4)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_edge_what_is_no_norm_stays_out(value: float) -> None:
     clipped, _ = run_norms(clipax.clip_by_quantile(), [1, 3, value, 2, 5])

@@ -153,7 +153,7 @@ def test_edge_one_leafs_nan_keeps_no_other_leaf_from_its_window() -> None:
     _, state = method.update(updates, method.init(updates))
     assert float(clipax.metrics(state, per_leaf=True)["norm/b"]) == 12
     (window,) = state.threshold
-    assert sorted(window.count.tolist()) == [0, 1]
+    assert sorted(window.value_count.tolist()) == [0, 1]
     assert float(window.values.max()) == 12
 
 

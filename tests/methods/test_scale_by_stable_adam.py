@@ -75,7 +75,7 @@ def test_equals_numpy_over_a_long_run(b1: float, b2: float, eps: float) -> None:
         clipped, states = sequences.scanned(clipax.scale_by_stable_adam(b1, b2, eps), sequence)
         expected = sequences.followed(Reference(b1, b2, eps).step, sequence)
         out, sizes, mu, kept_sizes, nu, norms, count = expected
-        np.testing.assert_array_equal(states.count, count)
+        np.testing.assert_array_equal(states.step_count, count)
         for name in sequence:
             assert_near(clipped[name], out[name], sizes[name])
             assert_near(states.mu[name], mu[name], kept_sizes[name])
@@ -118,7 +118,7 @@ def test_worked_by_hand() -> None:
     np.testing.assert_allclose(np.concatenate(outputs), [1.0, 0.8], rtol=1e-6)
     np.testing.assert_allclose([state.mu[0], state.root_nu[0]], [4, 4], rtol=1e-6)
     np.testing.assert_allclose([state.clip.norm, state.clip.coefficient], [1.25, 0.8], rtol=1e-6)
-    assert (state.clip.max_norm, state.count) == (1, 2)
+    assert (state.clip.max_norm, state.step_count) == (1, 2)
 
 
 def test_a_leaf_is_scaled_as_one_and_by_itself() -> None:
@@ -184,7 +184,7 @@ def test_a_mean_beyond_the_range_is_not_kept() -> None:
     outputs, state = run(clipax.scale_by_stable_adam(), rows(3e38, -3e38, 1.0))
     assert not np.isfinite(outputs[1])
     assert np.isfinite(outputs[2])
-    assert (np.isfinite(state.mu), state.count) == (True, 2)
+    assert (np.isfinite(state.mu), state.step_count) == (True, 2)
 
 
 def test_many_steps_keep_the_weights_of_the_paper() -> None:
@@ -223,8 +223,8 @@ def test_all_shards_know_of_each_other() -> None:
         np.testing.assert_allclose(clipped.ravel(), expected, rtol=1e-6)
         np.testing.assert_allclose(state.mu.ravel(), whole_state.mu, rtol=1e-6)
         np.testing.assert_allclose(state.clip.norm, [whole_state.clip.norm] * 2, rtol=1e-6)
-        np.testing.assert_array_equal(state.count, [whole_state.count] * 2)
-    assert whole_state.count == 3
+        np.testing.assert_array_equal(state.step_count, [whole_state.step_count] * 2)
+    assert whole_state.step_count == 3
 
 
 def test_all_devices_know_of_a_bad_one() -> None:
@@ -375,7 +375,7 @@ def test_edge_bad_entries_are_loud_and_never_learned(value: float) -> None:
         assert np.isnan([after.clip.norm["a"], after.clip.coefficient["a"]]).all()
         trees.assert_bitwise(clipped["b"], expected["b"])
         trees.assert_bitwise(after.clip.norm["b"], next_state.clip.norm["b"])
-        assert state.count == step
+        assert state.step_count == step
         state = next_state
 
 

@@ -16,26 +16,29 @@ import clipax
 run, rows = sequences.stepped, sequences.vectors
 
 
-# The rule in NumPy float64, with the mean of squares itself.
+# The rule in NumPy float64, with the mean of squares itself, and the steps of the paper's code:
+# `t` counts from 1, and its reset comes before the clip of the same step.
 
 
 class Reference:
     def __init__(self, ratio: Any, decay: float, warmup: int, reset: int | None = None):
         self.ratio, self.decay, self.warmup, self.reset = ratio, decay, warmup, reset
         self.v: dict[str, np.ndarray] = {}
-        self.count = self.total = 0
+        self.t = 0
 
     def step(self, updates: dict[str, np.ndarray]) -> Any:
         zeros = {name: np.zeros(leaf.shape) for name, leaf in updates.items()}
-        v, count = self.v or zeros, self.count
-        if count == self.reset:
-            v, count = zeros, 0
+        v, t = self.v or zeros, self.t + 1
+        since = t if self.reset is None else t % self.reset
+        if since == 0:
+            v = zeros
+        is_on = t >= self.warmup and since >= self.warmup
         clipped, learned, norms, factors = {}, {}, {}, {}
         for name, leaf in updates.items():
             wide = leaf.astype(np.result_type(leaf.dtype, np.float64))
-            ratio = self.ratio(name, self.total) if callable(self.ratio) else self.ratio
+            ratio = self.ratio(name, self.t) if callable(self.ratio) else self.ratio
             squares = np.abs(wide) ** 2
-            can = (v[name] > 0) & (count >= self.warmup)
+            can = (v[name] > 0) & is_on
             with np.errstate(all="ignore"):
                 bounded = wide / np.abs(wide) * np.sqrt(ratio * v[name])
                 clipped[name] = np.where(can & (squares > ratio * v[name]), bounded, wide)
@@ -45,16 +48,16 @@ class Reference:
                 norms[name] = np.max(np.sqrt(np.where(can, squares / v[name], 0 * squares)))
                 factors[name] = np.where(norms[name] ** 2 > ratio, np.sqrt(ratio) / norms[name], 1)
         if sequences.is_finite_step(updates):
-            self.v, self.count, self.total = learned, count + 1, self.total + 1
+            self.v, self.t = learned, t
         rms = {name: np.sqrt(x) for name, x in (self.v or zeros).items()}
-        return clipped, rms, self.count, norms, factors
+        return clipped, rms, self.t if self.reset is None else self.t % self.reset, norms, factors
 
 
 def assert_equals_numpy(method: Any, reference: Reference, seed: int = 0) -> None:
     sequence = sequences.long_entries(seed)
     clipped, states = sequences.scanned(method, sequence)
     expected, rms, count, norms, factors = sequences.followed(reference.step, sequence)
-    np.testing.assert_array_equal(states.count, count)
+    np.testing.assert_array_equal(states.step_count, count)
     for name, leaf in sequence.items():
         np.testing.assert_allclose(clipped[name], expected[name], rtol=1e-5)
         assert (clipped[name] == leaf)[expected[name] == leaf].all()
@@ -139,11 +142,37 @@ def test_the_reset_starts_again_and_clips_nothing_for_a_while() -> None:
         bool(clipped[0] < entry)
         for clipped, entry in zip(outputs, [2, 2, 2, 90, 90, 90, 1e6], strict=False)
     ]
-    # Steps 3 and 4 can be clipped, then 7 and 8: the history starts again at 5 and at 9.
-    assert bounded == [False, False, False, True, False, False, True]
-    assert [float(clipped[0]) for clipped in outputs[-2:]] == [90, 90]
-    assert state.count == 2
-    np.testing.assert_allclose(state.rms, 90 * math.sqrt(0.75), rtol=1e-6)
+    # Steps 2, 3, 6, 7 and 10 can be clipped: the history starts again at 4 and at 8.
+    assert bounded == [False, False, False, False, False, False, True]
+    assert [float(clipped[0]) for clipped in outputs[-3:]] == [90, 90, 90]
+    assert state.step_count == 2
+    np.testing.assert_allclose(state.rms, 90 * math.sqrt(0.875), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "reset_every", "clipped_steps"),
+    [
+        (1, None, range(2, 61)),  # the first has no history
+        (2, None, range(2, 61)),
+        (20, None, range(20, 61)),
+        (20, 25, [*range(20, 25), *range(45, 50)]),
+        (1, 2, range(3, 61, 2)),
+        (3, 4, range(3, 61, 4)),
+        (5, 30, [*range(5, 30), *range(35, 60)]),
+    ],
+)
+def test_it_starts_and_resets_at_the_steps_of_the_papers_code(
+    warmup_steps: int, reset_every: int | None, clipped_steps: Any
+) -> None:
+    """Every step's entry is far above all before it, and is clipped where any would be."""
+    method = clipax.spam_clip(2.0, decay=0.5, warmup_steps=warmup_steps, reset_every=reset_every)
+    entries = 4.0 ** np.arange(60)
+    clipped, states = sequences.scanned(method, entries.astype(np.float32)[:, None])
+    assert list(np.flatnonzero(clipped[:, 0] < entries) + 1) == list(clipped_steps)
+    count = np.arange(1, 61)
+    np.testing.assert_array_equal(
+        states.step_count, count if reset_every is None else count % reset_every
+    )
 
 
 def test_metrics_say_what_was_clipped() -> None:
@@ -210,6 +239,13 @@ def test_a_leap_over_the_whole_range() -> None:
     np.testing.assert_allclose(outputs[-1], [-2e-25], rtol=1e-5)
 
 
+def test_the_record_of_a_leap_over_the_whole_range_is_finite() -> None:
+    method = clipax.spam_clip(4.0, decay=0.75, warmup_steps=1)
+    _, state = run(method, rows(2e-25, -1e30))
+    assert state.clip.norm == np.finfo(np.float32).max
+    assert state.clip.coefficient < 1e-30
+
+
 def test_before_adam_a_spike_costs_little() -> None:
     """One spike in the second moment stalls Adam for long after it; clipped, far less."""
     gradients = np.where(np.arange(200) == 100, 1e4, 1.0)
@@ -247,8 +283,8 @@ def test_all_shards_know_of_a_bad_one() -> None:
         np.testing.assert_array_equal(clipped.ravel(), expected)
         np.testing.assert_array_equal(state.rms.ravel(), whole_state.rms)
         np.testing.assert_array_equal(state.clip.norm, [whole_state.clip.norm] * 2)
-        np.testing.assert_array_equal(state.count, [whole_state.count] * 2)
-    assert whole_state.count == 3
+        np.testing.assert_array_equal(state.step_count, [whole_state.step_count] * 2)
+    assert whole_state.step_count == 3
 
 
 def test_all_devices_know_of_a_bad_one() -> None:
@@ -277,12 +313,14 @@ def test_a_frozen_leaf_counts_as_zero() -> None:
 
 def test_edge_warm_up_and_the_steps_after_a_reset() -> None:
     entries = [1.0, 1e6, -3.0, 1e-6, 1e9, 7.0]
-    outputs, state = run(clipax.spam_clip(2.0, warmup_steps=6), rows(*entries))
+    outputs, state = run(clipax.spam_clip(2.0, warmup_steps=7), rows(*entries))
     trees.assert_bitwise(outputs, rows(*entries))
     trees.assert_bitwise(state.clip[:3], (jnp.array(0.0), jnp.sqrt(2.0), jnp.array(1.0)))
     method = clipax.spam_clip(2.0, warmup_steps=2, reset_every=3)
-    outputs, _ = run(method, rows(1.0, 1.0, 0.0, 1e6, 1e-6, 0.0, 1e9, 7.0))
-    trees.assert_bitwise(outputs, rows(1.0, 1.0, 0.0, 1e6, 1e-6, 0.0, 1e9, 7.0))
+    # Of these, only steps 2, 5 and 8 can be clipped.
+    entries = [1.0, 0.0, 1e6, 1e7, 1e-6, 1e9, 7.0, 0.0, 3.0]
+    outputs, _ = run(method, rows(*entries))
+    trees.assert_bitwise(outputs, rows(*entries))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
@@ -319,10 +357,10 @@ def test_edge_bad_entries_are_loud_and_never_learned(value: float) -> None:
         good = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0])}
         bad = {"a": jnp.array([value, 90.0]), "b": jnp.array([3.0])}
         clipped, after = method.update(bad, state)
-        trees.assert_bitwise((after.rms, after.count), (state.rms, state.count))
+        trees.assert_bitwise((after.rms, after.step_count), (state.rms, state.step_count))
         trees.assert_bitwise(after.clip.threshold, state.clip.threshold)
         assert not np.isfinite(after.clip.norm["a"])
-        is_on = step % 5 >= 2
+        is_on = step + 1 in (2, 3, 4, 7, 8, 9)
         np.testing.assert_array_equal(clipped["a"][0], np.nan if is_on else value)
         # The entry beside it is clipped as ever, and the other leaf unharmed.
         without, _ = method.update({**bad, "a": jnp.array([0.0, 90.0])}, state)
@@ -330,7 +368,7 @@ def test_edge_bad_entries_are_loud_and_never_learned(value: float) -> None:
         assert (clipped["a"][1] < 90) == is_on
         trees.assert_bitwise(clipped["b"], good["b"])
         _, state = method.update(good, state)
-    assert state.count == 4
+    assert state.step_count == 4
 
 
 def test_edge_leaves_that_are_not_measured() -> None:

@@ -315,6 +315,26 @@ def test_edge_a_zero_leaf_stays_zero_and_teaches_nothing() -> None:
     assert [count.tolist() for count in counts] == [[1, 2], [1, 2]]
 
 
+@pytest.mark.parametrize("size", [1e3, 3e6])
+def test_after_a_spike_the_norms_follow_the_paper(size: float) -> None:
+    norms = np.array([1.0] * 20 + [size] + [1.0] * 300)
+    out, _ = sequences.run_norms(clipax.stable_spam(clip_entries=False), norms)
+    oracle = Oracle(0.999, 0.7, 0.9, 1e-8, "normalize")
+    expected = [oracle.step(np.array([norm]), learns=True)[0][0] for norm in norms]
+    np.testing.assert_allclose(out, expected, rtol=1e-4)
+    assert out[60] < 0.1
+
+
+@pytest.mark.parametrize("size", [1e8, 1e20, 1e38])
+def test_edge_after_a_spike_of_a_hundred_million_norms(size: float) -> None:
+    norms = np.array([1.0] * 20 + [size] + [1.0] * 100)
+    out, states = sequences.run_norms(clipax.stable_spam(clip_entries=False), norms)
+    assert out[45] < 1e-3
+    np.testing.assert_allclose(out[75:], 1.0, rtol=1e-5)
+    (moments,) = states.moments
+    assert moments.norm_count[-1] < 80
+
+
 def test_edge_zero_in_every_step_so_far() -> None:
     method = clipax.stable_spam()
     updates = {"w": jnp.array([3.0, 4.0]), "b": jnp.zeros(2)}

@@ -239,6 +239,45 @@ def test_edge_longer_than_the_bound_in_every_step(max_carry: Any) -> None:
     np.testing.assert_allclose(states.carry[:, 0], np.minimum(growing, limit), rtol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1e5, -1e19, 1e37])
+@pytest.mark.parametrize("clip", CLIPS)
+def test_edge_no_carry_lasts_longer_than_ten_thousand_steps(clip: str, size: float) -> None:
+    inner, _ = CLIPS[clip]
+    method = clipax.u_clip(inner)
+    for updates in (jnp.array([size, 0.0]), jnp.array([1j * size, size / 3 + 1j * size])):
+        state = method.init(updates)
+        for _ in range(3):
+            clipped, state = method.update(updates, state)
+        trees.assert_close(state.carry, 10_000 * clipped, rtol=1e-6)
+        np.testing.assert_allclose(state.carry_norm, np.linalg.norm(state.carry), rtol=1e-6)
+
+
+def test_edge_under_an_infinite_bound_the_whole_carry_stays() -> None:
+    method = clipax.u_clip(clipax.clip_by_value(1.0), max_carry=math.inf)
+    _, state = method.update(jnp.array([2.0**40]), method.init(jnp.zeros(1)))
+    trees.assert_bitwise(state.carry, jnp.array([2.0**40]))
+
+
+def test_edge_what_is_clipped_to_zero_is_carried_whole() -> None:
+    method = clipax.u_clip(clipax.clip_by_value(lambda count: jnp.where(count < 2, 0.0, 4.0)))
+    state = method.init(jnp.zeros(1))
+    for updates, clipped, carry in ((3e9, 0, 3e9), (3e9, 0, 6e9), (1.0, 4, 4e4)):
+        got, state = method.update(jnp.array([updates]), state)
+        np.testing.assert_allclose((got[0], state.carry[0]), (clipped, carry), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_edge_a_sum_that_overflows_is_the_largest_float(dtype: str, sign: float) -> None:
+    method = clipax.u_clip(clipax.clip_by_global_norm(1e38), max_carry=math.inf)
+    state = method.init(jnp.zeros(1, dtype))
+    for _ in range(4):
+        clipped, state = method.update(jnp.array([sign * 3e38], dtype), state)
+        np.testing.assert_allclose(clipped, [sign * 1e38], rtol=1e-6)
+        assert np.isfinite(state.carry).all()
+        assert np.isfinite(state.carry_norm)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("max_carry", [None, 1.0])
 @pytest.mark.parametrize("kind", ["norm", "value", "schedule", "history"])

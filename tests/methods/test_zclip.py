@@ -52,8 +52,9 @@ def oracle(
             continue
         std = np.sqrt(variance)
         z = (norm - mean) / (std + eps)
-        is_spike, value = z > z_max, norm
-        bounds.append(min(mean + z_max * (std + eps), cap))
+        limit = mean + z_max * (std if mode == "limit" else std + eps)
+        is_spike, value = norm > limit, norm
+        bounds.append(min(limit, cap))
         if is_spike:
             shrunk = factor * SHRINK[mode](z, mean, std, z_max)
             bounds[-1] = min(shrunk, cap)
@@ -133,6 +134,30 @@ def test_by_hand_the_other_bounds(bound: Any, factor: float) -> None:
     np.testing.assert_allclose(states.coefficient[6], factor, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("bound", "is_clipped"), [("limit", True), ("reciprocal", False)])
+@pytest.mark.parametrize("size", [1e-7, 1e-5])
+def test_eps_decides_what_a_spike_is_unless_the_limit_bounds_it(
+    bound: str, is_clipped: bool, size: float
+) -> None:
+    """A spike is above mean + 2 * std by less than eps adds, where norms are as small."""
+    norms = size * np.array([1.0, 3.0, 4.1])
+    method = clipax.zclip(2.0, warmup_steps=2, max_norm=None, spike_bound=BOUNDS[bound], eps=size)
+    _, states = run_norms(method, norms)
+    assert (states.coefficient[2] < 1) == is_clipped
+    expected = oracle(norms, 2.0, warmup=2, cap=np.inf, mode=bound, eps=size)
+    np.testing.assert_allclose(states.max_norm[2], expected[2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", SHRINK)
+@pytest.mark.parametrize("warmup", [1, 2, 3])
+def test_the_shortest_warm_ups_equal_the_oracle(mode: str, warmup: int) -> None:
+    norms = np.random.default_rng(warmup).lognormal(sigma=0.5, size=60)
+    method = build({"mode": mode, "warmup": warmup, "cap": np.inf})
+    _, states = run_norms(method, norms)
+    expected = oracle(norms, mode=mode, warmup=warmup, cap=np.inf)
+    np.testing.assert_allclose(states.max_norm, expected, rtol=1e-5)
+
+
 def test_a_warm_up_without_spread_locks_the_naive_rule_and_not_this_one() -> None:
     norms = np.array([1.0] * 25 + [2.0] * 200)
     naive = oracle(norms, cap=np.inf, min_std=-1.0)
@@ -141,6 +166,24 @@ def test_a_warm_up_without_spread_locks_the_naive_rule_and_not_this_one() -> Non
     # Only the first ones shrink, before the history knows the new level.
     np.testing.assert_allclose(clipped[25], 1.0, rtol=1e-5)
     np.testing.assert_array_equal(clipped[65:], 2.0)
+
+
+@pytest.mark.parametrize("mode", ["reciprocal", "mean"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_edge_the_200th_spike_in_a_row_is_learned_raw(mode: str, skip: bool) -> None:
+    start = np.random.default_rng(3).lognormal(sigma=0.8, size=25)
+    norms = np.concatenate([start, np.full(230, 1e5)])
+    setting = {"cap": np.inf, "mode": mode, "skip": skip, "min_std": 0.0}
+    _, states = run_norms(build(setting), norms)
+    # Until then, the bounds are the paper's.
+    np.testing.assert_allclose(states.max_norm[:225], oracle(norms, **setting)[:225], rtol=1e-4)
+    assert states.max_norm[224] < 50
+    mean = learned(states).mean[223]
+    np.testing.assert_allclose(learned(states).mean[224], 0.97 * mean + 0.03 * 1e5, rtol=1e-5)
+    assert (states.coefficient[234:] >= 0.5).all()
+    norms[100] = start.mean()
+    _, states = run_norms(build(setting), norms[:230])
+    np.testing.assert_allclose(states.max_norm, oracle(norms[:230], **setting), rtol=1e-4)
 
 
 @pytest.mark.parametrize("level", [1.01, 1.5, 5.0, 100.0, 1e6])
@@ -245,7 +288,7 @@ def test_edge_zeros_enter_the_history() -> None:
 def test_edge_only_what_is_no_norm_so_far() -> None:
     clipped, states = run_norms(clipax.zclip(warmup_steps=2), [np.nan, np.inf, 5.0])
     np.testing.assert_allclose(clipped[2], 1.0, rtol=1e-6)
-    assert learned(states).count[-1] == 1
+    assert learned(states).norm_count[-1] == 1
 
 
 def test_clips_few_of_scattered_norms() -> None:

@@ -1,0 +1,153 @@
+"""Bad arguments, of every factory and in every place: a ValueError that names the argument."""
+
+import decimal
+import inspect
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import trees
+
+import clipax
+
+FACTORIES = trees.public_factories()
+FUNCTIONS = {
+    "fixed": clipax.fixed,
+    "relative_to_params": clipax.relative_to_params,
+    "per_norm": clipax.per_norm,
+    "automatic": clipax.automatic,
+    "psac": clipax.psac,
+}
+REQUIRED = {"rule": optax.ema(0.9)}
+
+
+def numbers() -> Any:
+    yield 1.0
+
+
+BAD: dict[str, Any] = {
+    "None": None,
+    "text": "text",
+    "bytes": b"1",
+    "object": object(),
+    "key": jax.random.key(0),
+    "generator": numbers(),
+    "random generator": np.random.default_rng(0),
+    "complex": 1j,
+    "complex array": jnp.array(1j),
+    "boolean array": jnp.array(True),
+    "NumPy boolean": np.bool_(True),
+    "NaN": math.nan,
+    "array of NaN": jnp.array(jnp.nan),
+    "minus infinity": -math.inf,
+    "integer beyond floats": 10**400,
+    "decimal": decimal.Decimal("1.5"),
+    "shape": jax.ShapeDtypeStruct((), jnp.float32),
+    "range": range(3),
+    "set": {1.0},
+    "text array": np.array("a"),
+    "object array": np.array(None, dtype=object),
+    "date": np.datetime64("2020-01-01"),
+    "module": math,
+    "text in a tree": {"w": "a"},
+    "key in a tree": {"w": jax.random.key(0)},
+}
+
+
+@pytest.mark.parametrize("name", [*FACTORIES, *FUNCTIONS])
+def test_bad_arguments_are_refused_by_name_or_taken(name: str) -> None:
+    factory = {**FACTORIES, **FUNCTIONS}[name]
+    given = trees.required(factory, {**trees.ACTIVE, **REQUIRED, "max_norm": 0.1})
+    for argument, parameter in inspect.signature(factory).parameters.items():
+        if argument in ("axis_name", "axes", "stack_axis", "unit_axis", "mask"):
+            continue  # Any object can be a name, and trees of them are looked at with the updates.
+        for value in BAD.values():
+            is_flag = isinstance(value, np.bool_) and isinstance(parameter.default, bool)
+            is_good = is_flag or (argument, value) == ("min_value", -math.inf)
+            try:
+                factory(**{**given, argument: value})
+            except ValueError as error:
+                message = str(error)
+            else:
+                assert is_good or value is None or callable(value), (argument, value)
+                continue
+            assert re.search(rf"\b{argument}\b|max_norm", message), (argument, value, message)
+
+
+KNOWN_NORMS = {
+    "negative": -1.0,
+    "negative array": jnp.array(-0.5),
+    "text": "5",
+    "boolean": True,
+    "key": jax.random.key(0),
+    "complex": 3j,
+    "object": object(),
+}
+
+
+@pytest.mark.parametrize("norm", KNOWN_NORMS.values(), ids=KNOWN_NORMS)
+def test_a_known_norm_that_is_none_is_refused(norm: Any) -> None:
+    updates = jnp.array([3.0, 4.0])
+    for build in (
+        clipax.clip_by_global_norm,
+        clipax.smooth_clip_by_global_norm,
+        clipax.delta_gclip,
+        lambda bound: clipax.autoclip(max_norm=bound),
+        lambda bound: clipax.zclip(max_norm=bound),
+        lambda bound: clipax.clip_by(clipax.global_norm, bound, known_norm=True),
+    ):
+        clip = build(1.0)
+        state = clip.init(updates)
+        with pytest.raises(ValueError, match=r"^norm must be a norm, a number >= 0"):
+            clip.update(updates, state, norm=norm)
+        for good in (5.0, jnp.array(5.0), 5, np.float32(5), jnp.nan, jnp.inf):
+            clip.update(updates, state, norm=good)
+
+
+def test_a_schedule_must_give_numbers() -> None:
+    for wrong in ("a", None, jax.random.key(0), 1j, [1.0]):
+        for build in (clipax.clip_by_global_norm, clipax.clip_by_leaf_norm, clipax.clip_by_value):
+            clip = build(lambda _, wrong=wrong: wrong)
+            with pytest.raises(ValueError, match="must be a schedule that gives numbers, got"):
+                clipax.clip_tree(jnp.ones(2), clip)
+
+
+def test_a_norm_of_ones_own_must_give_numbers() -> None:
+    for wrong in ("a", 1j, jax.random.key(0), jnp.array(True)):
+        clip = clipax.clip_by(lambda _, wrong=wrong: wrong, 1.0)
+        with pytest.raises(ValueError, match="norm must give real numbers, got"):
+            clip.init(jnp.ones(2))
+
+
+@pytest.mark.parametrize("rule", [None, 1.0, "ema", optax.ema, lambda norm: norm])
+def test_what_is_no_rule_is_refused_at_once(rule: Any) -> None:
+    with pytest.raises(ValueError, match=r"rule must be an optax\.GradientTransformation, got"):
+        clipax.per_norm(rule)
+
+
+def test_axes_are_refused_with_the_name_of_the_argument() -> None:
+    updates = {"w": jnp.ones((2, 3))}
+    for build, argument in (
+        (clipax.clip_by_leaf_norm, "axes"),
+        (clipax.clip_by_leaf_norm, "stack_axis"),
+        (clipax.clip_by_unit_norm, "unit_axis"),
+        (clipax.clip_by_spectral_norm, "unit_axis"),
+        (clipax.clip_by_spectral_norm, "stack_axis"),
+    ):
+        for axis in (5, {"w": 5}, lambda path, leaf: 5):
+            with pytest.raises(ValueError, match=rf"has no axis 5, got {argument}=5"):
+                clipax.clip_tree(updates, build(1.0, **{argument: axis}))
+        with pytest.raises(ValueError, match=rf"{argument} must be an integer, got 1.5"):
+            clipax.clip_tree(updates, build(1.0, **{argument: {"w": 1.5}}))
+
+
+def test_names_of_axes_are_no_function() -> None:
+    for factory in FACTORIES.values():
+        given = trees.required(factory, trees.ACTIVE)
+        with pytest.raises(ValueError, match="axis_name must be a name, several, or a tree"):
+            factory(**given, axis_name=lambda path, leaf: "x")
