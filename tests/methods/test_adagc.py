@@ -99,7 +99,7 @@ def test_by_hand() -> None:
     averages = states.threshold.average
     np.testing.assert_allclose(averages["w"], [0.6, 0.45, 0.5625], rtol=1e-6)
     np.testing.assert_allclose(averages["b"], [0.8, 1.0, 1.0], rtol=1e-6)
-    np.testing.assert_array_equal(states.threshold.count, [1, 2, 3])
+    np.testing.assert_array_equal(states.threshold.step_count, [1, 2, 3])
 
 
 def test_the_papers_average_of_the_worked_case() -> None:
@@ -226,13 +226,13 @@ def test_edge_in_warm_up_a_bad_leaf_is_a_bad_step(value: float) -> None:
     clipped, states = run(clipax.adagc(warmup_steps=2), a=[0.5, value, 0.5], b=[0.5, 0.1, 0.5])
     assert np.isnan(clipped["a"][1])
     assert np.isnan(clipped["b"][1]) if np.isnan(value) else clipped["b"][1] == 0
-    np.testing.assert_array_equal(states.threshold.count, [1, 1, 2])
+    np.testing.assert_array_equal(states.threshold.step_count, [1, 1, 2])
     np.testing.assert_allclose(states.threshold.average["b"], 0.5, rtol=1e-6)
 
 
 def test_edge_only_what_is_no_norm_so_far() -> None:
     clipped, states = run(clipax.adagc(warmup_steps=1), a=[np.nan, np.inf, np.nan, 4.0])
-    np.testing.assert_array_equal(states.threshold.count, [0, 0, 0, 1])
+    np.testing.assert_array_equal(states.threshold.step_count, [0, 0, 0, 1])
     np.testing.assert_allclose(clipped["a"][3], 1.0, rtol=1e-6)
 
 

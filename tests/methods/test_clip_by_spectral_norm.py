@@ -183,7 +183,7 @@ def test_a_bound_for_each_leaf() -> None:
     clipped, state = clipped_by({"kernel": 2.0, "bias": lambda count: 2.5}, GRADS)
     trees.assert_close(clipped["kernel"], jnp.array([[0.0, -2.0], [1.0, 0.0]]))
     trees.assert_close(clipped["bias"], jnp.array([1.5, 2.0]))
-    assert state.threshold.count == 1
+    assert state.threshold.step_count == 1
 
 
 # Cases worked by hand.
