@@ -152,8 +152,7 @@ def _power_mean_jvp(
     by_powers = functools.partial(_by_powers, known, unit)
     same, dot = jax.jvp(by_powers, primals, tangents)
     # Not the value alone: before jax 0.12, second derivatives of a scan forget this rule.
-    exact = same + jax.lax.stop_gradient(value - same)
-    return jnp.where(jnp.isfinite(value), exact, value), dot
+    return _made_exact(same, value), dot
 
 
 def _by_powers(
@@ -192,7 +191,14 @@ def hypotenuse(one: Array, other: Array) -> Array:
     """`sqrt(one^2 + other^2)`, with a derivative of zero at zero."""
     length = jax.lax.stop_gradient(jnp.hypot(one, other))
     unit = jnp.where((length > 0) & jnp.isfinite(length), length, 1)
-    return unit * root((one / unit) ** 2 + (other / unit) ** 2)
+    return _made_exact(unit * root((one / unit) ** 2 + (other / unit) ** 2), length)
+
+
+def _made_exact(same: Array, value: Array) -> Array:
+    """The value, a constant, by a program that is the same but for rounding: as differentiable."""
+    # Of floats so near each other, the difference is exact, and so is the sum.
+    exact = same + jax.lax.stop_gradient(value - same)
+    return jnp.where(jnp.isfinite(value), exact, value)
 
 
 def root(x: Array) -> Array:

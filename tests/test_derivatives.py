@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import trees
 
@@ -78,6 +79,49 @@ def continuous(factory: Callable[..., Any]) -> list[str]:
     return [
         name for name, each in parameters.items() if numbers in typing.get_args(each.annotation)
     ]
+
+
+# Thresholds and coefficients with numbers of their own.
+BUILT: dict[str, tuple[Callable[..., Any], dict[str, float]]] = {
+    "automatic": (
+        lambda s, c: clipax.clip_by(clipax.leaf_norm, c, clipax.automatic(s)),
+        {"s": 0.2, "c": 0.9},
+    ),
+    "eps of hard": (
+        lambda eps, c: clipax.clip_by(
+            clipax.leaf_norm, c, functools.partial(clipax.hard, eps=eps)
+        ),
+        {"eps": 0.2, "c": 0.9},
+    ),
+    "fixed, by path": (
+        lambda a, b: clipax.clip_by(clipax.leaf_norm, {"bias": a, "kernel": b, "zero": a}),
+        {"a": 0.7, "b": 0.9},
+    ),
+    "psac": (
+        lambda s, c: clipax.clip_by(clipax.global_norm, c, clipax.psac(s)),
+        {"s": 0.2, "c": 0.9},
+    ),
+    "relative_to_params": (
+        lambda ratio, eps: clipax.clip_by(clipax.unit_norm, clipax.relative_to_params(ratio, eps)),
+        {"ratio": 0.4, "eps": 0.8},
+    ),
+    "rule of Optax": (
+        lambda decay, times: clipax.clip_by(
+            clipax.global_norm, optax.chain(optax.ema(decay), optax.scale(times))
+        ),
+        {"decay": 0.7, "times": 0.9},
+    ),
+    "schedule": (
+        lambda start, rate: clipax.clip_by(clipax.leaf_norm, lambda n: start * jnp.exp(-rate * n)),
+        {"start": 1.3, "rate": 0.3},
+    ),
+    "spectral rule": (
+        lambda decay, times: clipax.clip_by_spectral_norm(
+            optax.chain(optax.ema(decay), optax.scale(times))
+        ),
+        {"decay": 0.7, "times": 0.6},
+    ),
+}
 
 
 def arguments(name: str, variant: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -151,9 +195,7 @@ def weights(like: Any) -> Any:
     return jnp.cos(jnp.arange(like.size, dtype=like.dtype))
 
 
-def by_arguments(name: str, variant: dict[str, Any]) -> None:
-    numbers, given = arguments(name, variant)
-    factory = trees.public_factories()[name]
+def by_arguments(factory: Callable[..., Any], numbers: Any, given: dict[str, Any]) -> None:
 
     keys, values = list(numbers), jnp.stack(list(numbers.values()))
     moves = 1e-5 * jnp.diag(values)
@@ -198,7 +240,7 @@ def test_derivatives_by_arguments_of_methods_that_remember_entries(
     name: str, variant: Any
 ) -> None:
     with trees.double_precision(True):
-        by_arguments(name, variant)
+        by_arguments(trees.public_factories()[name], *arguments(name, variant))
 
 
 @pytest.mark.slow
@@ -207,7 +249,17 @@ def test_derivatives_by_arguments_of_methods_that_remember_entries(
 )
 def test_derivatives_by_arguments_equal_differences(name: str, variant: Any) -> None:
     with trees.double_precision(True):
-        by_arguments(name, variant)
+        by_arguments(trees.public_factories()[name], *arguments(name, variant))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILT)
+def test_derivatives_by_numbers_of_what_a_method_is_built_from(name: str) -> None:
+    factory, numbers = BUILT[name]
+    with trees.double_precision(True):
+        by_arguments(
+            factory, {key: jnp.asarray(value, float) for key, value in numbers.items()}, {}
+        )
 
 
 def by_updates(name: str, variant: dict[str, Any]) -> Any:
@@ -226,34 +278,31 @@ def by_updates(name: str, variant: dict[str, Any]) -> Any:
             values = outputs(sequence)
             return jnp.sum((values + values**2) * weights(values))
 
-        def moved(step: Any) -> Any:
-            return jax.tree.map(lambda leaf, move: leaf + step * move, sequence, moves)
+        def both(sequence: Any) -> Any:
+            return outputs(sequence), jax.grad(total)(sequence)
 
-        def difference(function: Any) -> Any:
-            ahead, behind = function(moved(1e-6)), function(moved(-1e-6))
-            return jax.tree.map(lambda one, other: (one - other) / 2e-6, ahead, behind)
-
-        _, forwards = jax.jvp(outputs, (sequence,), (moves,))
-        backwards, second = jax.jvp(jax.grad(total), (sequence,), (moves,))
-        values = outputs(sequence)
-        summed = jnp.sum(forwards * (1 + 2 * values) * weights(values))
-        along = jax.tree.map(lambda leaf, move: jnp.sum(leaf * move), backwards, moves)
+        (values, gradient), (first, second) = jax.jvp(both, (sequence,), (moves,))
+        summed = jnp.sum(first * (1 + 2 * values) * weights(values))
+        along = jax.tree.map(lambda leaf, move: jnp.sum(leaf * move), gradient, moves)
         along = sum(jax.tree.leaves(along))
-        return (forwards, second, along), (
-            difference(outputs),
-            difference(jax.grad(total)),
-            summed,
-        )
+
+        def at(step: Any) -> Any:
+            return both(jax.tree.map(lambda leaf, move: leaf + step * move, sequence, moves))
+
+        ends = jax.vmap(at)(jnp.asarray([1e-6, -1e-6]))
+        differences = jax.tree.map(lambda leaf: (leaf[0] - leaf[1]) / 2e-6, ends)
+        return (first, second, along), (*differences, summed)
 
     # The norm of a zero leaf has a corner there.
     directions["zero"] *= 0
     return derivatives(sequences(), directions)
 
 
-def assert_near(got: Any, expected: Any, rtol: float, message: str) -> None:
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+def assert_near(got: Any, expected: Any, rtol: float) -> None:
+    rows = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True)
+    for (path, one), other in rows:
         size = 1 + np.abs(other).max(initial=0)
-        np.testing.assert_allclose(one, other, rtol, rtol * size, err_msg=message)
+        np.testing.assert_allclose(one, other, rtol, rtol * size, err_msg=str(path))
 
 
 @pytest.mark.slow
@@ -268,5 +317,5 @@ def test_derivatives_by_updates_equal_differences(name: str, variant: Any) -> No
             )
             np.testing.assert_allclose(along, summed, 1e-8, 1e-8, err_msg=which)
             if which == "a spike":
-                assert_near(first, difference, 1e-7, which)
-                assert_near(second, second_difference, 1e-5, which)
+                assert_near(first, difference, 1e-6)
+                assert_near(second, second_difference, 1e-5)
