@@ -14,7 +14,8 @@ from clipax import _leaves
 
 
 def is_schedule(value: Any) -> bool:
-    return _leaves.is_function(value)
+    # A callable pytree without numbers, as a module of static fields, is no tree of bounds.
+    return _leaves.is_function(value) or (callable(value) and not jax.tree.leaves(value))
 
 
 def non_negative(**arguments: Any) -> None:
@@ -50,6 +51,9 @@ def decay_rate(**arguments: Any) -> None:
 def bound(requirement: Callable[..., None], **arguments: Any) -> None:
     """Checks every number in a bound: a number, a schedule or a tree of them."""
     for name, value in arguments.items():
+        if value is None:
+            requirement(**{name: value})
+        # None in a tree says nothing, as of a leaf that is None itself.
         for path, leaf in jax.tree_util.tree_leaves_with_path(value, is_leaf=is_bound_leaf):
             if not is_schedule(leaf):
                 requirement(**{name + jax.tree_util.keystr(path): leaf})
@@ -58,10 +62,12 @@ def bound(requirement: Callable[..., None], **arguments: Any) -> None:
 def one_bound(requirement: Callable[..., None], **arguments: Any) -> None:
     """As `bound`, for methods that have one norm and so take no tree of bounds."""
     for name, value in arguments.items():
-        if not is_bound_leaf(value) and not jax.tree_util.all_leaves([value]):
+        is_one = value is None or is_bound_leaf(value) or jax.tree_util.all_leaves([value])
+        if not is_one:
+            advice = " A schedule with numbers in it needs a lambda." if callable(value) else ""
             raise ValueError(
                 f"{name} must be one number, array or schedule, got the tree {value!r}:"
-                " this method has one norm for all leaves."
+                f" this method has one norm for all leaves.{advice}"
             )
         if not is_schedule(value):
             scalar(requirement, **{name: value})
@@ -247,4 +253,4 @@ def _is_real(value: Any) -> bool:
 
 def is_bound_leaf(node: Any) -> bool:
     """A schedule may be a pytree itself, as `jax.tree_util.Partial`; JAX refuses iterators."""
-    return node is None or isinstance(node, Iterator) or is_schedule(node)
+    return isinstance(node, Iterator) or is_schedule(node)

@@ -33,6 +33,8 @@ class ClipState(NamedTuple):
     the smallest normal number of its dtype, it may be recorded as 0."""
     threshold: Any
     """The state of the rule that gives the bound."""
+    members: Array
+    """Zero; it gets the axes of members that `vmap` adds, by which `metrics` knows them."""
 
 
 @injectable
@@ -108,6 +110,18 @@ def clip_by(
 
         return measured
 
+    structures: dict[Any, Any] = {}
+
+    def is_own(state: Any) -> bool:
+        """Whether it may be a state of this method, and is none of another threshold."""
+        if not isinstance(state, ClipState):
+            return False
+        shapes = jax.tree.map(lambda norm: (norm.shape, norm.dtype), state.norm)
+        key = jax.tree.structure(state.norm), tuple(jax.tree.leaves(shapes))
+        if key not in structures:
+            structures[key] = jax.tree.structure(jax.eval_shape(threshold.init, state.norm))
+        return bool(jax.tree.structure(state.threshold) == structures[key])
+
     def init_fn(params: Updates) -> ClipState:
         # Mapped axes are rarely bound outside a step, and only its type is asked of the norm.
         names = None if axis_name is None else _leaves.names_bound_here(axis_name)
@@ -115,13 +129,13 @@ def clip_by(
         if _compat.stands_for_params(params) and not jax.tree.leaves(zeros):
             # In the place of all leaves, none of which is known here.
             zeros = jnp.zeros((), jnp.float32)
-            return ClipState(zeros, zeros, zeros, zeros)
+            return ClipState(*[zeros] * len(ClipState._fields))
         nothing_bounds = jax.tree.map(lambda zero: zero + jnp.inf, zeros)
         ones = jax.tree.map(lambda zero: zero + 1, zeros)
-        history = threshold.init(zeros)
+        others = threshold.init(zeros), jnp.zeros((), jnp.int32)
         for zero in jax.tree.leaves(zeros)[:1]:
-            history = _leaves.beside(zero, history)
-        return ClipState(zeros, nothing_bounds, ones, history)
+            others = _leaves.beside(zero, others)
+        return ClipState(zeros, nothing_bounds, ones, *others)
 
     def update_fn(
         updates: Updates,
@@ -130,7 +144,7 @@ def clip_by(
         **extra_args: Any,
     ) -> tuple[Updates, ClipState]:
         wanted = updates if mask is True else _leaves.only_measured(updates, mask)
-        last = state if isinstance(state, ClipState) else None
+        last = state if is_own(state) else None
         names = axis_name
         if names is None and takes_names and last is not None:
             names = _axes_summed(wanted, last.norm)
@@ -141,11 +155,12 @@ def clip_by(
         else:
             _checks.known_norm(norm=known)
             norms = _paths.flat(known)
-        if last is not None:
+        if last is not None and isinstance(last.norm, dict) == isinstance(norms, dict):
             norms = _like(last.norm, norms, **({} if known is None else {"name": "norm"}))
-            history = last.threshold
+            history, members = last.threshold, last.members
         else:
-            history = _no_history(threshold, norms, state)
+            last, history = None, _no_history(threshold, norms, state)
+            members = jnp.zeros((), jnp.int32)
         max_norms, history = threshold.update(
             norms,
             history,
@@ -154,7 +169,7 @@ def clip_by(
         )
         factors = coefficients.in_two(coefficient, norms, max_norms)
         clipped = _leaves.over(updates, factors.scale(wanted))
-        return clipped, ClipState(norms, max_norms, factors.product, history)
+        return clipped, ClipState(norms, max_norms, factors.product, history, members)
 
     return transformation(init_fn, update_fn)
 

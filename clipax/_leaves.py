@@ -112,10 +112,8 @@ def is_function(value: Any) -> bool:
     """Whether it is called, and not a tree of numbers that could be called too, as a layer."""
     if not callable(value) or isinstance(value, jax.Array):
         return False
-    return isinstance(value, jax.tree_util.Partial) or not (
-        # An object that is no pytree is its own leaf.
-        jax.tree.leaves(value) and not jax.tree_util.all_leaves([value])
-    )
+    # An object that is no pytree is its own leaf.
+    return isinstance(value, jax.tree_util.Partial) or jax.tree_util.all_leaves([value])
 
 
 def per_leaf(updates: Updates, **rule: LeafRule) -> list[Any]:

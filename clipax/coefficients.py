@@ -299,8 +299,8 @@ def _smaller_over_larger(norm: Array, max_norm: Array) -> tuple[Array, Array]:
     return quotient, jnp.where(within, 1.0, quotient)
 
 
-def _scale_leaf(leaf: Any, *factors: Array) -> Array:
-    leaf = jnp.asarray(leaf)
+def _scale_leaf(leaf: Any, *given: Array) -> Array:
+    leaf, *factors = map(jnp.asarray, (leaf, *given))
     wide = _leaves.wide_dtype(leaf.dtype, *(factor.dtype for factor in factors))
 
     def scale(part: Array) -> Array:

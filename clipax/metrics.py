@@ -31,9 +31,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
 
     Returns:
       A dict from names to scalars, copies of what the state holds. Of a state with an axis of
-      members, as `vmap` makes it, each has that axis; in general, call
-      `jax.vmap(clipax.metrics)`, since norms of units alone do not tell one. A clipping
-      state gives
+      members, as `vmap` makes it, each has that axis. A clipping state gives
 
       | key | value |
       |---|---|
@@ -92,15 +90,9 @@ def _read(state: Any, per_leaf: bool) -> dict[str, Array]:
 
 def _axes_of_members(state: Any) -> int:
     """How many axes of members a state has, as `vmap` adds one."""
-    if not isinstance(state, ClipState):
-        scalar = state.norm_in if isinstance(state, ObserveState) else state.is_skipped
-        return int(jnp.ndim(scalar))
-    # Norms of units are arrays themselves, with an axis of one entry at least.
-    shapes = [norm.shape for norm in jax.tree.leaves(state.norm)]
-    if min(map(len, shapes), default=0) != 1:
-        return 0
-    members = {shape[0] for shape in shapes}
-    return int(len(members) == 1 and members != {1})
+    if isinstance(state, ClipState):
+        return int(jnp.ndim(state.members))
+    return int(jnp.ndim(state.norm_in if isinstance(state, ObserveState) else state.is_skipped))
 
 
 def _find(tree: Any, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -319,7 +319,7 @@ def track_quantile(
         moved = wide * jnp.exp(-rate * (share - wanted))
         return jnp.where(jnp.any(info.is_counted), moved, wide).astype(jnp.asarray(bound).dtype)
 
-    return _leaves.map_prefix(move, max_norm, info.norms, name="max_norm")
+    return _leaves.map_prefix(move, max_norm, info.norms, is_leaf=None, name="max_norm")
 
 
 def _check_max_norm(max_norm: Any) -> None:

@@ -133,3 +133,62 @@ def test_a_tuple_in_the_place_of_a_tuple_is_not_read_in_silence(rule: str) -> No
             with pytest.raises(ValueError, match=rf"{rule} has \(1, 0\).* Write a list"):
                 clipax.clip_tree(updates, build(1.0, **{rule: meant}))
         clipax.clip_tree(updates, build(1.0, **{rule: [[0, 0]]}))
+
+
+@methods
+def test_the_state_of_another_method_is_none(name: str) -> None:
+    method, (params, updates) = trees.build(name), trees.params_and_updates()
+    for other in METHODS:
+        state = trees.build(other).init(params)
+        if jax.tree.structure(state) == jax.tree.structure(method.init(params)):
+            continue  # Nothing tells the two apart.
+        if name in FIXED:
+            expected = method.update(updates, method.init(params), params)
+            trees.assert_close(method.update(updates, state, params), expected)
+        elif name != "observe":
+            with pytest.raises(ValueError, match="state must be "):
+                method.update(updates, state, params)
+
+
+STACKED = {"gamma": jnp.arange(1.0, 13.0), "w": jnp.ones((12, 4, 4))}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        clipax.adagc(stack_axis=0),
+        clipax.clip_by_leaf_norm(1.0, stack_axis=0),
+        clipax.clip_by_leaf_norm(lambda count: 1.0, axes=()),
+        clipax.clip_by_unit_norm(1.0, unit_axis=lambda path, leaf: 0),
+    ],
+)
+def test_norms_of_layers_are_no_members(method: Any) -> None:
+    _, state = method.update(STACKED, method.init(STACKED))
+    assert all(value.shape == () for value in clipax.metrics(state, per_leaf=True).values())
+    states = jax.vmap(jax.vmap(lambda _: state))(jnp.ones((2, 1)))
+    assert all(value.shape == (2, 1) for value in clipax.metrics(states).values())
+
+
+def test_what_is_none_in_a_model_may_be_none_in_its_bounds() -> None:
+    params = {"w": jnp.array([3.0, 4.0]), "frozen": None, "deep": {"b": jnp.ones(1), "n": None}}
+    bounds = jax.tree.map(lambda _: 0.5, params)
+    for build in (
+        clipax.clip_by_leaf_norm,
+        clipax.clip_by_unit_norm,
+        clipax.clip_by_block_rms,
+        clipax.clip_by_value,
+        clipax.adaptive_grad_clip,
+        clipax.clip_by_spectral_norm,
+        clipax.smooth_clip_by_value,
+        lambda bound: clipax.zclip(max_norm=bound, norm=clipax.leaf_norm),
+    ):
+        clips = build(bounds), build(0.5)
+        one, other = (clip.update(params, clip.init(params), params) for clip in clips)
+        trees.assert_close(one, other)
+    with pytest.raises(ValueError, match=r"nothing is said of 'w'"):
+        clipax.clip_by_leaf_norm({**bounds, "w": None}).init(params)
+
+
+def test_coefficients_may_be_plain_numbers() -> None:
+    scaled = clipax.scale_updates({"w": jnp.ones(2), "n": 7}, {"w": 0.5, "n": None})
+    trees.assert_close(scaled, {"w": jnp.full(2, 0.5), "n": 7})

@@ -324,3 +324,35 @@ def test_a_mask_that_is_no_boolean_is_refused(mask: Any) -> None:
     for build in GLOBAL.values():
         with pytest.raises(ValueError, match="mask must say True or False of each leaf"):
             build(0.1, mask=mask).init(params)
+
+
+def test_rules_in_the_shape_of_a_model_are_read_leaf_by_leaf() -> None:
+    model = eqx.filter(eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)), eqx.is_array)
+    updates = jax.tree.map(jnp.ones_like, model)
+
+    def like_model(value: Any) -> Any:
+        return jax.tree.map(lambda _: value, model)
+
+    for rules in (
+        {"stack_axis": like_model(None)},
+        {"axes": like_model(None)},
+        {"axis_name": like_model(())},
+        {"mask": like_model(True)},
+    ):
+        clip = clipax.clip_by_leaf_norm(like_model(0.5), **rules)
+        expected, _ = run(clipax.clip_by_leaf_norm(0.5), updates, [updates])
+        trees.assert_close(run(clip, updates, [updates])[0], expected)
+
+
+def test_bounds_of_examples_in_the_shape_of_a_model_are_tracked() -> None:
+    model = eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_array)
+    bounds = jax.tree.map(lambda _: 0.1, params)
+
+    def loss_fn(params: Any, example: Any) -> Any:
+        return jnp.sum(eqx.combine(params, static)(example))
+
+    _, info = clipax.clipped_grad(loss_fn, bounds)(params, jnp.ones((4, 3)))
+    moved = clipax.track_quantile(bounds, info)
+    assert jax.tree.structure(moved) == jax.tree.structure(bounds)
+    assert all(float(leaf) != 0.1 for leaf in jax.tree.leaves(moved))
