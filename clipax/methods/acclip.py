@@ -135,5 +135,4 @@ def acclip(
 def _relative(size: Array, bound: Array, eps: jax.typing.ArrayLike) -> Array:
     """How often the bound goes into the size and eps; 0 for a size of zero."""
     divisor = jnp.where(size > 0, bound, 1.0)
-    times = _moments.in_range((size + jnp.asarray(eps).astype(size.dtype)) / divisor, size)
-    return jnp.where(size == 0, 0.0, times)
+    return jnp.where(size == 0, 0.0, (size + jnp.asarray(eps).astype(size.dtype)) / divisor)
