@@ -14,6 +14,7 @@ import pytest
 import trees
 
 import clipax
+from clipax.methods.acclip import AcclipState
 
 # The step from which on half of every usual update passes, with the default arguments, as each
 # docstring says it; n is the number of steps before.
@@ -160,12 +161,17 @@ def run(method: Any, leaves: Any, row: jax.Array, start: jax.Array) -> Any:
 
 
 def is_sound(state: Any) -> jax.Array:
-    """Whether no number is NaN, nor infinite unless it says that nothing bounds."""
+    """Whether no number is NaN, nor infinite unless it says that nothing bounds.
+
+    ACClip's record is relative to bounds, and infinite where such a bound is zero.
+    """
+    is_relative = isinstance(state, AcclipState)
     answers = [jnp.bool_(True)]
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if jnp.issubdtype(leaf.dtype, np.inexact):
-            is_bound = "max_norm" in {getattr(key, "name", None) for key in path}
-            answers.append(jnp.all(~jnp.isnan(leaf) if is_bound else jnp.isfinite(leaf)))
+            names = {getattr(key, "name", None) for key in path}
+            may_be_inf = "max_norm" in names or (is_relative and "norm" in names)
+            answers.append(jnp.all(~jnp.isnan(leaf) if may_be_inf else jnp.isfinite(leaf)))
     return jnp.all(jnp.stack(answers))
 
 
