@@ -184,7 +184,7 @@ def test_edge_leaves_that_are_not_measured(max_norm: float) -> None:
 def test_squares_out_of_range_are_measured_right(dtype: str, size: float, axes: Any) -> None:
     updates = [jnp.full(4, size, dtype), jnp.ones(4, dtype)]
     (clipped, _), state = clipped_by([size, 2.0], updates, axes=axes)
-    np.testing.assert_allclose(state.norm[0], 2 * updates[0].astype("float32")[0], rtol=1e-6)
+    np.testing.assert_allclose(state.norm["0"], 2 * updates[0].astype("float32")[0], rtol=1e-6)
     np.testing.assert_allclose(clipped.astype("float32"), size / 2, rtol=1e-3)
 
 

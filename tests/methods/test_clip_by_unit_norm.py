@@ -162,7 +162,7 @@ def test_edge_units_of_zero_and_without_entries_under_a_bound_of_zero() -> None:
     updates = [jnp.array([[0.0, 1.0], [0.0, 2.0]]), jnp.zeros((0, 2)), jnp.zeros((2, 0))]
     clipped, state = clipped_by(0.0, updates)
     trees.assert_bitwise(clipped, jax.tree.map(jnp.zeros_like, updates))
-    trees.assert_bitwise(state.coefficient[0], jnp.array([[1.0, 0.0]]))
+    trees.assert_bitwise(state.coefficient["0"], jnp.array([[1.0, 0.0]]))
 
 
 @pytest.mark.parametrize("max_norm", [0.0, math.inf])
@@ -185,7 +185,7 @@ def test_edge_leaves_that_are_not_measured(mask: Any, max_norm: float) -> None:
 def test_squares_out_of_range_are_measured_right(dtype: str, size: float) -> None:
     updates = jnp.stack([jnp.full(4, size, dtype), jnp.ones(4, dtype)], axis=1)
     clipped, state = clipped_by(size, updates)
-    np.testing.assert_allclose(state.norm[0], 2 * updates[0].astype("float32"), rtol=1e-6)
+    np.testing.assert_allclose(state.norm["0"], 2 * updates[0].astype("float32"), rtol=1e-6)
     np.testing.assert_allclose(clipped[:, 0].astype("float32"), size / 2, rtol=1e-3)
 
 

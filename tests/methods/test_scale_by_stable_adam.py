@@ -196,7 +196,7 @@ def test_many_steps_keep_the_weights_of_the_paper() -> None:
             v = debiased(b2, t) * v + (1 - debiased(b2, t)) * entry**2
         np.testing.assert_allclose(state.root_nu, [math.sqrt(v)], rtol=1e-6)
     method = clipax.scale_by_stable_adam(0.9, 0.75, 1e-12)
-    late = method.init(jnp.ones(1))._replace(count=jnp.array(2**24 + 5))
+    late = method.init(jnp.ones(1))._replace(step_count=jnp.array(2**24 + 5))
     _, state = method.update(jnp.ones(1), late)
     np.testing.assert_allclose(state.root_nu, [0.5], rtol=1e-6)
 
