@@ -184,7 +184,8 @@ def _clip_fraction(coefficient: Norms) -> Array:
     leaves = jax.tree.leaves(coefficient)
     total = sum(leaf.size for leaf in leaves)
     # A NaN factor changes the updates, and counts.
-    clipped = sum((jnp.sum(~(leaf >= 1)) for leaf in leaves), start=jnp.zeros((), jnp.int32))
+    zero = jnp.zeros((), jnp.int32)
+    clipped = sum((jnp.sum(~(leaf >= 1), dtype=jnp.int32) for leaf in leaves), start=zero)
     return clipped.astype(jnp.float32) / max(total, 1)
 
 

@@ -1,6 +1,7 @@
 """What every method keeps in JAX's modes: its results, and NaN-free steps of finite updates."""
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,7 @@ MODES: dict[str, Callable[[], Any]] = {
     "debug_nans": lambda: jax.debug_nans(True),
     "disable_jit": jax.disable_jit,
     "enable_checks": lambda: jax.enable_checks(True),
+    "enable_x64": lambda: trees.double_precision(True),
 }
 # Of updates with a norm that is a float, the last at the end of its range.
 SIZES = {
@@ -65,7 +67,7 @@ def run(method: Any, sizes: list[float], *, jitted: bool) -> Any:
         scaled = jax.tree.map(lambda leaf, size=size: leaf * jnp.float32(size), updates)
         clipped, state = update(scaled, state, params)
         outputs.append(clipped)
-    return jax.tree.map(np.asarray, (outputs, state))
+    return jax.tree.map(np.asarray, (outputs, state, clipax.metrics(state, per_leaf=True)))
 
 
 @functools.cache
@@ -101,6 +103,56 @@ def test_results_are_the_same_in_a_mode(name: str, mode: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_results_are_the_same_in_every_mode(name: str, mode: str, jitted: bool) -> None:
     assert_keeps(name, mode, jitted=jitted)
+
+
+# Promotion is strict in all tests. What Optax and users write may promote even so.
+
+SCHEDULES: dict[str, Callable[[Any], Any]] = {
+    "cosine": optax.cosine_decay_schedule(1.0, 10),
+    "exponential": optax.exponential_decay(1.0, 3, 0.5),
+    "joined": optax.join_schedules([optax.constant_schedule(0.5), lambda n: 0.1 * n], [2]),
+    "linear": optax.linear_schedule(1.0, 0.1, 5),
+    "of integers": lambda count: 1 + count,
+    "powers": lambda count: 0.9**count,
+    "quotient": lambda count: 1.0 / (1 + count),
+}
+RULES = {
+    "ema": optax.chain(optax.ema(0.9), optax.scale(1.5)),
+    "scale_by_schedule": optax.scale_by_schedule(optax.linear_schedule(1.0, 0.1, 5)),
+    "trace": optax.trace(0.5),
+}
+BOUNDS = [
+    (name, key)
+    for name, factory in sorted(trees.public_factories().items())
+    for key in inspect.signature(factory).parameters
+    if isinstance(trees.HUGE.get(key), float)
+]
+
+
+def assert_promotes(build: Callable[[], Any]) -> None:
+    strict = run(build(), [1.0, 2.0, 3.0], jitted=True)
+    with jax.numpy_dtype_promotion("standard"):
+        standard = run(build(), [1.0, 2.0, 3.0], jitted=True)
+    trees.assert_bitwise(strict, standard)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_may_promote(schedule: str) -> None:
+    assert_promotes(lambda: clipax.clip_by_leaf_norm(SCHEDULES[schedule]))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_may_promote(rule: str) -> None:
+    assert_promotes(lambda: clipax.clip_by(clipax.leaf_norm, RULES[rule]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "key"), BOUNDS)
+@pytest.mark.parametrize("schedule", ["linear", "quotient"])
+def test_schedules_may_promote_in_every_method(name: str, key: str, schedule: str) -> None:
+    factory = trees.public_factories()[name]
+    given = trees.required(factory, trees.ACTIVE)
+    assert_promotes(lambda: factory(**given | {key: SCHEDULES[schedule]}))
 
 
 # A new function each time, as a loop over settings or a notebook's cell makes it.

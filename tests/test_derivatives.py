@@ -155,13 +155,14 @@ def tree(seed: int, *leading: int) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=(*leading, *shape)) for name, shape in SHAPES.items()}
 
 
-def sequences() -> dict[str, np.ndarray]:
+def sequences(*, zero_entry: bool = True) -> dict[str, np.ndarray]:
     """Stacked: sequences of five steps, with a leaf that is zero and an entry that often is."""
     sizes = np.stack(list(SIZES.values()))
     stacked = {}
     for name, leaf in tree(0, 5).items():
         stacked[name] = leaf * sizes.reshape(*sizes.shape, *(1,) * (leaf.ndim - 1))
-    stacked["kernel"][:, 2:, 1, 1] = 0.0
+    if zero_entry:
+        stacked["kernel"][:, 2:, 1, 1] = 0.0
     stacked["zero"] *= 0.0
     return stacked
 
@@ -192,7 +193,7 @@ def vector(tree: Any) -> Any:
 
 
 def weights(like: Any) -> Any:
-    return jnp.cos(jnp.arange(like.size, dtype=like.dtype))
+    return jnp.cos(jnp.arange(like.size, dtype=like.dtype)).reshape(like.shape)
 
 
 def by_arguments(factory: Callable[..., Any], numbers: Any, given: dict[str, Any]) -> None:
@@ -295,7 +296,9 @@ def by_updates(name: str, variant: dict[str, Any]) -> Any:
 
     # The norm of a zero leaf has a corner there.
     directions["zero"] *= 0
-    return derivatives(sequences(), directions)
+    # So have powers of moduli, but for squares.
+    is_smooth = name != "acclip" or variant.get("ord") == 2
+    return derivatives(sequences(zero_entry=is_smooth), directions)
 
 
 def assert_near(got: Any, expected: Any, rtol: float) -> None:
@@ -319,3 +322,72 @@ def test_derivatives_by_updates_equal_differences(name: str, variant: Any) -> No
             if which == "a spike":
                 assert_near(first, difference, 1e-6)
                 assert_near(second, second_difference, 1e-5)
+
+
+# Corners, and the ends of ranges.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "variant"), cases(LEARNING))
+def test_derivatives_by_decays_of_zero(name: str, variant: Any) -> None:
+    """They exist from one side, where no entry is zero: but for a deviation, a root of one."""
+    factory, updates = trees.public_factories()[name], tree(0, 5)
+    with trees.double_precision(True):
+        numbers, given = arguments(name, variant)
+        decays = [key for key in numbers if key.startswith(("decay", "b1", "b2"))]
+        numbers |= dict.fromkeys(decays, jnp.zeros(()))
+
+        @jax.jit
+        def derivatives(numbers: Any) -> Any:
+            def outputs(numbers: Any) -> Any:
+                return run(factory, given, numbers, updates)[0]
+
+            def total(numbers: Any) -> Any:
+                return jnp.sum(outputs(numbers) * weights(outputs(numbers)))
+
+            moved = {key: jnp.full(len(decays), value) for key, value in numbers.items()}
+            for row, key in enumerate(decays):
+                moved[key] = moved[key].at[row].add(1e-7)
+            differences = (jax.vmap(outputs)(moved) - outputs(numbers)[None]) / 1e-7
+            return jax.jacfwd(outputs)(numbers), jax.grad(total)(numbers), differences
+
+        forwards, backwards, differences = derivatives(numbers)
+        for key, difference in zip(decays, differences, strict=True):
+            assert np.isfinite(forwards[key]).all()
+            summed = np.sum(forwards[key] * weights(difference))
+            np.testing.assert_allclose(backwards[key], summed, 1e-9, 1e-9)
+            if name != "zclip":
+                np.testing.assert_allclose(forwards[key], difference, 1e-4, 1e-5)
+
+
+def bound_through_a_cotangent(x: Any, max_norm: Any) -> Any:
+    def loss(x: Any) -> Any:
+        y = clipax.clip_cotangent(x, clipax.clip_by_global_norm(max_norm))
+        return jnp.sum(jnp.sin(y) * weights(y))
+
+    return jax.grad(loss)(x)
+
+
+def test_a_clipped_cotangent_has_derivatives() -> None:
+    with trees.double_precision(True):
+        x, direction, bound = jnp.asarray(tree(0)["kernel"]), jnp.asarray(tree(1)["kernel"]), 0.7
+
+        def along(step: Any) -> Any:
+            return bound_through_a_cotangent(x + step * direction, bound + step)
+
+        _, got = jax.jvp(along, (0.0,), (1.0,))
+        np.testing.assert_allclose(got, (along(1e-6) - along(-1e-6)) / 2e-6, 1e-6, 1e-8)
+
+
+def test_a_clipped_tree_has_derivatives() -> None:
+    with trees.double_precision(True):
+        x, direction, bound = jnp.asarray(tree(0)["kernel"]), jnp.asarray(tree(1)["kernel"]), 0.7
+
+        def along(step: Any) -> Any:
+            method = clipax.clip_by_unit_norm(bound + step)
+            clipped, seen = clipax.clip_tree(x + step * direction, method)
+            return jnp.sum(clipped * weights(clipped)) + seen["norm"]
+
+        expected = (along(1e-6) - along(-1e-6)) / 2e-6
+        np.testing.assert_allclose(jax.jvp(along, (0.0,), (1.0,))[1], expected, 1e-7)
+        np.testing.assert_allclose(jax.grad(along)(0.0), expected, 1e-7)

@@ -79,6 +79,9 @@ def acclip(
     | beside a NaN or inf entry | as ever |
     | None, integer, bool, float0 leaf | as it was, not measured |
 
+    Derivatives exist where no bound equals a momentum and, for an `ord` below 2, where no entry
+    is zero. There, and where a bound and its gradient are zero, they are finite.
+
     Differences from a port that many use: there `ord` is 2 by default, and an option divides
     by the root of a second moment too, from an earlier version of the paper. The bound is
     kept rather than its power, so that no power of it leaves the range of float32.

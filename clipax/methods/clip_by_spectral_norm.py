@@ -80,11 +80,14 @@ def clip_by_spectral_norm(
     | a NaN or inf entry | its matrix all NaN, for max_norm = inf as it was; others unharmed |
     | masked out, None, integer, bool, float0 | as it was, not measured |
 
-    Its first derivative, in the updates and in `max_norm`, is exact, also where singular
-    values are zero or repeated. It decomposes the matrices, whose recorded norms are constants
-    to it. In float32, what comes out is wrong by up to 1e-6 (decomposed on a CPU, 1e-5) of
-    the largest singular value, in every direction. Matrices whose sharding is explicit are
-    gathered, and come out sharded as they were. Under `optax.inject_hyperparams`, functions
+    Its first and second derivatives, in the updates and in `max_norm`, are those of the
+    formula, also where singular values are zero or repeated, and whatever `iterations` are:
+    differentiated, it decomposes the matrices. The derivative of a largest singular value that
+    is repeated is that of one of them. `hard` has a corner at `max_norm`.
+
+    In float32, what comes out is wrong by up to 1e-6 (decomposed on a CPU, 1e-5) of the largest
+    singular value, in every direction. Matrices whose sharding is explicit are gathered, and
+    come out sharded as they were. Under `optax.inject_hyperparams`, functions
     and integers need `static_args`.
 
     Differences from the papers: all singular values are computed, where Yukhimchuk et al.

@@ -81,6 +81,9 @@ def scale_by_stable_adam(
     | beside a leaf with such an entry | as ever |
     | None, integer, bool, float0 | as it was, not measured |
 
+    Derivatives exist where no `rms_l` is 1 and no entry has been zero in every step. There they
+    are finite.
+
     Differences from the paper: there the learning rate is divided by `max(1, rms_l)`, which
     for the step is the same, but also shortens the decay of the weights. In the chain above
     the weights decay as ever. Differences from `optax.scale_by_adam`: the moments in the

@@ -86,6 +86,8 @@ def spam_clip(
     | beside a NaN or inf entry | clipped as ever |
     | None, integer, bool, float0 leaf | as it was, not measured |
 
+    Derivatives exist where no entry equals its bound. They are finite everywhere.
+
     Differences from the paper: an entry that has had only zero gradients is not clipped;
     there its bound is zero, and it is clipped to zero until the next reset. An infinite
     entry is not turned into the bound. The root of `v` is kept, not `v`, so that neither 1e20

@@ -107,6 +107,9 @@ def stable_spam(
     | finite, but the norm overflows its dtype | all NaN; the averages of the norms stay |
     | None, integer, bool, float0 leaf | as it was, not measured |
 
+    Derivatives exist where no entry equals the bound and no leaf is zero. They are finite
+    everywhere.
+
     Differences from the paper: a zero leaf teaches nothing, or the bound of one that was
     zero for long would hold it near zero. The averages of the norms start anew after a spike of
     a hundred million norms, which there divides those after it for up to 1700 steps. Only

@@ -134,6 +134,9 @@ def zclip(
     | NaN or inf | as for a fixed bound; the statistics stay |
     | only NaN or inf so far | bounded by `max_norm` alone |
 
+    Derivatives exist where no norm is just a spike or just bounded by `max_norm`, and the
+    history has spread. By a `decay` of zero there is none. They are finite everywhere.
+
     Differences from the paper's code: without spread, it would learn the mean from every
     spike and so clip any larger norm to it for ever; `min_std` ends that. From statistics of
     tiny norms it would hold usual ones down for hundreds of steps or for ever; raw norms after
