@@ -344,27 +344,40 @@ def _stacked_alike(arrays: Sequence[Array], layouts: Sequence[Layout]) -> list[_
     return [_Stack(members, layouts[members[0]]) for members in groups.values()]
 
 
+@jax.custom_jvp
+def _square(modulus: Array, signed: Array) -> Array:
+    """The square of a modulus, with the derivative of that of the signed: it has no corner."""
+    del signed
+    return modulus * modulus
+
+
+@_square.defjvp
+def _square_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    signed, signed_dot = primals[1], tangents[1]
+    return _square(*primals), signed * signed_dot + signed_dot * signed
+
+
 def _powers(x: Array, width: Any, scale: Any, power: float) -> Array:
     """|scale * x|^2 or |x / scale|^power in the given width."""
 
-    def scaled(part: Array) -> Array:
+    def squared(part: Array) -> Array:
+        # By products: of a square, the derivative 2 * x overflows for the largest floats.
         if scale is None:
-            return part.astype(width)
+            return part.astype(width) * part.astype(width)
+        signed = part.astype(width) * scale
         # XLA keeps this maximum: of constants, it would else square the scale first. What it
         # puts in the place of zero has a square of zero. Taken from the scale, lest leaves of
         # one shape share it: then it would be spread out for all of them, and kept in memory.
-        floor = jnp.minimum(scale, np.finfo(width).tiny)
-        modulus = jnp.maximum(jnp.abs(part.astype(width) * scale), floor)
+        modulus = jnp.maximum(jnp.abs(signed), jnp.minimum(scale, np.finfo(width).tiny))
         # Entries that are not tiny must stay finite too, or their derivative would be NaN.
-        is_for_tiny = isinstance(scale, float) and scale > 1
-        return jnp.minimum(modulus, scale) if is_for_tiny else modulus
+        if isinstance(scale, float) and scale > 1:
+            modulus, signed = jnp.minimum(modulus, scale), jnp.clip(signed, -scale, scale)
+        return _square(modulus, signed)
 
-    is_complex = jnp.iscomplexobj(x)
     if power == 2:
-        real = scaled(x.real if is_complex else x)
-        imaginary = scaled(x.imag) if is_complex else None
-        # By products: of a square, the derivative 2 * x overflows for the largest floats.
-        return real * real if imaginary is None else real * real + imaginary * imaginary
+        if jnp.iscomplexobj(x):
+            return squared(x.real) + squared(x.imag)
+        return squared(x)
     modulus = jnp.abs(x).astype(width)
     if scale is None:
         return modulus

@@ -83,10 +83,11 @@ def clip_by_spectral_norm(
     Its first and second derivatives, in the updates and in `max_norm`, are those of the
     formula, also where singular values are zero or repeated, and whatever `iterations` are:
     differentiated, it decomposes the matrices. The derivative of a largest singular value that
-    is repeated is that of one of them. `hard` has a corner at `max_norm`. In float32, what
-    comes out is wrong by up to 1e-6 (decomposed on a CPU, 1e-5) of the largest singular value,
-    in every direction. Matrices whose sharding is explicit are gathered, and come out sharded
-    as they were. Under `optax.inject_hyperparams`, functions
+    is repeated is that of one of them. `hard` has a corner at `max_norm`.
+
+    In float32, what comes out is wrong by up to 1e-6 (decomposed on a CPU, 1e-5) of the largest
+    singular value, in every direction. Matrices whose sharding is explicit are gathered, and
+    come out sharded as they were. Under `optax.inject_hyperparams`, functions
     and integers need `static_args`.
 
     Differences from the papers: all singular values are computed, where Yukhimchuk et al.
