@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import GetAttrKey
 
 from clipax import _leaves
 
@@ -51,11 +52,11 @@ def decay_rate(**arguments: Any) -> None:
 def bound(requirement: Callable[..., None], **arguments: Any) -> None:
     """Checks every number in a bound: a number, a schedule or a tree of them."""
     for name, value in arguments.items():
-        if value is None:
-            requirement(**{name: value})
-        # None in a tree says nothing, as of a leaf that is None itself.
-        for path, leaf in jax.tree_util.tree_leaves_with_path(value, is_leaf=is_bound_leaf):
-            if not is_schedule(leaf):
+        found = jax.tree_util.tree_leaves_with_path(value, is_leaf=_is_bound_leaf_or_none)
+        for path, leaf in found:
+            # A class may have fields without a value, as a layer without bias.
+            is_empty_field = leaf is None and path and isinstance(path[-1], GetAttrKey)
+            if not is_schedule(leaf) and not is_empty_field:
                 requirement(**{name + jax.tree_util.keystr(path): leaf})
 
 
@@ -249,6 +250,10 @@ def _is_known(array: jax.Array) -> bool:
 def _is_real(value: Any) -> bool:
     dtype = getattr(value, "dtype", np.dtype(float))
     return jnp.issubdtype(dtype, np.integer) or jnp.issubdtype(dtype, np.floating)
+
+
+def _is_bound_leaf_or_none(node: Any) -> bool:
+    return node is None or is_bound_leaf(node)
 
 
 def is_bound_leaf(node: Any) -> bool:

@@ -33,8 +33,6 @@ class ClipState(NamedTuple):
     the smallest normal number of its dtype, it may be recorded as 0."""
     threshold: Any
     """The state of the rule that gives the bound."""
-    members: Array
-    """Zero; it gets the axes of members that `vmap` adds, by which `metrics` knows them."""
 
 
 @injectable
@@ -132,10 +130,10 @@ def clip_by(
             return ClipState(*[zeros] * len(ClipState._fields))
         nothing_bounds = jax.tree.map(lambda zero: zero + jnp.inf, zeros)
         ones = jax.tree.map(lambda zero: zero + 1, zeros)
-        others = threshold.init(zeros), jnp.zeros((), jnp.int32)
+        history = threshold.init(zeros)
         for zero in jax.tree.leaves(zeros)[:1]:
-            others = _leaves.beside(zero, others)
-        return ClipState(zeros, nothing_bounds, ones, *others)
+            history = _leaves.beside(zero, history)
+        return ClipState(zeros, nothing_bounds, ones, history)
 
     def update_fn(
         updates: Updates,
@@ -154,13 +152,13 @@ def clip_by(
             norms = _paths.flat(measure(wanted))
         else:
             _checks.known_norm(norm=known)
-            norms = _paths.flat(known)
-        if last is not None and isinstance(last.norm, dict) == isinstance(norms, dict):
+            norms = _paths.flat(jax.tree.map(jnp.asarray, known))
+        is_alike = last is not None and isinstance(last.norm, dict) == isinstance(norms, dict)
+        if last is not None and (is_alike or known is not None):
             norms = _like(last.norm, norms, **({} if known is None else {"name": "norm"}))
-            history, members = last.threshold, last.members
+            history = last.threshold
         else:
             last, history = None, _no_history(threshold, norms, state)
-            members = jnp.zeros((), jnp.int32)
         max_norms, history = threshold.update(
             norms,
             history,
@@ -169,7 +167,7 @@ def clip_by(
         )
         factors = coefficients.in_two(coefficient, norms, max_norms)
         clipped = _leaves.over(updates, factors.scale(wanted))
-        return clipped, ClipState(norms, max_norms, factors.product, history, members)
+        return clipped, ClipState(norms, max_norms, factors.product, history)
 
     return transformation(init_fn, update_fn)
 

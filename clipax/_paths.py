@@ -52,7 +52,7 @@ def flat(tree: Any) -> Any:
     """A tree as a dict from paths to leaves, None where a node has none; a bare leaf as it is."""
     found = positions(tree)
     if [position.path for position in found] == [""]:
-        return found[0].node if found[0].is_leaf else None
+        return found[0].node if found[0].is_leaf else {}
     return {position.path: position.node if position.is_leaf else None for position in found}
 
 

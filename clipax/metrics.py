@@ -31,7 +31,8 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
 
     Returns:
       A dict from names to scalars, copies of what the state holds. Of a state with an axis of
-      members, as `vmap` makes it, each has that axis. A clipping state gives
+      members, as `vmap` makes it, each has that axis; where all norms are of units or layers,
+      only `jax.vmap(clipax.metrics)` knows it. A clipping state gives
 
       | key | value |
       |---|---|
@@ -90,9 +91,19 @@ def _read(state: Any, per_leaf: bool) -> dict[str, Array]:
 
 def _axes_of_members(state: Any) -> int:
     """How many axes of members a state has, as `vmap` adds one."""
-    if isinstance(state, ClipState):
-        return int(jnp.ndim(state.members))
-    return int(jnp.ndim(state.norm_in if isinstance(state, ObserveState) else state.is_skipped))
+    if not isinstance(state, ClipState):
+        scalar = state.norm_in if isinstance(state, ObserveState) else state.is_skipped
+        return int(jnp.ndim(scalar))
+    if not all(map(jnp.ndim, jax.tree.leaves(state))):
+        return 0
+    # Norms of units and layers are arrays themselves, which keep summed axes with one entry.
+    shapes = {norm.shape for norm in jax.tree.leaves(state.norm)}
+    if len(shapes) == 1:
+        (shape,) = shapes
+        return 0 if 1 in shape else len(shape)
+    is_of_layers = all(set(shape[1:]) <= {1} for shape in shapes)
+    is_alike = len({shape[0] for shape in shapes}) == 1 and min(map(len, shapes)) == 1
+    return int(is_alike and not is_of_layers)
 
 
 def _find(tree: Any, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

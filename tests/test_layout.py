@@ -29,6 +29,7 @@ FLOORS = [
         "_products",
         "_singular",
         "_terms",
+        "_walk",
         "_mapped",
         "_spectral",
         "norms",

@@ -75,13 +75,12 @@ def clip_by_value(
     def both(states: list[ClipState]) -> ClipState:
         if len(states) == 1:
             return states[0]
-        norm, max_norm, coefficient, threshold, _ = zip(*states, strict=True)
-        return ClipState(norm, max_norm, coefficient, threshold, states[0].members)
+        return ClipState(*(tuple(field) for field in zip(*states, strict=True)))
 
     def each(state: Any) -> list[Any]:
         if len(sides) == 1 or not isinstance(state, ClipState):
             return [state] * len(sides)
-        return [ClipState(*fields, state.members) for fields in zip(*state[:-1], strict=True)]
+        return [ClipState(*fields) for fields in zip(*state, strict=True)]
 
     def init_fn(params: Updates) -> ClipState:
         return both([side.init(params) for side in sides])
