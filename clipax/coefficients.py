@@ -280,8 +280,9 @@ def _in_two(coefficient: Coefficient, norm: Array, max_norm: Array) -> tuple[Arr
     is_far = (norm * half > max_norm / half**0.5) & (max_norm > 0) & jnp.isfinite(norm)
     is_lost = is_far & (whole < limits.tiny)
     is_lost_by_half = norm * half > max_norm * 2.0 ** (limits.maxexp * 7 // 8)
-    first = jnp.where(is_lost, jnp.where(is_lost_by_half, limits.tiny, half), 1)
-    first = first.astype(norm.dtype)
+    inverse = jnp.where(is_lost, jnp.where(is_lost_by_half, 1 / limits.tiny, 1 / half), 1)
+    # A quotient: what is cheaper, XLA computes again in the kernel of every leaf.
+    first = 1 / inverse.astype(norm.dtype)
     return first, coefficient(norm * first, max_norm)
 
 
