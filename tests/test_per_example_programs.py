@@ -104,7 +104,7 @@ PARTS: dict[str, tuple[Callable[..., jax.Array], tuple[int, ...], jax.Array]] = 
     "transposed": (dense(lambda w: w[1].T), (3, 20, 16), X),
     "flipped": (dense(lambda w: jnp.flip(w)[2:]), (18, 18), X),
     "spread": (dense(lambda w: lax.pad(w[:, 1:9], 0.0, SPREAD)), (16, 9), X),
-    "two unlike parts": (dense(lambda w: w[0] + w[1, 2:18]), (2, 18, 16), X),
+    "two unlike parts": (dense(lambda w: w[0, :16] + w[1, 2:]), (2, 18, 16), X),
     "a part and the whole": (
         lambda w, x: dense(lambda w: w[1])(w, x) + dense(lambda w: w.sum(0))(w, x),
         (3, 16, 16),
