@@ -173,7 +173,7 @@ def test_nnx_optimizers_train_sharded_parameters(name: str) -> None:
         steps, state = optimizer.update(updates, state, expected)
         expected = optax.apply_updates(expected, steps)
 
-    with jax.set_mesh(mesh()):
+    with (jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh)(mesh()):
         model = nnx.jit(lambda: Model(params))()
         trained = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
 

@@ -152,7 +152,9 @@ def clip_by_spectral_norm(
             norms[row] = view.as_norm(measured[row].norm)
         known = {position.path: None for position in _paths.positions(updates)}
         known |= dict(zip(_paths.of_leaves(updates), norms, strict=True))
-        scaled, state = recorder.update(updates, state, norm=known.get("", known))
+        own = known.get("", known)
+        is_own = isinstance(getattr(state, "norm", own), dict) == isinstance(own, dict)
+        scaled, state = recorder.update(updates, state if is_own else None, norm=own)
 
         clipped = jax.tree.leaves(scaled)
         bounds, factors = (_by_leaf(each, updates) for each in (state.max_norm, state.coefficient))
