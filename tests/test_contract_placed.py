@@ -107,6 +107,7 @@ def test_parameters_in_host_memory_have_a_state_on_the_device(name: str) -> None
 BESIDE_PARAMETERS = {"acclip", "clip21", "scale_by_stable_adam", "spam_clip", "u_clip"}
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize(
     "bound",
@@ -123,6 +124,7 @@ def test_the_counter_of_a_schedule_lies_on_the_mesh(kind: AxisType, bound: Any) 
     del sequence
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize(
     "norm",
@@ -144,6 +146,7 @@ def test_a_rule_of_optax_over_any_norm_is_traced_once(kind: AxisType, norm: Any)
     assert_one_trace(method, method.init(shapes_of(params)), kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coefficient", [clipax.tanh, clipax.square_root, clipax.rational])
 def test_smooth_clips_keep_explicit_shards(coefficient: Any) -> None:
     params, sequence = params_and_sequence()
@@ -159,6 +162,7 @@ def test_smooth_clips_keep_explicit_shards(coefficient: Any) -> None:
             assert_same_sharding(clipped, updates)
 
 
+@pytest.mark.slow
 def test_uneven_sizes_do_not_matter() -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     leaf = jax.device_put(np.ones((8, 3), np.float32), NamedSharding(mesh, PartitionSpec("x")))

@@ -234,6 +234,7 @@ def by_arguments(factory: Callable[..., Any], numbers: Any, given: dict[str, Any
         np.testing.assert_allclose(backwards, summed, 1e-9, 1e-9, err_msg=which)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "variant"), [case for case in cases(LEARNING) if case.id[-1] == "0"]
 )
@@ -379,6 +380,7 @@ def test_a_clipped_cotangent_has_derivatives() -> None:
         np.testing.assert_allclose(got, (along(1e-6) - along(-1e-6)) / 2e-6, 1e-6, 1e-8)
 
 
+@pytest.mark.slow
 def test_a_clipped_tree_has_derivatives() -> None:
     with trees.double_precision(True):
         x, direction, bound = jnp.asarray(tree(0)["kernel"]), jnp.asarray(tree(1)["kernel"]), 0.7

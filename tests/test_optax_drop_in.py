@@ -215,19 +215,15 @@ _CLIPS = {
 @pytest.mark.parametrize("name", _CLIPS)
 def test_a_clip_is_called_without_a_state_as_optaxs_is(name):
     params = jax.tree.map(lambda leaf: 0.3 * jnp.ones_like(leaf), _FIXED)
-    for i in range(1, 8):
-        ours, theirs = _CLIPS[name](1.0 / i)
-        for state in (None, optax.EmptyState(), (), theirs.init(params), ours.init(params)):
-            expected, _ = theirs.update(_FIXED, theirs.init(params), params)
-            for update in (ours.update, jax.jit(ours.update)):
-                clipped, _ = update(_FIXED, state, params)
-                jax.tree.map(
-                    functools.partial(np.testing.assert_allclose, rtol=2e-5), clipped, expected
-                )
+    ours, theirs = _CLIPS[name](1.0 / 3)
+    expected, _ = theirs.update(_FIXED, theirs.init(params), params)
+    for state in (None, optax.EmptyState(), (), ours.init(params)):
+        clipped, _ = jax.jit(ours.update)(_FIXED, state, params)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5), clipped, expected)
 
 
 def test_a_clipped_tree_has_the_bound_for_its_norm_without_a_state():
-    for i in range(1, 11):
+    for i in (1, 3, 10):
         bound = 1.0 / i
         clipped, _ = clipax.clip_by_global_norm(bound).update(_FIXED, None)
         np.testing.assert_allclose(optax.tree.norm(clipped), bound, rtol=1e-6)
