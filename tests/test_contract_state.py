@@ -84,6 +84,7 @@ def test_metrics_survive_the_donation_of_the_state(name: str) -> None:
         assert all(np.isfinite(float(value)) or value > 0 for value in logged.values())
 
 
+@pytest.mark.slow
 @methods
 def test_metrics_of_a_mapped_state_are_those_of_each_member(name: str) -> None:
     method, (params, updates) = trees.build(name), trees.params_and_updates()
@@ -136,6 +137,7 @@ def test_a_tuple_in_the_place_of_a_tuple_is_not_read_in_silence(rule: str) -> No
         clipax.clip_tree(updates, build(1.0, **{rule: [[0, 0]]}))
 
 
+@pytest.mark.slow
 @methods
 def test_the_state_of_another_method_is_none(name: str) -> None:
     method, (params, updates) = trees.build(name), trees.params_and_updates()
@@ -174,6 +176,7 @@ def test_members_of_members_have_two_axes() -> None:
     assert all(value.shape == (2, 3) for value in clipax.metrics(states).values())
 
 
+@pytest.mark.slow
 def test_what_is_none_in_a_model_may_be_none_in_its_bounds() -> None:
     model = eqx.nn.MLP(3, 2, 4, 1, use_bias=False, key=jax.random.key(0))
     params = eqx.filter(model, eqx.is_array)

@@ -246,6 +246,7 @@ def test_plain_dicts_are_prefixes_of_any_container(kind: str) -> None:
         trees.assert_close(jax.tree.leaves(clipped), jax.tree.leaves(contain(expected)))
 
 
+@pytest.mark.slow
 def test_bounds_in_the_shape_of_a_model_that_can_be_called_are_no_schedule() -> None:
     linear = eqx.nn.Linear(2, 3, key=jax.random.key(0))
     bounds = jax.tree.map(lambda _: 0.5, linear)
