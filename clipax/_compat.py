@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 # JAX gives them no type.
 partition_spec: Callable[..., PartitionSpec] = PartitionSpec
 shape_dtype_struct: Callable[..., jax.ShapeDtypeStruct] = jax.ShapeDtypeStruct
+reshard: Callable[..., jax.Array] = jax.sharding.reshard
 optimization_barrier: Callable[[Any], Any] = jax.lax.optimization_barrier
 # Before, derivatives of doubles need that JAX computes with doubles everywhere.
 HAS_DOUBLES = jax.__version_info__ >= (0, 10)

@@ -11,9 +11,6 @@ from jax.sharding import NamedSharding
 from clipax import _compat, _paths
 from clipax._typing import Array, Axes, AxisName, LeafRule, Updates
 
-# JAX gives it no type.
-_reshard: Callable[..., Array] = jax.sharding.reshard
-
 
 def is_measured(leaf: Any) -> bool:
     """Floating and complex leaves are; integer, bool, float0 and foreign ones are not."""
@@ -328,7 +325,7 @@ def beside(norm: Array, state: Any) -> Any:
         is_alike = jnp.shape(leaf) == norm.shape
         if not isinstance(leaf, jax.Array) or (_sharding_of(leaf) and not is_alike):
             return leaf
-        put = _reshard if isinstance(leaf, jax.core.Tracer) else jax.device_put
+        put = _compat.reshard if isinstance(leaf, jax.core.Tracer) else jax.device_put
         return put(leaf, sharding if is_alike else whole)
 
     return jax.tree.map(lay, state)

@@ -15,9 +15,6 @@ from clipax._plans import Plan
 from clipax._typing import Array, Bound, Coefficient, Norms
 from clipax.coefficients import hard
 
-# JAX gives it no type.
-_without_sharding: Callable[..., Any] = jax.ShapeDtypeStruct
-
 
 def clipped_grad(
     loss_fn: Callable[..., Any],
@@ -251,7 +248,7 @@ def explain(
 
 
 def _shape(leaf: Any) -> Any:
-    return _without_sharding(leaf.shape, leaf.dtype)
+    return _compat.shape_dtype_struct(leaf.shape, leaf.dtype)
 
 
 def _row(plan: Plan) -> tuple[str, ...]:
