@@ -355,7 +355,10 @@ class Measured(NamedTuple):
         if len(parts) == 1 and not layouts[0].shards:
             return parts[0]
         rows = zip(parts, layouts, strict=True)
-        varying = [_compat.varying_over(part, layout.shards) for part, layout in rows]
+        varying = [
+            _compat.varying_over(_compat.varying_like(part, self.losses), layout.shards)
+            for part, layout in rows
+        ]
         return jax.vmap(functools.partial(total_norm, layouts=layouts, ord=2.0))(varying)
 
     def _refuse_different_shares(self, **arguments: Any) -> None:

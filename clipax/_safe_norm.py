@@ -382,8 +382,10 @@ def _powers(x: Array, width: Any, scale: Any, power: float) -> Array:
     if scale is None:
         return modulus
     modulus = modulus / scale
-    # The inner `where` keeps the derivative of x**p finite at zero for p < 1.
-    return jnp.where(modulus > 0, jnp.where(modulus > 0, modulus, 1.0) ** power, modulus)
+    # The inner `where` keeps the derivative of x**p finite at zero for p < 1. Zero and NaN are
+    # their own powers, and the derivative of a modulus at zero is not that of its power.
+    kept = jax.lax.stop_gradient(modulus)
+    return jnp.where(modulus > 0, jnp.where(modulus > 0, modulus, 1.0) ** power, kept)
 
 
 def _across_shards(

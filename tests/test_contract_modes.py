@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -81,9 +82,11 @@ def assert_keeps(name: str, mode: str, *, jitted: bool) -> None:
         with MODES[mode]():
             got = run(METHODS[name](), SIZES[sizes], jitted=jitted)
         assert jax.tree.structure(got) == jax.tree.structure(right)
+        # Iterations for a smooth factor lose digits where values are far above the bound.
+        near = 1e-4 if name.endswith("soft iterations") else 1e-5
         for one, other in zip(*map(jax.tree.leaves, (got, right)), strict=True):
             size = np.abs(other[np.isfinite(other)]).max(initial=0)
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * size)
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=near * size)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +127,8 @@ RULES = {
 BOUNDS = [
     (name, key)
     for name, factory in sorted(trees.public_factories().items())
-    for key in inspect.signature(factory).parameters
-    if isinstance(trees.HUGE.get(key), float)
+    for key, each in inspect.signature(factory).parameters.items()
+    if any(typing.get_origin(kind) is Callable for kind in typing.get_args(each.annotation))
 ]
 
 

@@ -258,7 +258,8 @@ def test_derivatives_by_arguments_equal_differences(name: str, variant: Any) -> 
 @pytest.mark.parametrize("name", BUILT)
 def test_derivatives_by_numbers_of_what_a_method_is_built_from(name: str) -> None:
     factory, numbers = BUILT[name]
-    with trees.double_precision(True):
+    # JAX takes the derivative of Optax's powers after Optax has made them, in the mode of then.
+    with trees.double_precision(True), jax.numpy_dtype_promotion("standard"):
         by_arguments(
             factory, {key: jnp.asarray(value, float) for key, value in numbers.items()}, {}
         )
@@ -298,7 +299,7 @@ def by_updates(name: str, variant: dict[str, Any]) -> Any:
     # The norm of a zero leaf has a corner there.
     directions["zero"] *= 0
     # So have powers of moduli, but for squares.
-    is_smooth = name != "acclip" or variant.get("ord") == 2
+    is_smooth = given.get("ord", 2) == 2
     return derivatives(sequences(zero_entry=is_smooth), directions)
 
 
@@ -328,11 +329,21 @@ def test_derivatives_by_updates_equal_differences(name: str, variant: Any) -> No
 # Corners, and the ends of ranges.
 
 
+# Where a weight of zero is a corner: a deviation of one value, a root; an RMS of exactly one; a
+# bound that is the largest entry.
+CORNERS = {
+    "scale_by_stable_adam": ["b2"],
+    "stable_spam": ["decay_bound"],
+    "zclip": ["decay"],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "variant"), cases(LEARNING))
 def test_derivatives_by_decays_of_zero(name: str, variant: Any) -> None:
-    """They exist from one side, where no entry is zero: but for a deviation, a root of one."""
+    """They exist from one side, where no entry is zero, but at corners: finite there too."""
     factory, updates = trees.public_factories()[name], tree(0, 5)
+    step = 1e-7
     with trees.double_precision(True):
         numbers, given = arguments(name, variant)
         decays = [key for key in numbers if key.startswith(("decay", "b1", "b2"))]
@@ -346,10 +357,14 @@ def test_derivatives_by_decays_of_zero(name: str, variant: Any) -> None:
             def total(numbers: Any) -> Any:
                 return jnp.sum(outputs(numbers) * weights(outputs(numbers)))
 
-            moved = {key: jnp.full(len(decays), value) for key, value in numbers.items()}
+            moved = {key: jnp.full(2 * len(decays), value) for key, value in numbers.items()}
             for row, key in enumerate(decays):
-                moved[key] = moved[key].at[row].add(1e-7)
-            differences = (jax.vmap(outputs)(moved) - outputs(numbers)[None]) / 1e-7
+                moved[key] = moved[key].at[jnp.array([row, row + len(decays)])].add(
+                    jnp.array([step, 2 * step])
+                )
+            once, twice = jnp.split(jax.vmap(outputs)(moved), 2)
+            # The second order: roots of small entries are curved.
+            differences = (4 * once - twice - 3 * outputs(numbers)[None]) / (2 * step)
             return jax.jacfwd(outputs)(numbers), jax.grad(total)(numbers), differences
 
         forwards, backwards, differences = derivatives(numbers)
@@ -357,7 +372,7 @@ def test_derivatives_by_decays_of_zero(name: str, variant: Any) -> None:
             assert np.isfinite(forwards[key]).all()
             summed = np.sum(forwards[key] * weights(difference))
             np.testing.assert_allclose(backwards[key], summed, 1e-9, 1e-9)
-            if name != "zclip":
+            if key not in CORNERS.get(name, ()):
                 np.testing.assert_allclose(forwards[key], difference, 1e-4, 1e-5)
 
 

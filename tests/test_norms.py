@@ -581,3 +581,13 @@ def test_bad_axes_are_named() -> None:
         clipax.leaf_norm(leaf, axes={"v": 0})
     with pytest.raises(ValueError, match=r"static_args=\('unit_axis',\)"):
         clipax.unit_norm(leaf, unit_axis=jnp.array(0))
+
+
+@pytest.mark.parametrize("p", [1.3, 2.0, 2.5])
+def test_derivatives_where_entries_are_zero(p: float) -> None:
+    x, direction = jnp.array([3.0, 0.0, -4.0, 0.0]), jnp.array([1.0, 5.0, 2.0, -7.0])
+    norm = functools.partial(clipax.global_norm, ord=p)
+    powers = np.array([3.0, 0, 4, 0]) ** (p - 1) * np.sign(x)
+    slope = powers * float(norm(x)) ** (1 - p)
+    np.testing.assert_allclose(jax.grad(norm)(x), slope, rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(norm, (x,), (direction,))[1], slope @ direction, rtol=1e-6)
