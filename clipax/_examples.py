@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
-from clipax import _arguments, _compat, _leaves, _mapped, _plans, _programs
+from clipax import _arguments, _compat, _leaves, _mapped, _paths, _plans, _programs
 from clipax._plans import Plan
 from clipax._programs import Ref
 from clipax._safe_norm import Layout, total_norm
@@ -93,14 +93,14 @@ class Call:
 
     def check(self, args: Sequence[Any]) -> int:
         """Refuses what cannot be clipped; the number of examples."""
-        parameters = jax.tree_util.tree_leaves_with_path(self.differentiated(args))
+        parameters = _with_paths(self.differentiated(args))
         if not parameters:
             raise ValueError("There are no parameters: what argnums tells has no array.")
         for path, leaf in parameters:
             if not _leaves.is_measured(leaf) or not hasattr(leaf, "dtype"):
                 kind = getattr(leaf, "dtype", type(leaf).__name__)
                 raise ValueError(
-                    f"The parameter {_leaves.path_string(path) or 'itself'} must be an array of"
+                    f"The parameter {path or 'itself'} must be an array of"
                     f" floats, got {kind}. Pass what is not differentiated as another argument."
                 )
         examples = self._examples(args)
@@ -113,12 +113,12 @@ class Call:
             return
         batch = jax.tree.leaves([args[position] for position in self._batched])
         of_examples = {axis for leaf in batch for axis in _compat.varying_axes(leaf)}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.differentiated(args)):
+        for path, leaf in _with_paths(self.differentiated(args)):
             shards = of_examples - _compat.varying_axes(leaf)
             if shards:
                 raise ValueError(
                     f"The examples vary over the mesh axes {sorted(map(str, shards))}, and the"
-                    f" parameter {_leaves.path_string(path) or 'itself'} does not: the gradient"
+                    f" parameter {path or 'itself'} does not: the gradient"
                     " of one example would be summed with those on other devices. Let all"
                     " parameters vary, by jax.lax.pcast(params, axes, to='varying') or, before"
                     " jax 0.8.3, jax.lax.pvary, and sum what comes out."
@@ -151,7 +151,7 @@ class Call:
         differentiate = jax.value_and_grad(checked, self._argnums, self._has_aux)
         program, shapes = _programs.of_example(differentiate, args, in_axes)
         (_, aux), grads = shapes if self._has_aux else ((shapes[0], None), shapes[1])
-        leaves, structure = jax.tree_util.tree_flatten_with_path(grads)
+        leaves = _with_paths(grads)
         depends = [
             axis == 0
             for axis, arg in zip(in_axes, args, strict=True)
@@ -161,7 +161,7 @@ class Call:
         outputs = program.jaxpr.outvars
         gradients = outputs[len(outputs) - len(leaves) :]
         plans = [
-            _plans.plan(_leaves.path_string(path), leaf, scope, variable)
+            _plans.plan(path, leaf, scope, variable)
             for (path, leaf), variable in zip(leaves, gradients, strict=True)
         ]
         matters = [
@@ -175,7 +175,7 @@ class Call:
             for each in outputs[: -len(leaves) or None]
         ]
         aux_structure = jax.tree.structure(aux)
-        return Planned(program, in_axes, plans, shards, structure, reported, aux_structure)
+        return Planned(program, in_axes, plans, shards, grads, reported, aux_structure)
 
     def measure(self, args: Sequence[Any]) -> "Measured":
         planned, examples = self.plans(args), self._examples(args)
@@ -199,7 +199,7 @@ class Call:
         return Measured(
             planned.plans,
             planned.shards,
-            planned.structure,
+            planned.gradient,
             _plans.exact_norms(leaves),
             [leaf.kept for leaf in leaves],
             reported[0],
@@ -292,7 +292,8 @@ class Planned(NamedTuple):
     in_axes: list[int | None]
     plans: list[Plan]
     shards: list[tuple[Hashable, ...]]
-    structure: Any
+    gradient: Any
+    """The shapes and dtypes of that of one example."""
     reported: list[tuple[Ref, bool]]
     aux: Any
 
@@ -301,7 +302,8 @@ class Measured(NamedTuple):
     plans: list[Plan]
     shards: list[tuple[Hashable, ...]]
     """The mapped axes over which each leaf's gradient lies in parts."""
-    structure: Any
+    gradient: Any
+    """The shapes and dtypes of that of one example."""
     leaf_norms: list[Array]
     kept: list[_plans.Kept]
     losses: Array
@@ -312,46 +314,50 @@ class Measured(NamedTuple):
     ) -> tuple[Any, PerExampleInfo]:
         """The sums of the clipped gradients, in the width of norms."""
         self._refuse_different_shares(mask=mask, max_norm=bound)
-        tree = self.places()
-        sizes = _for_each_bound(lambda _, places: self.norms_over(places), bound, tree)
-        bounds = _for_each_bound(
-            lambda value, size: jnp.asarray(value).astype(size.dtype), bound, sizes
-        )
+        values, structure = jax.tree.flatten(bound)
+        covered = _paths.covered(bound, self.gradient, name="max_norm")
+        sizes = [self.norms_over(places) for places in covered]
+        rows = zip(values, sizes, strict=True)
+        bounds = [jnp.asarray(value).astype(size.dtype) for value, size in rows]
         counted = jnp.ones(self.losses.shape[0], bool) if mask is None else mask
         if skip_nonfinite:
-            finite = [jnp.isfinite(size) for size in jax.tree.leaves(sizes)]
-            counted = jnp.all(jnp.stack([counted, *finite]), 0)
+            counted = jnp.all(jnp.stack([counted, *map(jnp.isfinite, sizes)]), 0)
 
-        limits = jax.tree.map(
-            lambda size, limit: jnp.broadcast_to(limit, size.shape), sizes, bounds
-        )
+        rows = zip(sizes, bounds, strict=True)
+        limits = [jnp.broadcast_to(limit, size.shape) for size, limit in rows]
         weights = in_two(coefficient, sizes, limits)
-        weights = weights._replace(
-            second=jax.tree.map(lambda factor: jnp.where(counted, factor, 0), weights.second)
-        )
-        rows = zip(*(self._for_leaves(each, tree) for each in weights), strict=True)
+        second = [jnp.where(counted, factor, 0) for factor in weights.second]
         sums = self._weighted_sums(
-            [Factors(*row) for row in rows],
+            covered,
+            [Factors(*row) for row in zip(weights.first, second, strict=True)],
             None if mask is None and not skip_nonfinite else ~counted,
         )
-        factors = weights.product
-        info = PerExampleInfo(self.losses, sizes, factors, counted, None, bounds, self.aux)
+        product = weights._replace(second=second).product
+        norms, factors, limits = (
+            jax.tree.unflatten(structure, each) for each in (sizes, product, bounds)
+        )
+        info = PerExampleInfo(self.losses, norms, factors, counted, None, limits, self.aux)
         return sums, info
 
-    def places(self) -> Any:
-        """The leaves by their numbers, in the structure of the parameters."""
-        return jax.tree.unflatten(self.structure, range(len(self.leaf_norms)))
+    def norms(self) -> Array:
+        """One norm an example over all leaves."""
+        return self.norms_over(range(len(self.plans)))
 
-    def norms_over(self, places: Any) -> Array:
+    def norms_of_leaves(self) -> Any:
+        """One norm an example and leaf, in the structure of the parameters."""
+        return _paths.rebuilt(
+            self.gradient, [self.norms_over([place]) for place in range(len(self.plans))]
+        )
+
+    def norms_over(self, places: Sequence[int]) -> Array:
         """One norm an example over some leaves, with all of their shards.
 
         Over the mapped axes that hold other examples nothing is summed.
         """
-        chosen = jax.tree.leaves(places)
-        parts = [self.leaf_norms[place] for place in chosen]
+        parts = [self.leaf_norms[place] for place in places]
         if not parts:
             return jnp.zeros(self.losses.shape, jnp.float32)
-        layouts = tuple(Layout((), self.shards[place]) for place in chosen)
+        layouts = tuple(Layout((), self.shards[place]) for place in places)
         if len(parts) == 1 and not layouts[0].shards:
             return parts[0]
         rows = zip(parts, layouts, strict=True)
@@ -374,26 +380,24 @@ class Measured(NamedTuple):
                     " it the same by jax.lax.pmax, of a mask as integers."
                 )
 
-    def _for_leaves(self, factors: Any, tree: Any) -> list[Array]:
-        weights: list[Array] = []
-
-        def extend(factor: Array, subtree: Any) -> None:
-            weights.extend([factor] * len(jax.tree.leaves(subtree)))
-
-        _for_each_bound(extend, factors, tree)
-        return weights
-
-    def _weighted_sums(self, weights: list[Factors], is_kept_out: Array | None) -> Any:
-        rows = zip(self.plans, self.kept, weights, strict=True)
+    def _weighted_sums(
+        self, covered: list[list[int]], weights: list[Factors], is_kept_out: Array | None
+    ) -> Any:
+        of_leaves = {
+            place: weight
+            for places, weight in zip(covered, weights, strict=True)
+            for place in places
+        }
+        rows = enumerate(zip(self.plans, self.kept, strict=True))
         sums = [
-            _plans.weighted_sum(plan, kept, weight, is_kept_out) for plan, kept, weight in rows
+            _plans.weighted_sum(plan, kept, of_leaves[place], is_kept_out)
+            for place, (plan, kept) in rows
         ]
-        return jax.tree.unflatten(self.structure, sums)
+        return jax.tree.unflatten(jax.tree.structure(self.gradient), sums)
 
 
-def _for_each_bound(function: Callable[..., Any], bound: Any, tree: Any) -> Any:
-    # None is no bound: parameters may be None in part, and so the bounds in their structure.
-    return _leaves.map_prefix(function, bound, tree, is_leaf=None, name="max_norm")
+def _with_paths(tree: Any) -> list[tuple[str, Any]]:
+    return list(zip(_paths.of_leaves(tree), jax.tree.leaves(tree), strict=True))
 
 
 def _scalar_loss(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:

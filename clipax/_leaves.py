@@ -32,11 +32,6 @@ def widened(leaf: Array, *dtypes: Any) -> Array:
     return leaf.astype(np.result_type(wide_dtype(*(dtypes or (leaf.dtype,))), kind))
 
 
-def path_string(path: tuple[Any, ...]) -> str:
-    """A leaf's path as a rule sees it: "encoder/layer_0/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def is_none(node: Any) -> bool:
     return node is None
 
@@ -58,26 +53,6 @@ def over(updates: Updates, some: Updates) -> Updates:
 def up_to(treedef: Any, tree: Any) -> list[Any]:
     """The subtrees of a tree where the structure has its leaves."""
     return list(treedef.flatten_up_to(tree))
-
-
-def map_prefix(
-    function: Callable[..., Any],
-    prefix: Any,
-    tree: Any,
-    *,
-    is_leaf: Callable[[Any], bool] | None = is_none,
-    name: str,
-) -> Any:
-    """Maps `function(prefix_leaf, subtree)`; the error says whose prefix did not fit."""
-    leaves, treedef = jax.tree.flatten(prefix, is_leaf=is_leaf)
-    try:
-        subtrees = up_to(treedef, tree)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{name} must be one value or a tree prefix of the updates, got {prefix!r}"
-            f" for the structure {jax.tree.structure(tree)}: {error}"
-        ) from error
-    return jax.tree.unflatten(treedef, map(function, leaves, subtrees))
 
 
 def map_measured(

@@ -99,6 +99,16 @@ def spread(
     return result
 
 
+def covered(prefix: Any, tree: Any, *, name: str) -> list[list[int]]:
+    """For each leaf of a tree prefix, the numbers of the leaves that it speaks of."""
+    leaves, structure = jax.tree.flatten(prefix)
+    numbered = jax.tree.unflatten(structure, range(len(leaves)))
+    result: list[list[int]] = [[] for _ in leaves]
+    for place, number in enumerate(spread(numbered, tree, name=name)):
+        result[number].append(place)
+    return result
+
+
 def paired_tuples(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool]) -> Iterator[Any]:
     """The tuples that are one value of a prefix and stand for a tuple as long in the tree."""
     lengths = {

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _checks, _compat, _leaves
+from clipax import _checks, _compat, _leaves, _paths
 from clipax._examples import ArgNums, Call
 from clipax._examples import PerExampleInfo as PerExampleInfo
 from clipax._plans import Plan
@@ -185,10 +185,7 @@ def per_example_norms(
 
         def measure(args: Any) -> Any:
             measured = call.measure(args)
-            places = measured.places()
-            if per_leaf:
-                return jax.tree.map(measured.norms_over, places)
-            return measured.norms_over(places)
+            return measured.norms_of_leaves() if per_leaf else measured.norms()
 
         return call.with_automatic_axes(measure, arrays, out=lambda _, each, __: each)
 
@@ -308,6 +305,15 @@ def track_quantile(
     _checks.scalar(_checks.inside_unit_interval, quantile=quantile)
     _checks.scalar(_checks.positive, learning_rate=learning_rate)
 
+    values, structure = jax.tree.flatten(max_norm)
+    norms = jax.tree.leaves(info.norms)
+    covered = _paths.covered(max_norm, info.norms, name="max_norm")
+    if len(norms) != len(values):
+        raise ValueError(
+            "max_norm must be in the structure of info.norms, got"
+            f" {structure} for {jax.tree.structure(info.norms)}."
+        )
+
     def move(bound: Any, sizes: Array) -> Array:
         wide = jnp.asarray(bound).astype(sizes.dtype)
         share, rate, wanted = _leaves.in_dtype_of(
@@ -316,7 +322,8 @@ def track_quantile(
         moved = wide * jnp.exp(-rate * (share - wanted))
         return jnp.where(jnp.any(info.is_counted), moved, wide).astype(jnp.asarray(bound).dtype)
 
-    return _leaves.map_prefix(move, max_norm, info.norms, is_leaf=None, name="max_norm")
+    rows = zip(values, covered, strict=True)
+    return jax.tree.unflatten(structure, [move(value, norms[place]) for value, (place,) in rows])
 
 
 def _check_max_norm(max_norm: Any) -> None:

@@ -216,7 +216,7 @@ def test_shard_map_makes_its_own_state(name: str) -> None:
         return run(method.update, method.init(params), sequence, params)[0][-1]
 
     if name in {*NEEDS_WHOLE_LEAVES, *BY_UNIT}:
-        with pytest.raises(ValueError, match="may be sharded|varies over"):
+        with pytest.raises(ValueError, match=r"may be sharded|varies over"):
             jax.jit(last)(sequence, params)
         return
     expected = unsharded(name)[0][-1]

@@ -359,8 +359,10 @@ def test_derivatives_by_decays_of_zero(name: str, variant: Any) -> None:
 
             moved = {key: jnp.full(2 * len(decays), value) for key, value in numbers.items()}
             for row, key in enumerate(decays):
-                moved[key] = moved[key].at[jnp.array([row, row + len(decays)])].add(
-                    jnp.array([step, 2 * step])
+                moved[key] = (
+                    moved[key]
+                    .at[jnp.array([row, row + len(decays)])]
+                    .add(jnp.array([step, 2 * step]))
                 )
             once, twice = jnp.split(jax.vmap(outputs)(moved), 2)
             # The second order: roots of small entries are curved.

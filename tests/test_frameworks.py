@@ -369,3 +369,30 @@ def test_bounds_of_examples_in_the_shape_of_a_model_are_tracked() -> None:
     moved = clipax.track_quantile(bounds, info)
     assert jax.tree.structure(moved) == jax.tree.structure(bounds)
     assert all(float(leaf) != 0.1 for leaf in jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_plain_dicts_are_bounds_of_examples_in_any_container(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params, sequence = plain()
+    contain = CONTAINERS[kind]
+    bounds = {"first": 1.0, "second": {"kernel": 2.0, "bias": 3.0}}
+
+    def loss_fn(params: Any, example: Any) -> Any:
+        return optax.tree.vdot(jax.tree.leaves(params), example)
+
+    def batch_of(trees: list[Any]) -> Any:
+        return [jnp.stack(leaves) for leaves in zip(*map(jax.tree.leaves, trees), strict=True)]
+
+    batch, contained = batch_of(sequence), batch_of(list(map(contain, sequence)))
+    expected, info = clipax.clipped_grad(loss_fn, bounds)(params, batch)
+    clipped, found = clipax.clipped_grad(loss_fn, bounds)(contain(params), contained)
+    trees.assert_close(jax.tree.leaves(clipped), jax.tree.leaves(contain(expected)))
+    trees.assert_close(found.norms, info.norms)
+    norms = clipax.per_example_norms(loss_fn, per_leaf=True)(contain(params), contained)
+    assert len(jax.tree.leaves(norms)) == len(batch)
+    clipax.explain(loss_fn, contain(params), contained)
+    names = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
+    paths = {f"{layer}/{key}" for layer in ("first", "second") for key in ("kernel", "bias")}
+    assert names == paths
