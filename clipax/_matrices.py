@@ -13,7 +13,6 @@ from clipax._typing import Array, Axes, AxisName, LeafRule, Updates
 from clipax.units import output_last
 
 # JAX gives these two no types.
-_reshard: Callable[..., Array] = jax.sharding.reshard
 _spec: Callable[..., PartitionSpec] = PartitionSpec
 
 
@@ -121,11 +120,11 @@ def _whole(leaf: Array, stack: tuple[int, ...]) -> Array:
     kept = [part if axis in stack else None for axis, part in enumerate(sharding.spec)]
     if tuple(kept) == tuple(sharding.spec):
         return leaf
-    return _reshard(leaf, NamedSharding(sharding.mesh, _spec(*kept)))
+    return _compat.reshard(leaf, NamedSharding(sharding.mesh, _spec(*kept)))
 
 
 def _sharded_as(x: Array, like: Array) -> Array:
     sharding = jax.typeof(like).sharding
     if tuple(jax.typeof(x).sharding.spec) == tuple(sharding.spec):
         return x
-    return _reshard(x, sharding)
+    return _compat.reshard(x, sharding)

@@ -13,7 +13,6 @@ from clipax import _compat
 from clipax._typing import Array, Updates
 
 # JAX gives these no types.
-_reshard: Callable[..., Array] = jax.sharding.reshard
 _sum_over: Callable[..., Array] = jax.lax.psum
 
 _Factory = TypeVar("_Factory", bound=Callable[..., Any])
@@ -62,7 +61,7 @@ def _reduced(leaf: Any) -> Any:
     spec = _compat.reduced_spec(leaf)
     if spec is None:
         return leaf
-    return _reshard(leaf, NamedSharding(jax.typeof(leaf).sharding.mesh, spec))
+    return _compat.reshard(leaf, NamedSharding(jax.typeof(leaf).sharding.mesh, spec))
 
 
 class _Static:

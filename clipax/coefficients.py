@@ -295,8 +295,11 @@ def _smaller_over_larger(norm: Array, max_norm: Array) -> tuple[Array, Array]:
     within = norm <= max_norm
     smaller, larger = jnp.where(within, norm, max_norm), jnp.where(within, max_norm, norm)
     # Of zero and zero, and of inf and inf, the quotient counts as zero.
-    is_zero = ((max_norm == 0) & (norm >= 0)) | jnp.isposinf(larger)
-    quotient = jnp.where(is_zero, 0.0, smaller) / jnp.where(is_zero, 1.0, larger)
+    is_zero = (larger == 0) | jnp.isposinf(larger)
+    # That of zero is zero for all norms: by them it has no derivative, which the square of a
+    # small one would make NaN.
+    divisor = jnp.where(smaller == 0, jax.lax.stop_gradient(larger), larger)
+    quotient = jnp.where(is_zero, 0.0, smaller) / jnp.where(is_zero, 1.0, divisor)
     return quotient, jnp.where(within, 1.0, quotient)
 
 

@@ -186,7 +186,7 @@ def per_norm(rule: optax.GradientTransformation) -> Threshold:
         # A rule of Optax promotes its integer counters.
         with jax.numpy_dtype_promotion("standard"):
             max_norm, new_state = rule.update(norm, state, param_norm)
-        bound = jnp.maximum(jnp.asarray(max_norm, norm.dtype), 0)
+        bound = _not_negative(jnp.asarray(max_norm, norm.dtype))
         return _leaves.choose(jnp.isfinite(norm), (bound, new_state), (last, state))
 
     return Threshold(init_fn, update_fn)
@@ -235,5 +235,10 @@ def _bound_like(norm: Array, value: Any, name: str) -> Array:
     bound = jnp.asarray(value).astype(norm.dtype)
     if jnp.broadcast_shapes(bound.shape, norm.shape) != norm.shape:
         raise ValueError(f"{name} of shape {bound.shape} does not fit norms of {norm.shape}.")
-    # One that was traced may be negative, and must not turn the updates round.
-    return _leaves.filled_like(norm, jnp.maximum(bound, 0))
+    return _leaves.filled_like(norm, _not_negative(bound))
+
+
+def _not_negative(bound: Array) -> Array:
+    """Zero for a traced bound below it, which must not turn the updates round."""
+    # At zero, a maximum would have half of the derivative.
+    return jnp.where(bound < 0, 0, bound)

@@ -256,3 +256,24 @@ def test_psac_lengthens_small_gradients() -> None:
     norms = jnp.array([1e-6, 0.2])
     lengths = norms * clipax.psac(0.1)(norms, jnp.ones(2))
     np.testing.assert_allclose(lengths, [1e-6, 0.375], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "coefficient", [clipax.hard, clipax.rational, clipax.square_root, clipax.tanh]
+)
+@pytest.mark.parametrize("norm", [1e-10, 5.0, 1e10])
+def test_a_bound_of_zero_has_the_derivative_from_above(coefficient: Any, norm: float) -> None:
+    updates = jnp.array([0.6, 0.8]) * norm
+    for factory, expected in (
+        (lambda c: clipax.clip_by(clipax.global_norm, c, coefficient), [0.6, 0.8]),
+        (lambda c: clipax.smooth_clip_by_value(c, coefficient), [1.0, 1.0]),
+    ):
+
+        def clip(bound: Any, factory: Any = factory) -> Any:
+            method = factory(bound)
+            return method.update(updates, method.init(updates))[0]
+
+        zero = jnp.zeros(())
+        np.testing.assert_array_equal(clip(zero), [0.0, 0.0])
+        np.testing.assert_allclose(jax.jacfwd(clip)(zero), expected, rtol=1e-6)
+        np.testing.assert_allclose(jax.jacrev(clip)(zero), expected, rtol=1e-6)

@@ -100,6 +100,8 @@ def _draw_leaf(leaf: Any, top: Array, coefficient: Coefficient) -> Array:
     bounds = top + jnp.zeros_like(leaf, wide)
     if jnp.iscomplexobj(leaf):
         return in_two(coefficient, jnp.abs(leaf).astype(wide), bounds).scale(leaf)
-    reach = jnp.where(jnp.isposinf(top), top, jnp.minimum(top * _FARTHEST, np.finfo(wide).max))
+    largest = np.finfo(wide).max
+    reach = jnp.where(top > 0, jnp.minimum(top * _FARTHEST, largest), largest)
+    reach = jnp.where(jnp.isposinf(top), top, reach)
     entries = jnp.clip(leaf.astype(wide), -reach, reach)
     return scale_updates(entries, coefficient(jnp.abs(entries), bounds)).astype(leaf.dtype)
