@@ -63,13 +63,6 @@ class Source:
         return jnp.asarray(self._rng.integers(low, high, size=(EXAMPLES, *shape), dtype=np.int32))
 
 
-# The program matters, not how fast it is.
-_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-if jax.__version_info__ < (0, 11):  # Later ones have no such option.
-    _OPTIONS["xla_cpu_use_fusion_emitters"] = False
-quick_jit = functools.partial(jax.jit, compiler_options=_OPTIONS)
-
-
 def wide(leaf: Any) -> np.ndarray:
     return np.asarray(leaf).astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
 
@@ -140,7 +133,7 @@ def dense_over_two_axes(source: Source) -> Any:
     return loss_fn, params, (source.batch(2, 3, 24), source.batch(5, 6, 4))
 
 
-@model(into=GRAM, out=GRAM, back=GRAM, each=GRAM, inner=EACH)
+@model(is_rare=True, into=GRAM, out=GRAM, back=GRAM, each=GRAM, inner=EACH)
 def einsum_projections(source: Source) -> Any:
     params = {
         "into": source.weight(16, 3, 8),
@@ -293,7 +286,7 @@ def one_hot_look_up(source: Source) -> Any:
 # -- Shared weights ------------------------------------------------------------------------------
 
 
-@model(w=GRAM)
+@model(is_rare=True, w=GRAM)
 def shared_and_transposed(source: Source) -> Any:
     params = {"w": source.weight(24, 24)}
 
@@ -305,7 +298,7 @@ def shared_and_transposed(source: Source) -> Any:
     return loss_fn, params, source.batch(2, 24)
 
 
-@model(w=GRAM)
+@model(is_rare=True, w=GRAM)
 def unrolled(source: Source) -> Any:
     params = {"w": source.weight(64, 64)}
 
@@ -328,7 +321,7 @@ def two_towers(source: Source) -> Any:
     return loss_fn, params, (source.batch(32), source.batch(32))
 
 
-@model(a=OUTER, b=OUTER, frozen=ZERO)
+@model(is_rare=True, a=OUTER, b=OUTER, frozen=ZERO)
 def low_rank_adapters(source: Source) -> Any:
     params = {
         "a": source.weight(16, 2),
@@ -378,7 +371,7 @@ def sliced(source: Source) -> Any:
     return loss_fn, params, source.batch(2, 24)
 
 
-@model()
+@model(is_rare=True)
 def split(source: Source) -> Any:
     params = {"qkv": source.weight(12, 36)}
 
@@ -412,7 +405,7 @@ def transposed_and_reshaped(source: Source) -> Any:
     return loss_fn, params, source.batch(3, 16)
 
 
-@model(flat=GRAM, reversed=GRAM)
+@model(is_rare=True, flat=GRAM, reversed=GRAM)
 def flat_and_reversed(source: Source) -> Any:
     params = {"flat": source.weight(16 * 12), "reversed": source.weight(12, 12)}
 
@@ -434,7 +427,7 @@ def masked(source: Source) -> Any:
     return loss_fn, params, source.batch(12)
 
 
-@model(w=GRAM, v=OUTER)
+@model(is_rare=True, w=GRAM, v=OUTER)
 def scaled_by_scalars(source: Source) -> Any:
     params = {"w": source.weight(16, 16), "v": source.weight(16, 4), "by": jnp.asarray(0.7)}
 
@@ -504,7 +497,7 @@ NCHW = ("NCHW", "OIHW", "NCHW")
 NWC = ("NWC", "WIO", "NWC")
 
 
-@model(kernel=GRAM)
+@model(is_rare=True, kernel=GRAM)
 def conv_of_few_places(source: Source) -> Any:
     return convolution(source, (3, 3, 6, 8), (4, 4), NHWC, "VALID")
 
@@ -527,17 +520,17 @@ def conv_channels_first(source: Source) -> Any:
     return convolution(source, (12, 8, 3, 3), (5, 4), NCHW, padding, **options)
 
 
-@model(kernel=GRAM)
+@model(is_rare=True, kernel=GRAM)
 def conv_dilated(source: Source) -> Any:
     return convolution(source, (3, 8, 8), (9,), NWC, "VALID", rhs_dilation=(3,))
 
 
-@model(kernel=GRAM)
+@model(is_rare=True, kernel=GRAM)
 def conv_transposed(source: Source) -> Any:
     return convolution(source, (3, 8, 8), (3,), NWC, [(1, 1)], lhs_dilation=(2,))
 
 
-@model()
+@model(is_rare=True)
 def conv_groups(source: Source) -> Any:
     return convolution(source, (3, 3, 2, 8), (5, 5), NHWC, "SAME", feature_group_count=4)
 
@@ -613,7 +606,7 @@ def layers_under_scan_over_time(source: Source) -> Any:
 
 
 # Slices of different lengths are stacks of different lengths: these products do not compare.
-@model(one=GRAM, two=EACH)
+@model(is_rare=True, one=GRAM, two=EACH)
 def stack_sliced_for_scans(source: Source) -> Any:
     params = {"one": source.stacked(4, 16, 16), "two": source.stacked(5, 16, 16)}
 
@@ -696,7 +689,7 @@ def long_short_term_memory(source: Source) -> Any:
     return loss_fn, params, source.batch(4, 8)
 
 
-@model(embedding=GRAM, w=GRAM)
+@model(is_rare=True, embedding=GRAM, w=GRAM)
 def recurrent_with_look_ups(source: Source) -> Any:
     params = {"embedding": source.weight(40, 12), "w": source.weight(12, 12)}
 
@@ -711,7 +704,7 @@ def recurrent_with_look_ups(source: Source) -> Any:
     return loss_fn, params, source.tokens(0, 5, 4)
 
 
-@model(w=GRAM, deep=GRAM)
+@model(is_rare=True, w=GRAM, deep=GRAM)
 def scan_in_a_scan(source: Source) -> Any:
     params = {"w": source.weight(24, 24), "deep": source.stacked(2, 24, 24)}
 
@@ -772,7 +765,7 @@ def rematerialized_in_a_scan(source: Source) -> Any:
     return loss_fn, params, source.batch(2, 16)
 
 
-@model(w=OUTER, v=OUTER)
+@model(is_rare=True, w=OUTER, v=OUTER)
 def custom_derivatives(source: Source) -> Any:
     params = {"w": source.weight(12, 12), "v": source.weight(12, 12), "u": source.weight(12, 4)}
 
@@ -817,7 +810,7 @@ def nested_jit(source: Source) -> Any:
     return loss_fn, params, source.batch(24)
 
 
-@model(w=OUTER, inside=EACH)
+@model(is_rare=True, w=OUTER, inside=EACH)
 def branches(source: Source) -> Any:
     params = {"w": source.weight(12, 12), "inside": source.weight(12, 12)}
 
@@ -844,7 +837,7 @@ def while_loop_of_constants(source: Source) -> Any:
     return loss_fn, params, source.batch(12)
 
 
-@model(w=GRAM, v=OUTER)
+@model(is_rare=True, w=GRAM, v=OUTER)
 def mapped_inside(source: Source) -> Any:
     params = {"w": source.weight(24, 24), "v": source.stacked(2, 24, 24)}
 
@@ -913,7 +906,7 @@ def nothing_summed(source: Source) -> Any:
     return loss_fn, params, (source.batch(6), source.batch(0, 6))
 
 
-@model()
+@model(is_rare=True)
 def complex_numbers(source: Source) -> Any:
     params = {
         "w": lax.complex(source.weight(8, 6), source.weight(8, 6)),
@@ -972,7 +965,7 @@ def bfloat16_params_of_float32_compute(source: Source) -> Any:
     return _narrow(source, jnp.bfloat16, jnp.float32)
 
 
-@model(w=GRAM, v=OUTER, tolerance=0.003)
+@model(is_rare=True, w=GRAM, v=OUTER, tolerance=0.003)
 def float16_params(source: Source) -> Any:
     return _narrow(source, jnp.float16, jnp.float16)
 

@@ -40,6 +40,7 @@ def _ran(module, *arguments):
 # -- python -m benchmarks ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_quick_run_gives_every_figure(tmp_path):
     # One test, so that workers do not each make the run.
     run = _ran("benchmarks", "--quick", "--output", str(tmp_path))

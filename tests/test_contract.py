@@ -15,6 +15,7 @@ import clipax
 
 METHODS = sorted(trees.public_factories())
 methods = pytest.mark.parametrize("name", METHODS)
+some_methods = pytest.mark.parametrize("name", trees.mostly_slow(METHODS))
 
 
 def run(method: Any, sequence: list[Any], params: Any) -> tuple[list[Any], Any]:
@@ -51,7 +52,7 @@ def test_acts_on_the_trees_that_this_suite_uses(name: str) -> None:
         differ = jax.tree.map(lambda one, other: jnp.any(one != other), clipped, scaled)
         return state, jnp.any(jnp.stack(jax.tree.leaves(differ)))
 
-    _, changed = jax.jit(lambda: jax.lax.scan(step, method.init(params), sizes))()
+    _, changed = trees.quick_jit(lambda: jax.lax.scan(step, method.init(params), sizes))()
     assert bool(changed.any()) == (name != "measure")
 
 
@@ -86,7 +87,8 @@ def test_state_is_a_fixed_point_of_scan(name: str) -> None:
         return state, clipped
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sequence)
-    scanned_state, scanned = jax.lax.scan(step, method.init(params), stacked)
+    scan = trees.quick_jit(lambda state, xs: jax.lax.scan(step, state, xs))
+    scanned_state, scanned = scan(method.init(params), stacked)
     trees.assert_close(scanned_state, state)
     trees.assert_close(jax.tree.map(lambda leaf: leaf[-1], scanned), outputs[-1])
 
@@ -98,20 +100,35 @@ def test_vmap_is_a_loop(name: str) -> None:
     sequence = trees.steps(3)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sequence)
     states = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), method.init(params))
-    mapped, _ = jax.jit(jax.vmap(method.update, in_axes=(0, 0, None)))(stacked, states, params)
+    mapped, _ = trees.quick_jit(jax.vmap(method.update, in_axes=(0, 0, None)))(
+        stacked, states, params
+    )
     for row, updates in enumerate(sequence):
         (alone,), _ = run(method, [updates], params)
         trees.assert_close(jax.tree.map(lambda leaf, row=row: leaf[row], mapped), alone)
 
 
+dtypes = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+
+
 @methods
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@dtypes
 def test_dtypes_are_kept(name: str, dtype: str) -> None:
     with trees.double_precision(dtype == "float64"):
         method, (params, updates) = trees.build(name), trees.params_and_updates(dtype)
-        (clipped,), state = run(method, [updates], params)
+        clipped, state = jax.eval_shape(method.update, updates, method.init(params), params)
         trees.assert_same_type(clipped, updates)
         trees.assert_same_type(state, method.init(params))
+
+
+@pytest.mark.slow
+@methods
+@dtypes
+def test_results_are_finite_in_every_dtype(name: str, dtype: str) -> None:
+    with trees.double_precision(dtype == "float64"):
+        method, (params, updates) = trees.build(name), trees.params_and_updates(dtype)
+        (clipped,), state = run(method, [updates], params)
+        trees.assert_same_type((clipped, state), (updates, method.init(params)))
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(clipped))
 
 
@@ -139,7 +156,7 @@ def test_explicit_sharding_on_eight_devices(name: str) -> None:
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     params, updates = jax.device_put((params, updates), (shardings, shardings))
     state = method.init(params)
-    clipped, new_state = jax.jit(method.update)(updates, state, params)
+    clipped, new_state = trees.quick_jit(method.update)(updates, state, params)
     for one, other in ((clipped, updates), (new_state, state)):
         same = jax.tree.map(
             lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), one, other
@@ -167,7 +184,7 @@ def test_zero_stays_zero(name: str) -> None:
     assert not any(bool(jnp.isnan(leaf).any()) for leaf in jax.tree.leaves(state))
 
 
-@methods
+@some_methods
 def test_derivative_at_zero_is_finite(name: str) -> None:
     method, (params, updates) = trees.build(name), trees.params_and_updates()
     zeros = jax.tree.map(jnp.zeros_like, updates)
@@ -176,7 +193,7 @@ def test_derivative_at_zero_is_finite(name: str) -> None:
         clipped, _ = method.update(updates, method.init(params), params)
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(clipped))
 
-    @jax.jit
+    @trees.quick_jit
     def derivatives(zeros: Any) -> Any:
         return jax.grad(total)(zeros), jax.jvp(total, (zeros,), (updates,))[1]
 
@@ -315,7 +332,7 @@ def test_multi_steps_clips_the_accumulated_update_once(name: str) -> None:
     (expected,), expected_state = run(method, [updates], params)
     accumulate = optax.MultiSteps(method, 2)
     with jax.numpy_dtype_promotion("standard"):
-        step = jax.jit(accumulate.update)
+        step = trees.quick_jit(accumulate.update)
         first, state = step(updates, accumulate.init(params), params)
         second, state = step(updates, state, params)
     trees.assert_close(first, jax.tree.map(jnp.zeros_like, updates), rtol=0)
@@ -331,7 +348,7 @@ def test_apply_if_finite_freezes_the_state(name: str) -> None:
     method, (params, updates) = trees.build(name), trees.params_and_updates()
     (expected,), _ = run(method, [updates], params)
     guarded = optax.apply_if_finite(method, 3)
-    step = jax.jit(guarded.update)
+    step = trees.quick_jit(guarded.update)
     clipped, good = step(updates, guarded.init(params), params)
     trees.assert_close(clipped, expected)
     zeros, after = step(with_entry(updates, np.nan), good, params)

@@ -62,7 +62,7 @@ def tree(seed: int) -> dict[str, np.ndarray]:
 
 def run(method: Any, sizes: list[float], *, jitted: bool) -> Any:
     params, updates = jax.tree.map(jnp.asarray, (tree(0), tree(1)))
-    update = jax.jit(method.update) if jitted else method.update
+    update = trees.quick_jit(method.update) if jitted else method.update
     state, outputs = method.init(params), []
     for size in sizes:
         scaled = jax.tree.map(lambda leaf, size=size: leaf * jnp.float32(size), updates)
@@ -89,15 +89,8 @@ def assert_keeps(name: str, mode: str, *, jitted: bool) -> None:
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=near * size)
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [
-        ("clip_by_spectral_norm, iterations", "disable_jit"),
-        ("zclip, soon", "debug_nans"),
-    ],
-)
-def test_results_are_the_same_in_a_mode(name: str, mode: str) -> None:
-    assert_keeps(name, mode, jitted=False)
+def test_results_are_the_same_where_nans_raise() -> None:
+    assert_keeps("zclip, soon", "debug_nans", jitted=False)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import clipax
 
 METHODS = sorted(trees.public_factories())
 methods = pytest.mark.parametrize("name", METHODS)
+some_methods = pytest.mark.parametrize("name", trees.mostly_slow(METHODS))
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
@@ -33,7 +34,7 @@ def assert_one_trace(method: Any, state: Any, kind: AxisType) -> None:
     params, sequence = placed(params, kind), [placed(updates, kind) for updates in sequence]
     traces = []
 
-    @jax.jit
+    @trees.quick_jit
     def update(updates: Any, state: Any, params: Any) -> Any:
         traces.append(1)
         return method.update(updates, state, params)[1]
@@ -44,7 +45,7 @@ def assert_one_trace(method: Any, state: Any, kind: AxisType) -> None:
     assert len(traces) == 1
     trees.assert_same_type(new_state, state)
     assert_same_sharding(new_state, state)
-    jax.jit(
+    trees.quick_jit(
         lambda state: jax.lax.scan(
             lambda state, _: (method.update(sequence[0], state, params)[1], None),
             state,
@@ -53,7 +54,7 @@ def assert_one_trace(method: Any, state: Any, kind: AxisType) -> None:
     )(state)
 
 
-@methods
+@some_methods
 @kinds
 def test_a_state_from_shapes_lies_where_one_from_arrays_does(name: str, kind: AxisType) -> None:
     method, params = trees.build(name), placed(params_and_sequence()[0], kind)
@@ -76,7 +77,7 @@ def test_a_state_from_shapes_is_traced_once(name: str, kind: AxisType) -> None:
 @kinds
 def test_a_state_made_in_jit_is_traced_once(name: str, kind: AxisType) -> None:
     method, params = trees.build(name), placed(params_and_sequence()[0], kind)
-    made = jax.jit(method.init)(params)
+    made = trees.quick_jit(method.init)(params)
     trees.assert_same_type(made, method.init(params))
     if kind is AxisType.Explicit:
         assert_one_trace(method, made, kind)
@@ -156,7 +157,7 @@ def test_smooth_clips_keep_explicit_shards(coefficient: Any) -> None:
     ):
         expected, _ = method.update(sequence[0], method.init(params))
         updates = placed(sequence[0], AxisType.Explicit)
-        for update in (method.update, jax.jit(method.update)):
+        for update in (method.update, trees.quick_jit(method.update)):
             clipped, _ = update(updates, method.init(placed(params, AxisType.Explicit)))
             trees.assert_close(clipped, expected, rtol=1e-5)
             assert_same_sharding(clipped, updates)
@@ -168,5 +169,5 @@ def test_uneven_sizes_do_not_matter() -> None:
     leaf = jax.device_put(np.ones((8, 3), np.float32), NamedSharding(mesh, PartitionSpec("x")))
     for name in METHODS:
         method = trees.build(name)
-        clipped, _ = jax.jit(method.update)(leaf, method.init(leaf), leaf)
+        clipped, _ = trees.quick_jit(method.update)(leaf, method.init(leaf), leaf)
         assert_same_sharding(clipped, leaf)

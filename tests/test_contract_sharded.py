@@ -17,6 +17,7 @@ import clipax
 
 METHODS = sorted(trees.public_factories())
 methods = pytest.mark.parametrize("name", METHODS)
+some_methods = pytest.mark.parametrize("name", trees.mostly_slow(METHODS))
 SHAPES = {
     "embedding": (16, 5),
     "kernel": (6, 16),
@@ -72,7 +73,7 @@ def params_and_sequence() -> tuple[Any, list[Any]]:
 def unsharded(name: str) -> tuple[list[Any], Any]:
     params, sequence = params_and_sequence()
     method = trees.build(name)
-    return run(jax.jit(method.update), method.init(params), sequence, params)
+    return run(trees.quick_jit(method.update), method.init(params), sequence, params)
 
 
 def run(update: Callable[..., Any], state: Any, sequence: Any, params: Any) -> Any:
@@ -96,7 +97,7 @@ def assert_same_sharding(one: Any, other: Any) -> None:
     assert all(jax.tree.leaves(same)), same
 
 
-@methods
+@some_methods
 @pytest.mark.parametrize(
     "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
 )
@@ -105,7 +106,7 @@ def test_sharded_arrays(name: str, kind: AxisType) -> None:
     params, sequence = placed(params, kind), [placed(updates, kind) for updates in sequence]
     method = trees.build(name)
     state = method.init(params)
-    outputs, new_state = run(jax.jit(method.update), state, sequence, params)
+    outputs, new_state = run(trees.quick_jit(method.update), state, sequence, params)
     assert_unsharded(name, outputs, new_state)
     assert_same_sharding(new_state, state)
     assert_same_sharding(outputs, sequence)
@@ -121,7 +122,7 @@ def test_shards_that_do_not_divide(name: str) -> None:
     )
 
     # Whole at both ends, for JAX has no name for uneven shards there.
-    @functools.partial(jax.jit, out_shardings=whole)
+    @functools.partial(trees.quick_jit, out_shardings=whole)
     def update(updates: Any, state: Any, params: Any) -> Any:
         sharded = {
             key: jax.lax.with_sharding_constraint(leaf, uneven) if leaf.ndim else leaf
@@ -147,7 +148,7 @@ def test_unreduced_updates(name: str) -> None:
     def outcome(params_spec: PartitionSpec, gradient_spec: PartitionSpec) -> Any:
         params = jax.device_put({"w": jnp.ones((5, 5))}, NamedSharding(mesh, params_spec))
 
-        @jax.jit
+        @trees.quick_jit
         def update(batch: Any, state: Any, params: Any) -> Any:
             sharding = NamedSharding(mesh, gradient_spec)
             gradient = jnp.einsum("bi,bj->ij", batch, batch, out_sharding=sharding)
@@ -187,7 +188,7 @@ def in_shard_map(method: Any, axes: Any = ("x", "y"), **options: Any) -> Any:
         **options,
     )
     params, *sequence = (placed(tree, AxisType.Auto) for tree in (params, *sequence))
-    return run(jax.jit(step), method.init(params), sequence, params)
+    return run(trees.quick_jit(step), method.init(params), sequence, params)
 
 
 @pytest.mark.slow
@@ -217,10 +218,10 @@ def test_shard_map_makes_its_own_state(name: str) -> None:
 
     if name in {*NEEDS_WHOLE_LEAVES, *BY_UNIT}:
         with pytest.raises(ValueError, match=r"may be sharded|varies over"):
-            jax.jit(last)(sequence, params)
+            trees.quick_jit(last)(sequence, params)
         return
     expected = unsharded(name)[0][-1]
-    trees.assert_close(jax.jit(last)(sequence, params), expected, rtol=1e-5, atol=1e-6)
+    trees.assert_close(trees.quick_jit(last)(sequence, params), expected, rtol=1e-5, atol=1e-6)
 
 
 def build_with_names(name: str, axis_name: Any) -> Any:
@@ -281,7 +282,9 @@ def test_mapped_axes_are_told_by_names(name: str, mapping: Any) -> None:
     params, *sequence = map(stacked, (params_and_sequence()[0], *params_and_sequence()[1]))
     state = mapping(method.init, axis_name="i")(params)
     update = mapping(method.update, axis_name="i")
-    outputs, _ = run(jax.jit(update) if mapping is jax.vmap else update, state, sequence, params)
+    outputs, _ = run(
+        trees.quick_jit(update) if mapping is jax.vmap else update, state, sequence, params
+    )
     for clipped, expected in zip(outputs, unsharded(name)[0], strict=True):
         trees.assert_close(
             clipped, stacked(jax.tree.map(np.asarray, expected)), rtol=1e-5, atol=1e-6
@@ -312,8 +315,8 @@ def test_a_whole_model_on_each_device_is_no_shard(name: str) -> None:
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     spec = PartitionSpec("i")
     mapped = jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec)
-    outputs, last = run(jax.jit(mapped), state, sequence, params)
-    alone = jax.jit(trees.build(name).update)
+    outputs, last = run(trees.quick_jit(mapped), state, sequence, params)
+    alone = trees.quick_jit(trees.build(name).update)
     for place in range(members):
         own = [member(updates, place) for updates in sequence]
         expected = run(alone, states[place], own, member(params, place))

@@ -14,6 +14,7 @@ import clipax
 
 METHODS = sorted(trees.public_factories())
 methods = pytest.mark.parametrize("name", METHODS)
+some_methods = pytest.mark.parametrize("name", trees.mostly_slow(METHODS))
 NO_STATES = {
     "None": None,
     "empty": optax.EmptyState(),
@@ -39,11 +40,11 @@ FIXED = {
 }
 
 
-@methods
+@some_methods
 @pytest.mark.parametrize("state", NO_STATES.values(), ids=NO_STATES)
 def test_no_state_is_a_new_one_or_is_refused_with_what_to_do(name: str, state: Any) -> None:
     method, (params, updates) = trees.build(name), trees.params_and_updates()
-    for update in (method.update, jax.jit(method.update)):
+    for update in (method.update, trees.quick_jit(method.update)):
         if name in FIXED:
             expected = method.update(updates, method.init(params), params)
             trees.assert_close(update(updates, state, params), expected)
@@ -73,11 +74,11 @@ def test_a_pair_of_bounds_takes_no_state_either() -> None:
     trees.assert_same_type(state, clip.init(updates))
 
 
-@methods
+@some_methods
 def test_metrics_survive_the_donation_of_the_state(name: str) -> None:
     method, (params, updates) = trees.build(name), trees.params_and_updates()
     state = method.init(params)
-    step = jax.jit(method.update, donate_argnums=1)
+    step = trees.quick_jit(method.update, donate_argnums=1)
     for _ in range(2):
         logged = clipax.metrics(state, per_leaf=True)
         _, state = step(updates, state, params)

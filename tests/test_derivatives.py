@@ -201,7 +201,7 @@ def by_arguments(factory: Callable[..., Any], numbers: Any, given: dict[str, Any
     keys, values = list(numbers), jnp.stack(list(numbers.values()))
     moves = 1e-5 * jnp.diag(values)
 
-    @jax.jit
+    @trees.quick_jit
     @functools.partial(jax.vmap, in_axes=(0, None))
     def derivatives(sequence: Any, values: Any) -> Any:
         def everything(values: Any) -> Any:
@@ -271,7 +271,7 @@ def by_updates(name: str, variant: dict[str, Any]) -> Any:
     factory = trees.public_factories()[name]
     directions = tree(2, 5)
 
-    @jax.jit
+    @trees.quick_jit
     @functools.partial(jax.vmap, in_axes=(0, None))
     def derivatives(sequence: Any, moves: Any) -> Any:
         def outputs(sequence: Any) -> Any:
@@ -349,7 +349,7 @@ def test_derivatives_by_decays_of_zero(name: str, variant: Any) -> None:
         decays = [key for key in numbers if key.startswith(("decay", "b1", "b2"))]
         numbers |= dict.fromkeys(decays, jnp.zeros(()))
 
-        @jax.jit
+        @trees.quick_jit
         def derivatives(numbers: Any) -> Any:
             def outputs(numbers: Any) -> Any:
                 return run(factory, given, numbers, updates)[0]

@@ -18,6 +18,7 @@ import clipax
 
 METHODS = sorted(trees.public_factories())
 methods = pytest.mark.parametrize("name", METHODS)
+some_methods = pytest.mark.parametrize("name", trees.mostly_slow(METHODS))
 SPEC = PartitionSpec(None, "model")
 
 
@@ -40,7 +41,7 @@ def plain() -> tuple[Any, list[Any]]:
 
 def run(method: Any, params: Any, sequence: list[Any], state: Any = None) -> tuple[Any, Any]:
     state = method.init(params) if state is None else state
-    update = jax.jit(method.update)
+    update = trees.quick_jit(method.update)
     for updates in sequence:
         clipped, state = update(updates, state, params)
     return clipped, state
@@ -89,7 +90,7 @@ def as_modules(tree: Any) -> Any:
 CONTAINERS = {"fields": as_fields, "boxes": as_boxes, "modules": as_modules}
 
 
-@methods
+@some_methods
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_what_contains_the_leaves_makes_no_difference(name: str, kind: str) -> None:
     contain, method = CONTAINERS[kind], trees.build(name)
@@ -176,7 +177,7 @@ def unboxed(opt_state: Any) -> Any:
     )
 
 
-@methods
+@some_methods
 def test_nnx_optimizers_train_sharded_parameters(name: str) -> None:
     params, sequence = plain()
     optimizer = optax.chain(trees.build(name), optax.sgd(0.1))
@@ -227,7 +228,7 @@ def test_a_rule_sees_one_path_at_init_at_update_and_in_the_log() -> None:
     assert len(seen) == 8
 
 
-@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("kind", trees.mostly_slow(CONTAINERS, ("boxes",)))
 def test_plain_dicts_are_prefixes_of_any_container(kind: str) -> None:
     params, sequence = plain()
     contain = CONTAINERS[kind]

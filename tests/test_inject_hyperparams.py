@@ -69,7 +69,7 @@ def test_a_method_does_the_same_if_it_is_injected(name: str) -> None:
     given, static = required(name)
     methods = FACTORIES[name](**given), injected(name, static, **given)
     states = [method.init(PARAMS) for method in methods]
-    steps = [jax.jit(method.update) for method in methods]
+    steps = [trees.quick_jit(method.update) for method in methods]
     for _ in range(3):
         results = [step(UPDATES, state, PARAMS) for step, state in zip(steps, states, strict=True)]
         states = [state for _, state in results]

@@ -38,7 +38,7 @@ def test_equals_the_plain_way(name: str) -> None:
     entry = zoo.ZOO[name]
     loss_fn, params, batch = entry.build()
 
-    @zoo.quick_jit
+    @trees.quick_jit
     def run(params: Any, batch: Any) -> Any:
         plain = jax.vmap(jax.value_and_grad(loss_fn), (None, 0))(params, batch)
         norms = clipax.per_example_norms(loss_fn, per_leaf=True)(params, batch)

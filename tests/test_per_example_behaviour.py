@@ -75,7 +75,7 @@ def every_way() -> tuple[Callable[..., jax.Array], Any, Any]:
 def plain(loss_fn: Any, *args: Any, argnums: Any = 0, batch_argnums: Any = (1,)) -> Any:
     """The gradient of each example, in NumPy."""
     in_axes = [0 if position in batch_argnums else None for position in range(len(args))]
-    each = zoo.quick_jit(jax.vmap(jax.grad(loss_fn, argnums), in_axes))(*args)
+    each = trees.quick_jit(jax.vmap(jax.grad(loss_fn, argnums), in_axes))(*args)
     return jax.tree.map(zoo.wide, each)
 
 
@@ -92,7 +92,7 @@ def weighted(each: Any, weights: np.ndarray) -> Any:
 def clip(coefficient: str = "hard", **options: Any) -> Any:
     """Of every way, compiled; the bound is 0.1 or given at the call."""
     rule = COEFFICIENTS[coefficient][0]
-    return zoo.quick_jit(clipax.clipped_grad(every_way()[0], 0.1, coefficient=rule, **options))
+    return trees.quick_jit(clipax.clipped_grad(every_way()[0], 0.1, coefficient=rule, **options))
 
 
 def with_example(index: int, **values: Any) -> Any:
@@ -294,7 +294,7 @@ def test_several_arguments_of_each_kind() -> None:
         source.weight(6),
     )
     options: dict[str, Any] = {"argnums": (4, 1), "batch_argnums": (3, 0)}
-    grad_fn = zoo.quick_jit(clipax.clipped_grad(loss_fn, 0.01, **options))
+    grad_fn = trees.quick_jit(clipax.clipped_grad(loss_fn, 0.01, **options))
     grads, info = grad_fn(*args)
     each = plain(loss_fn, *args, **options)
     norms = norms_of(each)
@@ -303,7 +303,7 @@ def test_several_arguments_of_each_kind() -> None:
     zoo.assert_near(grads, weighted(each, weights))
     trees.assert_same_type(grads, (args[4], args[1]))
     norm_fn = clipax.per_example_norms(loss_fn, per_leaf=True, **options)
-    bias, weight = zoo.quick_jit(norm_fn)(*args)
+    bias, weight = trees.quick_jit(norm_fn)(*args)
     zoo.assert_near(jnp.hypot(bias, weight["w"]), norms)
 
 
@@ -343,7 +343,7 @@ def test_each_example_has_its_key(make: Any) -> None:
     args = (source.weight(12, 6), source.batch(12), jax.random.split(make(0), zoo.EXAMPLES))
     each = plain(loss_fn, *args, batch_argnums=(1, 2))
     grad_fn = clipax.clipped_grad(loss_fn, 0.1, batch_argnums=(1, 2), mean=False)
-    grads, info = zoo.quick_jit(grad_fn)(*args)
+    grads, info = trees.quick_jit(grad_fn)(*args)
     norms = norms_of(each)
     zoo.assert_near(info.norms, norms)
     zoo.assert_near(grads, weighted(each, np.minimum(1, 0.1 / norms)))
@@ -403,7 +403,7 @@ def test_float64_is_measured_in_float64() -> None:
 
 @functools.cache
 def normalize_products() -> Any:
-    return zoo.quick_jit(clipax.clipped_grad(product, 1.0, coefficient=clipax.normalized))
+    return trees.quick_jit(clipax.clipped_grad(product, 1.0, coefficient=clipax.normalized))
 
 
 @pytest.mark.parametrize("rows", [(), (2,)])
@@ -646,7 +646,7 @@ def test_trains_in_place() -> None:
 def test_a_sharded_batch_gives_the_same(kind: AxisType) -> None:
     loss_fn, params, batch = every_way()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-    grad_fn = zoo.quick_jit(clipax.clipped_grad(loss_fn, 0.1))
+    grad_fn = trees.quick_jit(clipax.clipped_grad(loss_fn, 0.1))
     grads, info = grad_fn(params, batch)
     by_example = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())

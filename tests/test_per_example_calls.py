@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import per_example_zoo as zoo
 import pytest
+import trees
 
 import clipax
 
@@ -158,7 +159,7 @@ def test_the_static_part_of_a_model_is_an_argument() -> None:
     with pytest.raises(ValueError, match="Pass what is not differentiated as another argument"):
         clipax.clipped_grad(lambda model, x: zoo.mean_square(model(x)), 1.0)(model, batch)
 
-    @zoo.quick_jit
+    @trees.quick_jit
     def as_advised(params: Any, batch: Any) -> Any:
         each = jax.vmap(jax.grad(loss_fn), (None, 0, None))(params, batch, static)
         norms = clipax.per_example_norms(loss_fn)(params, batch, static)

@@ -31,7 +31,7 @@ def assert_plain(
 ) -> None:
     """As `vmap` and clip give it, and the norms of these leaves in these ways."""
 
-    @zoo.quick_jit
+    @trees.quick_jit
     def run(params: Any, batch: Any) -> Any:
         each = jax.vmap(jax.grad(loss_fn), (None, 0))(params, batch)
         norms = jax.vmap(clipax.global_norm)(each)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import per_example_zoo as zoo
 import pytest
+import trees
 from hypothesis import strategies as st
 from jax import lax
 
@@ -189,7 +190,7 @@ TERMS = [Program.shared, Program.shared, Program.shared, Program.entry_by_entry]
 def assert_plain(loss_fn: Any, params: Any, batch: Any) -> None:
     """As `vmap` and `grad` make it, leaf by leaf."""
 
-    @zoo.quick_jit
+    @trees.quick_jit
     def run(params: Any, batch: Any) -> Any:
         each = jax.vmap(jax.grad(loss_fn), (None, 0))(params, batch)
         bounds = jax.tree.map(lambda _: 0.05, params)

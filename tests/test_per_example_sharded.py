@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import per_example_zoo as zoo
 import pytest
+import trees
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -48,7 +49,7 @@ def on_devices(kind: str, step: Callable[..., Any], whole: Any, *split: Any) -> 
         in_axes = (None, *[0] * len(split))
         if kind == "pmap":
             return jax.pmap(step, "data", in_axes=in_axes)(whole, *parts)
-        return zoo.quick_jit(jax.vmap(step, in_axes, axis_name="data"))(whole, *parts)
+        return trees.quick_jit(jax.vmap(step, in_axes, axis_name="data"))(whole, *parts)
     mapped = jax.shard_map(
         typed if kind == TYPED else stacking,
         mesh=mesh_of(DEVICES),
@@ -56,7 +57,7 @@ def on_devices(kind: str, step: Callable[..., Any], whole: Any, *split: Any) -> 
         out_specs=P("data"),
         check_vma=kind == TYPED,
     )
-    return zoo.quick_jit(mapped)(whole, *split)
+    return trees.quick_jit(mapped)(whole, *split)
 
 
 def joined(stacked: Any) -> Any:
@@ -132,7 +133,7 @@ DATA_PARALLEL: dict[str, tuple[dict[str, Any], bool]] = {
 
 
 @in_every_mapping
-@pytest.mark.parametrize("name", DATA_PARALLEL)
+@pytest.mark.parametrize("name", trees.mostly_slow(DATA_PARALLEL, ["one bound"]))
 @of_every_size
 def test_examples_on_several_devices_are_no_shards(
     kind: str, name: str, build: Callable[[], Model]
@@ -147,7 +148,7 @@ def test_examples_on_several_devices_are_no_shards(
     def step(params: Any, batch: Any, mask: Any) -> Any:
         return grad_fn(params, batch, mask=mask, max_norm=bounds)
 
-    wanted, of_wanted = zoo.quick_jit(step)(params, batch, mask)
+    wanted, of_wanted = trees.quick_jit(step)(params, batch, mask)
     grads, info = on_devices(kind, step, params, batch, mask)
     zoo.assert_near(summed(grads), wanted)
     is_finite = np.arange(EXAMPLES) != 5
@@ -221,7 +222,7 @@ def test_each_device_may_have_a_model_of_its_own(
         grads, info = on_devices(
             kind, lambda _, member, batch: grad_fn(member, batch), jnp.zeros(()), stacked, batch
         )
-    run = zoo.quick_jit(grad_fn)
+    run = trees.quick_jit(grad_fn)
     for place, (member, part) in enumerate(zip(members, parts, strict=True)):
         wanted, known = run(member, part)
         zoo.assert_near(jax.tree.map(lambda leaf, place=place: leaf[place], grads), wanted)
@@ -268,7 +269,7 @@ def test_other_mesh_axes_may_shard_the_model(other: AxisType, size: int | None) 
     }
     rows = jax.device_put(batch, NamedSharding(mesh, P("data")))
     grads, norms = jax.jit(mapped)(laid, rows)
-    wanted, info = zoo.quick_jit(grad_fn)(params, batch)
+    wanted, info = trees.quick_jit(grad_fn)(params, batch)
     zoo.assert_near(grads, wanted)
     zoo.assert_near(norms, info.norms)
 
@@ -327,8 +328,8 @@ def test_shards_of_a_model_make_one_norm(
         # Where types say that it differs between the shards of a model, JAX refuses a norm.
         out_specs=(SHARDS, P("data"), P("data")),
     )
-    grads, norms, of_leaves = zoo.quick_jit(mapped)(params, batch, mask)
-    wanted, info = zoo.quick_jit(alone)(params, batch, mask=mask)
+    grads, norms, of_leaves = trees.quick_jit(mapped)(params, batch, mask)
+    wanted, info = trees.quick_jit(alone)(params, batch, mask=mask)
     zoo.assert_near(grads, wanted)
     zoo.assert_near(norms, info.norms)
     zoo.assert_near(of_leaves, clipax.per_example_norms(layers, per_leaf=True)(params, batch))
@@ -345,7 +346,7 @@ def shards_of_vectors(
         out_specs=(P("model"), P()),
         **options,
     )
-    return zoo.quick_jit(mapped)(ZEROS, VECTORS)
+    return trees.quick_jit(mapped)(ZEROS, VECTORS)
 
 
 def own_half(example: jax.Array) -> jax.Array:

@@ -138,7 +138,7 @@ def runs(method: Any, count: int, longest: int = PREFIX, leaves: Any = None) -> 
         starts.append(longest - len(prefix))
         row[starts[-1] : longest] = prefix
     grow = leaves or (lambda x: x)
-    every = jax.jit(jax.vmap(functools.partial(run, method, grow)))
+    every = trees.quick_jit(jax.vmap(functools.partial(run, method, grow)))
     with jax.numpy_dtype_promotion("standard"):  # optax promotes its counters
         outputs, is_sound = every(jnp.asarray(rows), jnp.asarray(starts, jnp.int32))
     return [
@@ -193,8 +193,7 @@ def assert_survived(run: Run) -> None:
     assert run.is_sound.all(), run.name
 
 
-SLOW = {"autoclip"}  # a window of a thousand norms, sorted at each of two thousand steps
-EACH = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RECOVERY]
+EACH = trees.mostly_slow(RECOVERY, ("adagc", "clip_by_quantile", "stable_spam", "u_clip"))
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -241,7 +240,9 @@ def test_the_docstring_states_the_steps(name: str) -> None:
     assert f"half of a usual norm passes within {RECOVERY[name]} steps" in text
 
 
-@pytest.mark.parametrize("name", sorted(set(trees.public_factories()) - set(RECOVERY)))
+@pytest.mark.parametrize(
+    "name", trees.mostly_slow(sorted(set(trees.public_factories()) - set(RECOVERY)))
+)
 def test_what_has_no_history_is_not_moved_by_a_stream(name: str) -> None:
     """Every public transformation is here or in the table."""
     for one in runs(build(name), 3):

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import chex
@@ -10,8 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import clipax
+
+# The program matters, not how fast it is.
+_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 11):  # Later ones have no such option.
+    _OPTIONS["xla_cpu_use_fusion_emitters"] = False
+quick_jit = functools.partial(jax.jit, compiler_options=_OPTIONS)
 
 # Arguments by name: those without a default, for a method that acts on `params_and_updates()`,
 # and the bounds that keep it from acting on anything.
@@ -47,6 +54,28 @@ def public_factories() -> dict[str, Callable[..., Any]]:
         if inspect.isfunction(value)
         and inspect.signature(value).return_annotation is optax.GradientTransformationExtraArgs
     }
+
+
+# One of each kind: a fixed bound on all, each leaf, each unit, each entry and by values; bounds
+# that are learned; moments; and what is put round another method.
+_ONE_OF_EACH_KIND = {
+    "adagc",
+    "adaptive_grad_clip",
+    "clip_by_global_norm",
+    "clip_by_spectral_norm",
+    "clip_by_value",
+    "scale_by_stable_adam",
+    "spam_clip",
+    "u_clip",
+    "zclip",
+}
+
+
+def mostly_slow(names: Iterable[str], plain: Container[str] = _ONE_OF_EACH_KIND) -> list[Any]:
+    """The names as parameters of a test, those that are not plain in the slow group."""
+    return [
+        name if name in plain else pytest.param(name, marks=pytest.mark.slow) for name in names
+    ]
 
 
 def required(factory: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def assert_equals_numpy(method: Any, formula: Any, bounds: Any, error: float = 3
     assert np.mean(np.concatenate(factors) < 1) > 0.05
 
 
-@pytest.mark.parametrize("coefficient", FORMULAS)
+@pytest.mark.parametrize("coefficient", trees.mostly_slow(FORMULAS, [hard, square_root]))
 def test_equals_numpy_over_a_long_run(coefficient: Any) -> None:
     method = clipax.clip_by_spectral_norm(
         2.0, coefficient, unit_axis=UNIT_AXIS, stack_axis=STACK_AXIS
@@ -460,7 +460,7 @@ def test_how_many_iterations_are_enough() -> None:
     assert unconverged(1e-3, 8) > 0.1
 
 
-@pytest.mark.parametrize("iterations", [1, 2, 4, 7])
+@pytest.mark.parametrize("iterations", trees.mostly_slow([1, 2, 4, 7], [1, 7]))
 @pytest.mark.parametrize("largest", [1.5, 10.0, 1e2, 1e4])
 def test_with_too_few_iterations(iterations: int, largest: float) -> None:
     s = np.r_[largest, np.geomspace(1e-5, min(largest, 30.0), 60), np.linspace(0.9, 1.1, 19)]
@@ -563,6 +563,7 @@ def gradients(x: Any, bound: Any, coefficient: Any, iterations: Any) -> Any:
     return jax.grad(total, (0, 1))(x, bound)
 
 
+@pytest.mark.slow
 @either_way
 @pytest.mark.parametrize("coefficient", [hard, square_root])
 def test_derivatives_are_finite_everywhere(coefficient: Any, iterations: int | None) -> None:

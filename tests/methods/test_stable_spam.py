@@ -67,7 +67,7 @@ SETTINGS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", trees.mostly_slow([0, 1], [0]))
 def test_equals_numpy_over_a_long_run(setting: Any, seed: int) -> None:
     *numbers, halves = setting
     sequence = long_run(seed)
