@@ -220,6 +220,9 @@ def skip_step(
     `skip_ranges`, and leaves out a batch that is known by then to be bad.
     `check_not_stuck` stops a run that skips step after step.
 
+    Derivatives exist where no watched value equals its bound, and are zero through a skipped
+    step. Where that step held a NaN, those in reverse mode are NaN.
+
     Differences from OLMo-core's `SkipStepOptimizer`: values that are not finite stay out of
     the windows, where they would have all steps skipped; the state is kept by a choice, not
     by a product with zero, which NaN survives; the spread of equal values has a floor; one

@@ -87,6 +87,8 @@ def adagc(
     | NaN or inf in warm-up | as for a fixed global bound; all averages and the count stay |
     | only NaN or inf so far | warm-up |
 
+    Derivatives exist where no norm equals its bound. They are finite everywhere.
+
     Differences from the paper: a norm of zero never enters the average. There it does, and
     a leaf whose gradient is zero once during warm-up, as one behind a matrix that starts at
     zero, is clipped to zero for ever. The warm-up keeps the smallest norm, also a tiny one,

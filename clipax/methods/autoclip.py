@@ -70,6 +70,9 @@ def autoclip(
     | NaN or inf | as for a fixed bound; kept out of the history |
     | only NaN or inf so far | bounded by `max_norm` alone |
 
+    Derivatives exist where no norm equals its bound or another norm in the window. They are
+    finite everywhere.
+
     Differences from the paper's code: a window, whose quantile is the paper's while the
     norms fit; no 1e-6 beside the norm, so a clipped norm ends at the bound; norms that are
     not finite are left out. For TRELLIS's clipper: `autoclip(0.95, count_current=False,

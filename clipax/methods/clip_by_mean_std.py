@@ -65,6 +65,9 @@ def clip_by_mean_std(
     | NaN or inf | as for a fixed bound; kept out of the history |
     | only NaN or inf so far | bounded by `max_norm` alone |
 
+    Derivatives exist where no norm equals its bound and the norms in the window are not all
+    equal. They are finite everywhere.
+
     Differences from Levanter's `clip_update_norm`: the least standard deviation is relative,
     there 1e-6, as is the least norm that the bound is divided by; a window of one norm clips
     from the third step on, there never; norms that are not finite are left out, where one would

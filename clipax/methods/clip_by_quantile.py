@@ -71,6 +71,9 @@ def clip_by_quantile(
     | only NaN or inf so far | bounded by `max_norm` alone |
     | more than twice the estimate, 200 times in a row | clipped; the last is the estimate |
 
+    Derivatives exist where no norm equals its bound. They are finite everywhere. Of past norms,
+    only the one that started the estimate has one; the others are counted.
+
     Differences from the paper: it has many clients' norms in a step, and here there is one,
     without noise; it starts at 0.1, here at the first norm; zero norms do not count; and the
     estimate starts again where it is far too low, from which the rule alone takes
