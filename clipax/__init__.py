@@ -26,8 +26,8 @@ an `optax.GradientTransformation` that chains with any optimizer:
   `normalized`, `automatic`, `psac`); `scale_updates` for what does not decompose
 """
 
-from clipax._clip_by import ClipState as ClipState
-from clipax._clip_by import clip_by as clip_by
+from clipax._core._clip_by import ClipState as ClipState
+from clipax._core._clip_by import clip_by as clip_by
 from clipax.apply import check_finite as check_finite
 from clipax.apply import check_not_stuck as check_not_stuck
 from clipax.apply import clip_cotangent as clip_cotangent
@@ -58,7 +58,11 @@ from clipax.methods.clip_by_value import clip as clip
 from clipax.methods.clip_by_value import clip_by_value as clip_by_value
 from clipax.methods.delta_gclip import delta_gclip as delta_gclip
 from clipax.methods.measure import measure as measure
+from clipax.methods.observe import ObserveState as ObserveState
+from clipax.methods.observe import observe as observe
 from clipax.methods.scale_by_stable_adam import scale_by_stable_adam as scale_by_stable_adam
+from clipax.methods.skip_step import SkipState as SkipState
+from clipax.methods.skip_step import skip_step as skip_step
 from clipax.methods.smooth_clip_by_global_norm import (
     smooth_clip_by_global_norm as smooth_clip_by_global_norm,
 )
@@ -88,9 +92,5 @@ from clipax.units import nfnets as nfnets
 from clipax.units import output_first as output_first
 from clipax.units import output_last as output_last
 from clipax.units import whole_leaf as whole_leaf
-from clipax.wrappers import ObserveState as ObserveState
-from clipax.wrappers import SkipState as SkipState
-from clipax.wrappers import observe as observe
-from clipax.wrappers import skip_step as skip_step
 
 __version__ = "0.1.0"

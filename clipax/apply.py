@@ -10,10 +10,10 @@ import numpy as np
 import optax
 from jax.extend import core
 
-from clipax import _checks, _leaves, _paths
-from clipax._typing import Array, Updates
+from clipax._core import _checks, _leaves, _paths
+from clipax._core._typing import Array, Updates
+from clipax.methods.skip_step import SkipState
 from clipax.metrics import metrics
-from clipax.wrappers import SkipState
 
 
 def clip_tree(

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _checks, _leaves
-from clipax._typing import Array, Coefficient, Norms, Updates
+from clipax._core import _checks, _leaves
+from clipax._core._typing import Array, Coefficient, Norms, Updates
 
 
 def hard(norm: Array, max_norm: Array, *, eps: jax.typing.ArrayLike = 0.0) -> Array:

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clipax import _leaves, _paths, _window
-from clipax._clip_by import ClipState
-from clipax._typing import Array, Norms
-from clipax._window import WindowState
-from clipax.wrappers import ObserveState, SkipState
+from clipax._core import _leaves, _paths, _window
+from clipax._core._clip_by import ClipState
+from clipax._core._typing import Array, Norms
+from clipax._core._window import WindowState
+from clipax.methods.observe import ObserveState
+from clipax.methods.skip_step import SkipState
 
 _QUANTILES = (0.5, 0.9, 0.99)
 _WRAPPERS = (ObserveState, SkipState)

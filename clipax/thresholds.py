@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _leaves, _paths
-from clipax._typing import Array, Bound, Norms
+from clipax._core import _checks, _leaves, _paths
+from clipax._core._typing import Array, Bound, Norms
 
 
 class Threshold(optax.GradientTransformationExtraArgs):  # type: ignore[misc]

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from clipax import _compat
-from clipax._typing import Axes
+from clipax._core import _compat
+from clipax._core._typing import Axes
 
 
 def output_last(path: str, leaf: Any) -> Axes:

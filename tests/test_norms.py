@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import clipax
-from clipax import _compat, _safe_norm
+from clipax._core import _compat, _safe_norm
 
 ORDERS = [0.5, 1, 2, 3, math.inf, None]
 

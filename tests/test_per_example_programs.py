@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 import clipax
-from clipax import _plans, _walk
+from clipax.per_example import _plans, _walk
 
 BOUND = 0.05
 

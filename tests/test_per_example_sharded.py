@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import clipax
-from clipax import _compat
+from clipax._core import _compat
 
 DEVICES, EXAMPLES = 4, 8
 P = PartitionSpec

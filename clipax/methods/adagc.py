@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _leaves, _patience
-from clipax._clip_by import clip_by
-from clipax._transformation import injectable
-from clipax._typing import Array, AxisName, LeafRule, Norms
+from clipax._core import _checks, _leaves, _patience
+from clipax._core._clip_by import clip_by
+from clipax._core._transformation import injectable
+from clipax._core._typing import Array, AxisName, LeafRule, Norms
 from clipax.coefficients import hard, in_two
 from clipax.norms import global_norm, leaf_norm
 from clipax.thresholds import Threshold

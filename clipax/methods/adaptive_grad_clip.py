@@ -5,9 +5,9 @@ import functools
 import jax
 import optax
 
-from clipax import _checks
-from clipax._clip_by import clip_by
-from clipax._typing import AxisName, Bound, LeafRule
+from clipax._core import _checks
+from clipax._core._clip_by import clip_by
+from clipax._core._typing import AxisName, Bound, LeafRule
 from clipax.norms import unit_norm
 from clipax.thresholds import relative_to_params
 from clipax.units import nfnets

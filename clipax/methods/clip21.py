@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _leaves, _moments
-from clipax._transformation import transformation
-from clipax._typing import Array, AxisName, Updates
+from clipax._core import _checks, _leaves, _moments
+from clipax._core._transformation import transformation
+from clipax._core._typing import Array, AxisName, Updates
 from clipax.norms import global_norm
 
 

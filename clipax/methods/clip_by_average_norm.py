@@ -2,8 +2,8 @@
 
 import optax
 
-from clipax._clip_by import clip_by
-from clipax._typing import AxisName, Bound
+from clipax._core._clip_by import clip_by
+from clipax._core._typing import AxisName, Bound
 from clipax.norms import average_norm
 
 

@@ -2,9 +2,9 @@
 
 import optax
 
-from clipax import _checks
-from clipax._clip_by import clip_by
-from clipax._typing import AxisName, Bound
+from clipax._core import _checks
+from clipax._core._clip_by import clip_by
+from clipax._core._typing import AxisName, Bound
 from clipax.norms import block_rms
 from clipax.thresholds import bounded
 

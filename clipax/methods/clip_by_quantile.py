@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipax import _checks, _leaves, _patience
-from clipax._clip_by import clip_by_history
-from clipax._transformation import injectable
-from clipax._typing import Array, AxisName, Bound, LeafRule, Norm
+from clipax._core import _checks, _leaves, _patience
+from clipax._core._clip_by import clip_by_history
+from clipax._core._transformation import injectable
+from clipax._core._typing import Array, AxisName, Bound, LeafRule, Norm
 from clipax.norms import global_norm
 
 

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _leaves, _matrices, _paths, _spectral
-from clipax._clip_by import ClipState, clip_by
-from clipax._transformation import injectable, transformation
-from clipax._typing import AxisName, Bound, Coefficient, LeafRule, Norms, Updates
+from clipax._core import _checks, _leaves, _paths
+from clipax._core._clip_by import ClipState, clip_by
+from clipax._core._transformation import injectable, transformation
+from clipax._core._typing import AxisName, Bound, Coefficient, LeafRule, Norms, Updates
+from clipax._spectral import _matrices, _spectral
 from clipax.coefficients import hard, square_root
 from clipax.norms import leaf_norm
 

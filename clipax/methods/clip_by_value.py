@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _leaves
-from clipax._clip_by import ClipState, clip_by
-from clipax._transformation import transformation
-from clipax._typing import Array, AxisName, Bound, Norms, Updates
+from clipax._core import _checks, _leaves
+from clipax._core._clip_by import ClipState, clip_by
+from clipax._core._transformation import transformation
+from clipax._core._typing import Array, AxisName, Bound, Norms, Updates
 from clipax.coefficients import hard, in_two
 from clipax.norms import leaf_norm
 from clipax.thresholds import bounded

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _leaves
-from clipax._clip_by import clip_by
-from clipax._typing import Array, AxisName, Bound, LeafRule
+from clipax._core import _checks, _leaves
+from clipax._core._clip_by import clip_by
+from clipax._core._typing import Array, AxisName, Bound, LeafRule
 from clipax.coefficients import hard
 from clipax.norms import global_norm
 

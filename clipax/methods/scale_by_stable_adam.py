@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _leaves, _moments
-from clipax._clip_by import ClipState, clip_by
-from clipax._transformation import transformation
-from clipax._typing import Array, AxisName, Updates
+from clipax._core import _checks, _leaves, _moments
+from clipax._core._clip_by import ClipState, clip_by
+from clipax._core._transformation import transformation
+from clipax._core._typing import Array, AxisName, Updates
 from clipax.coefficients import scale_updates
 from clipax.norms import block_rms, global_norm
 

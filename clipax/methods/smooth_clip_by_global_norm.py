@@ -2,10 +2,10 @@
 
 import optax
 
-from clipax import _checks
-from clipax._clip_by import clip_by
-from clipax._transformation import injectable
-from clipax._typing import AxisName, Bound, Coefficient, LeafRule
+from clipax._core import _checks
+from clipax._core._clip_by import clip_by
+from clipax._core._transformation import injectable
+from clipax._core._typing import AxisName, Bound, Coefficient, LeafRule
 from clipax.coefficients import square_root
 from clipax.norms import global_norm
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipax import _checks, _leaves
-from clipax._clip_by import ClipState, clip_by
-from clipax._transformation import injectable, transformation
-from clipax._typing import Array, AxisName, Bound, Coefficient, Updates
+from clipax._core import _checks, _leaves
+from clipax._core._clip_by import ClipState, clip_by
+from clipax._core._transformation import injectable, transformation
+from clipax._core._typing import Array, AxisName, Bound, Coefficient, Updates
 from clipax.coefficients import in_two, scale_updates, tanh
 from clipax.norms import leaf_norm
 from clipax.thresholds import bounded

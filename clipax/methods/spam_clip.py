@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _leaves, _moments
-from clipax._clip_by import ClipState, clip_by
-from clipax._transformation import injectable, transformation
-from clipax._typing import Array, AxisName, Bound, Norms, Updates
+from clipax._core import _checks, _leaves, _moments
+from clipax._core._clip_by import ClipState, clip_by
+from clipax._core._transformation import injectable, transformation
+from clipax._core._typing import Array, AxisName, Bound, Norms, Updates
 from clipax.coefficients import scale_updates
 from clipax.norms import global_norm, leaf_norm
 from clipax.thresholds import Threshold, bounded

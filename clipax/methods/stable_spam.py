@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _leaves, _moments
-from clipax._clip_by import ClipState, clip_by
-from clipax._transformation import transformation
-from clipax._typing import Array, AxisName, Norms, Updates
+from clipax._core import _checks, _leaves, _moments
+from clipax._core._clip_by import ClipState, clip_by
+from clipax._core._transformation import transformation
+from clipax._core._typing import Array, AxisName, Norms, Updates
 from clipax.coefficients import Factors, hard, in_two, normalized
 from clipax.norms import global_norm, leaf_norm
 from clipax.thresholds import Threshold, fixed, per_norm

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax._typing import Array
+from clipax._core._typing import Array
 
 
 def padded(value: Array, config: Sequence[tuple[int, int, int]]) -> Array:

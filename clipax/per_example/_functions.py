@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _checks, _compat, _leaves, _paths
-from clipax._examples import ArgNums, Call
-from clipax._examples import PerExampleInfo as PerExampleInfo
-from clipax._plans import Plan
-from clipax._typing import Array, Bound, Coefficient, Norms
+from clipax._core import _checks, _compat, _leaves, _paths
+from clipax._core._typing import Array, Bound, Coefficient, Norms
 from clipax.coefficients import hard
+from clipax.per_example._examples import ArgNums, Call
+from clipax.per_example._examples import PerExampleInfo as PerExampleInfo
+from clipax.per_example._plans import Plan
 
 
 def clipped_grad(

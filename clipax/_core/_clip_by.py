@@ -8,9 +8,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax import _checks, _compat, _leaves, _paths, _transformation, coefficients
-from clipax._transformation import injectable, transformation
-from clipax._typing import Array, AxisName, Bound, Coefficient, LeafRule, Norm, Norms, Updates
+from clipax import coefficients
+from clipax._core import _checks, _compat, _leaves, _paths, _transformation
+from clipax._core._transformation import injectable, transformation
+from clipax._core._typing import (
+    Array,
+    AxisName,
+    Bound,
+    Coefficient,
+    LeafRule,
+    Norm,
+    Norms,
+    Updates,
+)
 from clipax.norms import global_norm
 from clipax.thresholds import Threshold, as_threshold, capped, per_norm
 

@@ -8,7 +8,7 @@ norms in a row so far above their bounds: until then, a rule is its paper's.
 import jax.numpy as jnp
 import optax
 
-from clipax._typing import Array
+from clipax._core._typing import Array
 
 PATIENCE = 200
 """After how many norms in a row that were clipped to less than half, a history is given up."""

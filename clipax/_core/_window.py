@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipax import _leaves
-from clipax._typing import Array
+from clipax._core import _leaves
+from clipax._core._typing import Array
 
 # A share of the mean: a standard deviation below it is the rounding of equal values.
 _LEAST_STD = 1e-6

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
-from clipax import _programs
-from clipax._preparations import padded
-from clipax._programs import Body, Equation, Program, Ref, is_variable
-from clipax._typing import Array
+from clipax._core._typing import Array
+from clipax.per_example import _programs
+from clipax.per_example._preparations import padded
+from clipax.per_example._programs import Body, Equation, Program, Ref, is_variable
 
 
 class Axis:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clipax import _leaves
-from clipax._singular import (
+from clipax._core import _leaves
+from clipax._core._typing import Array, Coefficient
+from clipax._spectral._singular import (
     Decomposition,
     adjoint,
     attached,
@@ -24,7 +25,6 @@ from clipax._singular import (
     matmul,
     product,
 )
-from clipax._typing import Array, Coefficient
 from clipax.coefficients import hard
 
 _SQUARINGS = 10

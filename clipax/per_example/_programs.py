@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from clipax import _compat
-from clipax._typing import Array
+from clipax._core import _compat
+from clipax._core._typing import Array
 
 Program = core.Jaxpr
 Equation = core.JaxprEqn

@@ -10,8 +10,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipax._programs import Equation, is_variable
-from clipax._terms import Axis, Operand, Origin, Passed, Product, Scope, Term, Terms, Whole
+from clipax.per_example._programs import Equation, is_variable
+from clipax.per_example._terms import (
+    Axis,
+    Operand,
+    Origin,
+    Passed,
+    Product,
+    Scope,
+    Term,
+    Terms,
+    Whole,
+)
 
 # A sum of more terms than this is taken as it is when an equation scales or moves it. Terms
 # could otherwise double with each equation, as in a chain of `w = w + move(w)`.

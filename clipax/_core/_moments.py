@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _leaves
-from clipax._typing import Array, AxisName, Updates
+from clipax._core import _leaves
+from clipax._core._typing import Array, AxisName, Updates
 from clipax.norms import global_norm
 
 

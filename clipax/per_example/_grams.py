@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _compat, _leaves, _safe_norm
-from clipax._programs import Ref
-from clipax._terms import Axis, Operand, Product
-from clipax._typing import Array
+from clipax._core import _compat, _leaves, _safe_norm
+from clipax._core._typing import Array
+from clipax.per_example._programs import Ref
+from clipax.per_example._terms import Axis, Operand, Product
 
 Values = dict[Ref, Array]
 """Of the program's variables; the examples come first, where a value differs between them."""

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from clipax import _compat, _leaves
-from clipax._typing import Array, Axes, AxisName, LeafRule, Updates
+from clipax._core import _compat, _leaves
+from clipax._core._typing import Array, Axes, AxisName, LeafRule, Updates
 from clipax.units import output_last
 
 # JAX gives these two no types.

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _compat, _leaves
-from clipax._typing import Array, Coefficient
+from clipax._core import _compat, _leaves
+from clipax._core._typing import Array, Coefficient
 
 # Without it, accelerators round float32 factors to ten bits or fewer.
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

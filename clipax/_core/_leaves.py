@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from clipax import _compat, _paths
-from clipax._typing import Array, Axes, AxisName, LeafRule, Updates
+from clipax._core import _compat, _paths
+from clipax._core._typing import Array, Axes, AxisName, LeafRule, Updates
 
 
 def is_measured(leaf: Any) -> bool:

@@ -9,8 +9,8 @@ import jax
 import optax
 from jax.sharding import NamedSharding
 
-from clipax import _compat
-from clipax._typing import Array, Updates
+from clipax._core import _compat
+from clipax._core._typing import Array, Updates
 
 # JAX gives these no types.
 _sum_over: Callable[..., Array] = jax.lax.psum

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _compat, _leaves
-from clipax._typing import Array
+from clipax._core import _compat, _leaves
+from clipax._core._typing import Array
 
 
 class Layout(NamedTuple):

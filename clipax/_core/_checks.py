@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.tree_util import GetAttrKey
 
-from clipax import _leaves
+from clipax._core import _leaves
 
 
 def is_schedule(value: Any) -> bool:

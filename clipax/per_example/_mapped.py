@@ -18,8 +18,9 @@ from typing import Any
 
 from jax.extend import core
 
-from clipax import _compat, _programs
-from clipax._programs import Equation, Program, is_variable
+from clipax._core import _compat
+from clipax.per_example import _programs
+from clipax.per_example._programs import Equation, Program, is_variable
 
 # They name a mapped axis, and nothing crosses it. Those with `cast` only change a type.
 _QUIET = {"axis_index", "pvary", "preduced"}

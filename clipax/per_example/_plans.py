@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _compat, _grams, _leaves, coefficients
-from clipax._grams import Values
-from clipax._preparations import Windows
-from clipax._products import terms_of
-from clipax._programs import Ref
-from clipax._terms import Product, Scope, Terms, Whole
-from clipax._typing import Array
+from clipax import coefficients
+from clipax._core import _compat, _leaves
+from clipax._core._typing import Array
+from clipax.per_example import _grams
+from clipax.per_example._grams import Values
+from clipax.per_example._preparations import Windows
+from clipax.per_example._products import terms_of
+from clipax.per_example._programs import Ref
+from clipax.per_example._terms import Product, Scope, Terms, Whole
 
 # To fill a matrix with zeros and to read it again takes about as long as this many products.
 _PASSES_OF_A_SCATTER = 4

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
-from clipax import _arguments, _compat, _leaves, _mapped, _paths, _plans, _programs
-from clipax._plans import Plan
-from clipax._programs import Ref
-from clipax._safe_norm import Layout, total_norm
-from clipax._terms import Scope
-from clipax._typing import Array, Coefficient, Norms
+from clipax._core import _compat, _leaves, _paths
+from clipax._core._safe_norm import Layout, total_norm
+from clipax._core._typing import Array, Coefficient, Norms
 from clipax.coefficients import Factors, in_two
+from clipax.per_example import _arguments, _mapped, _plans, _programs
+from clipax.per_example._plans import Plan
+from clipax.per_example._programs import Ref
+from clipax.per_example._terms import Scope
 
 ArgNums = int | Sequence[int]
 Outputs = Callable[[Any, Any, Any], Any]

@@ -14,11 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax import _programs, _walk
-from clipax._preparations import Cut, Grouped, Pad, Place, Squeezed, Windows
-from clipax._programs import is_variable, shape_of
-from clipax._terms import Axis, Move, Operand, Origin, Passed, Product, Scope, Term, Terms
-from clipax._walk import Recipe, Site, changed, each, made, rule, total
+from clipax.per_example import _programs, _walk
+from clipax.per_example._preparations import Cut, Grouped, Pad, Place, Squeezed, Windows
+from clipax.per_example._programs import is_variable, shape_of
+from clipax.per_example._terms import (
+    Axis,
+    Move,
+    Operand,
+    Origin,
+    Passed,
+    Product,
+    Scope,
+    Term,
+    Terms,
+)
+from clipax.per_example._walk import Recipe, Site, changed, each, made, rule, total
 
 terms_of = _walk.terms_of
 

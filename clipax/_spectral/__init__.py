@@ -1,0 +1,1 @@
+"""Singular values and functions of them, for `clip_by_spectral_norm`."""
