@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import accelerators
 import pytest
 import trees
 
@@ -23,6 +22,7 @@ from benchmarks import (
     work_step,
     workloads,
 )
+from benchmarks.compilers import accelerators
 from benchmarks.per_example_models import MODELS
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -227,11 +227,12 @@ def test_an_unknown_work_is_refused():
     assert "invalid choice: 'all'" in run.stderr
 
 
-# -- python -m benchmarks.tpu_memory and benchmarks.reproduce ------------------------------------
+# -- benchmarks.compilers and benchmarks.reproduce ------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("module", "extra"), [("benchmarks.tpu_memory", "tpu"), ("benchmarks.gpu_programs", "cuda")]
+    ("module", "extra"),
+    [("benchmarks.compilers.tpu_memory", "tpu"), ("benchmarks.compilers.gpu_programs", "cuda")],
 )
 def test_a_compiler_that_is_not_there_is_named(module, extra):
     if not accelerators.why_not(extra):
@@ -245,7 +246,7 @@ def test_a_compiler_that_is_not_there_is_named(module, extra):
 def test_the_risk_of_a_late_bound_is_reproduced(tmp_path):
     output = tmp_path / "figures.json"
     arguments = ["--spikes", "--quick", "--output", str(output)]
-    run = _ran("benchmarks.tpu_memory", *arguments)
+    run = _ran("benchmarks.compilers.tpu_memory", *arguments)
     assert run.returncode == 0, run.stderr
     tables = json.loads(output.read_text())["tables"]
     assert set(tables) == {"sgd", "adam"}

@@ -8,18 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import accelerators
 import every_method
-import hlo
 import optax
 import pytest
 import trees
+from compilers import needs
 
 import clipax
+from benchmarks.compilers import accelerators, hlo
 
 pytestmark = [
     pytest.mark.cuda,
-    accelerators.needs("cuda"),
+    needs("cuda"),
 ]
 METHODS = sorted(trees.public_factories())
 SMALL = (40, 136, 7)
@@ -109,7 +109,7 @@ def test_a_global_norm_needs_the_memory_of_optax() -> None:
 
 def test_the_benchmark_of_programs_runs(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
-    module = ("-m", "benchmarks.gpu_programs", "--quick", "--output", str(output))
+    module = ("-m", "benchmarks.compilers.gpu_programs", "--quick", "--output", str(output))
     run = subprocess.run([sys.executable, *module], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     for rows in json.loads(output.read_text())["tables"].values():

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +16,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import clipax
+from benchmarks.compilers import hlo
 
 EXAMPLES = 8
 COEFFICIENTS: dict[str, tuple[Any, Callable[..., np.ndarray]]] = {

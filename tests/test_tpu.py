@@ -4,17 +4,17 @@ import functools
 import itertools
 from typing import Any
 
-import accelerators
 import every_method
-import hlo
 import jax
 import optax
 import pytest
 import trees
+from compilers import needs
 
 import clipax
+from benchmarks.compilers import accelerators, hlo
 
-pytestmark = [pytest.mark.tpu, accelerators.needs("tpu")]
+pytestmark = [pytest.mark.tpu, needs("tpu")]
 METHODS = sorted(trees.public_factories())
 every_chip = pytest.mark.parametrize("chip", accelerators.TPUS)
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from jax import export
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -72,11 +71,6 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 _COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")}
-
-
-def needs(extra: str) -> Any:
-    """Skips where the compiler is not installed that an extra installs."""
-    return pytest.mark.skipif(bool(why_not(extra)), reason=why_not(extra))
 
 
 def why_not(extra: str) -> str:

@@ -1,7 +1,7 @@
 # ruff: noqa: T201
 """What XLA's compiler for an H100 makes of a step of Adam behind each method.
 
-    python -m benchmarks.gpu_programs [--quick] [--output FILE.json]
+    python -m benchmarks.compilers.gpu_programs [--quick] [--output FILE.json]
 
 It needs the extra `cuda` and no GPU: these are counts of what was compiled, and no
 measurements. *Reads* are kernels that read a matrix of gradients or parameters only to reduce
@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import timing
+from benchmarks.compilers import hlo
+from benchmarks.compilers.accelerators import chips, compiled_step, layers, why_not
 from benchmarks.methods import GROUPS, OPTIMIZERS, READ_ONCE, SCALED, Optimizer
-from tests import hlo
-from tests.accelerators import chips, compiled_step, layers, why_not
 
 _GROUPS = ("global", "leaf", "unit", "value", "scalar history")
 _WIDTHS = (1024, 4096, 1024, 4096, 1024)

@@ -1,8 +1,8 @@
 # ruff: noqa: T201
 """What a bound costs in memory on a TPU, and what a bound that comes a step late risks.
 
-    python -m benchmarks.tpu_memory [--quick] [--chips v5e v5p v6e] [--output FILE.json]
-    python -m benchmarks.tpu_memory --spikes [--quick] [--output FILE.json]
+    python -m benchmarks.compilers.tpu_memory [--quick] [--chips v5e v5p v6e] [--output FILE.json]
+    python -m benchmarks.compilers.tpu_memory --spikes [--quick] [--output FILE.json]
 
 The first needs the extra `tpu` and no TPU: its figures are those of the compiler, and no
 measurements. The second trains on scikit-learn's digits (the extra `demo`), on a CPU.
@@ -26,8 +26,8 @@ from jax.sharding import Mesh
 
 import clipax
 from benchmarks import reproduce_spikes
+from benchmarks.compilers.accelerators import chips, placed, why_not
 from benchmarks.reproduce_shared import json_ready
-from tests.accelerators import chips, placed, why_not
 
 MAX_NORM = 1.0
 LEARNING_RATE = 1e-3

@@ -1,0 +1,1 @@
+"""What the compilers for TPUs and GPUs make of a step; no device is needed."""
