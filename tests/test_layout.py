@@ -8,56 +8,56 @@ import pytest
 import clipax
 
 ROOT = pathlib.Path(clipax.__file__).parent
+# A package stands for all of its modules that are not named.
 FLOORS = [
-    {"_typing"},
+    {"_core/__init__", "_core/_typing", "_spectral/__init__"},
     {
-        "_compat",
-        "_leaves",
-        "_paths",
-        "_arguments",
-        "_checks",
-        "_patience",
-        "_preparations",
-        "_programs",
-        "_transformation",
-        "_window",
+        "_core/_checks",
+        "_core/_compat",
+        "_core/_leaves",
+        "_core/_paths",
+        "_core/_patience",
+        "_core/_transformation",
+        "_core/_window",
         "units",
     },
-    {
-        "_safe_norm",
-        "_matrices",
-        "_products",
-        "_singular",
-        "_terms",
-        "_walk",
-        "_mapped",
-        "_spectral",
-        "norms",
-        "_moments",
-        "coefficients",
-    },
-    {"thresholds", "_grams", "_plans", "_examples"},
-    {"_clip_by"},
+    {"_core/_safe_norm"},
+    {"_core/_moments", "_spectral", "coefficients", "norms"},
+    {"thresholds"},
+    {"_core/_clip_by", "per_example"},
     {"methods"},
-    {"wrappers", "metrics", "apply", "per_example"},
-    {"__init__", "__main__"},
+    {"metrics", "apply"},
+    {"__init__", "_demo"},
+    {"__main__"},
 ]
 MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py"))
 
 
 def floor(module: str) -> int:
-    (found,) = (level for level, names in enumerate(FLOORS) if module.split("/")[0] in names)
-    return found
+    levels = [
+        level
+        for name in (module, module.split("/")[0])
+        for level, names in enumerate(FLOORS)
+        if name in names
+    ]
+    return levels[0]
 
 
 def imported(module: str) -> set[str]:
     """The modules of clipax that a module imports."""
     names = set()
     for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "clipax":
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clipax."):
-            names.add(node.module.removeprefix("clipax.").replace(".", "/"))
+        if isinstance(node, ast.Import):
+            names |= {"__init__" for alias in node.names if alias.name == "clipax"}
+        if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "clipax":
+            continue
+        place = (node.module or "").replace(".", "/").removeprefix("clipax").removeprefix("/")
+        if place in MODULES:
+            names.add(place)
+            continue
+        for alias in node.names:
+            inside = f"{place}/{alias.name}".removeprefix("/")
+            names.add(inside if inside in MODULES else f"{place}/__init__".removeprefix("/"))
     return names
 
 

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import clipax
-from clipax import __main__ as demo
+from clipax._demo import _command, _methods, _picture, _report, _training
 
 STEPS, SEEDS = 12, 2
 # One of each kind: a table of all of them is long in compiling.
@@ -29,7 +29,7 @@ TIMES = "milliseconds_per_step_of_all_seeds"
 
 def run(output: pathlib.Path, *args: str) -> dict[str, typing.Any]:
     size = ["--steps", str(STEPS), "--seeds", str(SEEDS), "--output", str(output)]
-    demo.main([*size, *args])
+    _command.main([*size, *args])
     return json.loads((output / "training.json").read_text(), parse_constant=pytest.fail)
 
 
@@ -45,7 +45,7 @@ def fake_record(**values: typing.Any) -> dict[str, typing.Any]:
     curve = np.linspace(1.0, 9.0, STEPS * SEEDS, dtype=np.float32).reshape(STEPS, SEEDS)
     history = {"loss": curve, "global_norm": curve, "norm": curve, "clip_fraction": curve > 2}
     history |= {"max_norm": np.full_like(curve, 2.0)} | values
-    summary = demo._summary("a_method", history)
+    summary = _training.summary("a_method", history)
     return summary | {"test_accuracy": np.array([0.25, 0.75]), TIMES: 5.0}
 
 
@@ -67,14 +67,14 @@ def public_methods() -> set[str]:
 def test_every_public_method_takes_part():
     names = {ALIASES.get(name, name) for name in public_methods()}
     assert "clip_by_global_norm" in names
-    assert names - set(demo.METHODS) == set()
+    assert names - set(_methods.METHODS) == set()
 
 
 @pytest.mark.slow
-def test_all_methods_run_by_default(tmp_path):
-    demo.main(["--steps", "1", "--seeds", "1", "--output", str(tmp_path)])
+def test_all_methods_run(tmp_path):
+    _command.main(["--methods", "all", "--steps", "1", "--seeds", "1", "--output", str(tmp_path)])
     document = json.loads((tmp_path / "training.json").read_text(), parse_constant=pytest.fail)
-    assert list(document["methods"]) == list(demo.METHODS)
+    assert list(document["methods"]) == list(_methods.METHODS)
     for record in document["methods"].values():
         assert np.isfinite(record["loss"]).all()
         assert record["test_accuracy"][0] > 0
@@ -102,8 +102,16 @@ def test_json_agrees_with_itself(some_methods):
     for record in some_methods[1]["methods"].values():
         np.testing.assert_allclose(np.max(record["norm"], axis=0), record["largest_norm"])
         np.testing.assert_allclose(np.mean(record["loss"], axis=0), record["final_loss"], 1e-5)
-        images = np.multiply(record["test_accuracy"], demo.TEST_SIZE)
+        images = np.multiply(record["test_accuracy"], _training.TEST_SIZE)
         np.testing.assert_allclose(images, images.round(), atol=1e-2)
+
+
+@pytest.mark.slow
+def test_one_of_each_family_runs_by_default(tmp_path):
+    _command.main(["--steps", "1", "--seeds", "1", "--output", str(tmp_path)])
+    document = json.loads((tmp_path / "training.json").read_text(), parse_constant=pytest.fail)
+    assert list(document["methods"]) == _methods.DEFAULT
+    assert 8 <= len(_methods.DEFAULT) <= 10
 
 
 def test_share_of_steps_clipped_is_the_share_of_norms_above_the_bound(some_methods):
@@ -143,20 +151,20 @@ def test_gradients_explode_unclipped(some_methods):
 
 
 def test_gradients_grow_on_their_way_back():
-    params, batch = jax.tree.map(jax.numpy.asarray, (demo._initial_params(0), first_batch()))
+    params, batch = jax.tree.map(jax.numpy.asarray, (_training.initial_params(0), first_batch()))
     images, labels = batch
 
     def loss(pixels):
-        logits = demo._logits(params, pixels)
+        logits = _training.predict(params, pixels)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     at_pixel = np.linalg.norm(jax.jit(jax.grad(loss))(images), axis=0)
     assert at_pixel[0] > 10 * at_pixel[-1]
 
 
-def first_batch() -> demo.Batch:
+def first_batch() -> _training.Batch:
     datasets = pytest.importorskip("sklearn.datasets")
-    images, labels = next(demo._batches(demo._digits(datasets)[0], 1))
+    images, labels = next(_training.minibatches(_training.digits(datasets)[0], 1))
     return images[0], labels[0]
 
 
@@ -178,7 +186,7 @@ def test_seeds_and_batches_are_fixed(some_methods, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", demo.OPTIMIZERS)
+@pytest.mark.parametrize("name", _methods.OPTIMIZERS)
 def test_optimizers(name, tmp_path):
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it.
         document = run(tmp_path, "--optimizer", name, "--steps", "1", "--methods", "none")
@@ -187,7 +195,7 @@ def test_optimizers(name, tmp_path):
 
 
 def test_splits_are_of_all_images_and_do_not_overlap():
-    (images, labels), (test_images, test_labels) = demo._digits(
+    (images, labels), (test_images, test_labels) = _training.digits(
         pytest.importorskip("sklearn.datasets")
     )
     assert images.shape == (1437, 64)
@@ -199,7 +207,7 @@ def test_splits_are_of_all_images_and_do_not_overlap():
 
 def test_batches_of_a_seed_do_not_depend_on_the_others():
     train_set = np.arange(100.0), np.arange(100)
-    alone, together = demo._batches(train_set, 1), demo._batches(train_set, 3)
+    alone, together = _training.minibatches(train_set, 1), _training.minibatches(train_set, 3)
     for _ in range(3):
         np.testing.assert_array_equal(next(alone)[0][0], next(together)[0][0])
 
@@ -207,6 +215,7 @@ def test_batches_of_a_seed_do_not_depend_on_the_others():
 def test_table(some_methods):
     output, document, printed = some_methods
     lines = printed.splitlines()
+    assert "To learn from it" in printed
     rows = {line.split()[0]: line for line in lines[2 : 2 + len(SOME)]}
     assert lines[0].startswith("method ")
     assert list(rows) == SOME
@@ -226,12 +235,12 @@ def test_divergence_is_said(tmp_path):
         "half": fake_record(loss=half, global_norm=half, norm=half),
         "fine": fake_record(),
     }
-    table = demo._table(runs, fake_args(tmp_path))
+    table = _report.table(runs, fake_args(tmp_path))
     assert "diverged in 2 of 2" in table
     assert "diverged in 1 of 2" in table
     assert "inf" in table
     assert "0.500 ± 0.250" in table
-    text = demo._write_json(runs, fake_args(tmp_path)).read_text()
+    text = _report.write_json(runs, fake_args(tmp_path)).read_text()
     methods = json.loads(text, parse_constant=pytest.fail)["methods"]
     assert methods["none"]["final_loss"] == [None, None]
     assert methods["half"]["final_loss"] == [None, 1.0]
@@ -241,10 +250,10 @@ def test_divergence_is_said(tmp_path):
 @pytest.mark.parametrize("count", [1, 4, 10])
 def test_plot_of_any_number_of_methods(count, tmp_path):
     figures = pytest.importorskip("matplotlib.figure")
-    names = [*demo.METHODS, *(f"later_{index}" for index in range(20))][:count]
+    names = [*_methods.METHODS, *(f"later_{index}" for index in range(20))][:count]
     nan = np.full((STEPS, SEEDS), np.nan, np.float32)
     runs = dict.fromkeys(names, fake_record()) | {"none": fake_record(loss=nan, global_norm=nan)}
-    assert demo._write_png(runs, fake_args(tmp_path), figures).stat().st_size > 10_000
+    assert _picture.write_png(runs, fake_args(tmp_path), figures).stat().st_size > 10_000
 
 
 def test_plot_has_the_bound_where_there_is_one(tmp_path):
@@ -252,7 +261,7 @@ def test_plot_has_the_bound_where_there_is_one(tmp_path):
     bound = np.tile(np.arange(1.0, STEPS + 1)[:, None], SEEDS)
     other = fake_record(norm=np.ones((STEPS, SEEDS), np.float32))
     runs = {"none": other, "rising": fake_record(max_norm=bound), "other": other}
-    demo._write_png(runs, fake_args(tmp_path), figures)
+    _picture.write_png(runs, fake_args(tmp_path), figures)
     drawn = [
         {line.get_label(): line.get_ydata() for line in axes.get_lines()}
         for axes in figures.last.axes
@@ -273,9 +282,9 @@ class Figures:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--methods", "none,clip_by_magic"], ["clip_by_magic", *demo.METHODS]),
-        (["--methods", ""], list(demo.METHODS)),
-        (["--optimizer", "sdg"], ["sdg", *demo.OPTIMIZERS]),
+        (["--methods", "none,clip_by_magic"], ["clip_by_magic", *_methods.METHODS]),
+        (["--methods", ""], list(_methods.METHODS)),
+        (["--optimizer", "sdg"], ["sdg", *_methods.OPTIMIZERS]),
         (["--steps", "0"], ["--steps", ">= 1"]),
         (["--steps", "ten"], ["--steps", "ten"]),
         (["--seeds", "-1"], ["--seeds"]),
@@ -286,7 +295,7 @@ class Figures:
 )
 def test_bad_arguments(args, said, capsys):
     with pytest.raises(SystemExit) as stopped:
-        demo.main(args)
+        _command.main(args)
     assert stopped.value.code == 2
     message = capsys.readouterr().err
     assert [word for word in said if word not in message] == []
@@ -295,20 +304,27 @@ def test_bad_arguments(args, said, capsys):
 def test_missing_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(SystemExit, match=r"needs tqdm.*pip install 'clipax\[demo\]'"):
-        demo.main(["--output", str(tmp_path)])
+        _command.main(["--output", str(tmp_path)])
 
 
 def test_other_import_errors_are_not_hidden():
     with pytest.raises(SystemExit, match="needs no_such_module"):
-        demo._require("no_such_module")
+        _command.require("no_such_module")
 
 
 def test_help(capsys):
     with pytest.raises(SystemExit) as stopped:
-        demo.main(["--help"])
+        _command.main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for word in ("--methods", "--steps", "--seeds", "--output", "handwritten", *demo.OPTIMIZERS):
+    for word in (
+        "--methods",
+        "--steps",
+        "--seeds",
+        "--output",
+        "handwritten",
+        *_methods.OPTIMIZERS,
+    ):
         assert word in text
 
 
@@ -322,6 +338,6 @@ def test_command_line(tmp_path):
 
 
 def test_initial_recurrent_matrix_is_orthogonal_but_for_its_gain():
-    matrix = demo._initial_params(0)["recurrent"] / demo.RECURRENT_GAIN
-    np.testing.assert_allclose(matrix @ matrix.T, np.eye(demo.HIDDEN_SIZE), atol=1e-5)
-    assert math.isclose(np.linalg.norm(matrix), math.sqrt(demo.HIDDEN_SIZE), rel_tol=1e-5)
+    matrix = _training.initial_params(0)["recurrent"] / _training.RECURRENT_GAIN
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(_training.HIDDEN_SIZE), atol=1e-5)
+    assert math.isclose(np.linalg.norm(matrix), math.sqrt(_training.HIDDEN_SIZE), rel_tol=1e-5)
