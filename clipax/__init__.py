@@ -7,7 +7,7 @@ an `optax.GradientTransformation` that chains with any optimizer:
 
 * methods: `clip_by_global_norm`, `clip_by_leaf_norm`, `clip_by_unit_norm`,
   `clip_by_block_rms`, `clip_by_average_norm`, `clip_by_spectral_norm`, `clip_by_value`
-  (`clip`), `adaptive_grad_clip`, and `measure`, which only records
+  (`clip`), `adaptive_grad_clip`, `clippy`, and `measure`, which only records
 * without a corner, or with a floor: `smooth_clip_by_global_norm`, `smooth_clip_by_value`,
   `delta_gclip`
 * methods whose bound sets itself: `autoclip`, `clip_by_quantile`, `clip_by_mean_std`, `adagc`,
@@ -56,6 +56,7 @@ from clipax.methods.clip_by_spectral_norm import clip_by_spectral_norm as clip_b
 from clipax.methods.clip_by_unit_norm import clip_by_unit_norm as clip_by_unit_norm
 from clipax.methods.clip_by_value import clip as clip
 from clipax.methods.clip_by_value import clip_by_value as clip_by_value
+from clipax.methods.clippy import clippy as clippy
 from clipax.methods.delta_gclip import delta_gclip as delta_gclip
 from clipax.methods.measure import measure as measure
 from clipax.methods.observe import ObserveState as ObserveState

@@ -39,6 +39,11 @@ def finite_positive(**arguments: Any) -> None:
     _require(arguments, lambda value: 0 < value < math.inf, "a finite number > 0")
 
 
+def finite_non_negative(**arguments: Any) -> None:
+    """Requires finite numbers >= 0."""
+    _require(arguments, lambda value: 0 <= value < math.inf, "a finite number >= 0")
+
+
 def inside_unit_interval(**arguments: Any) -> None:
     """Requires numbers in (0, 1), where a number is given: quantiles."""
     _require(arguments, lambda value: 0 < value < 1, "a number in (0, 1)")
