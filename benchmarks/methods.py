@@ -9,6 +9,7 @@ import optax
 
 import clipax
 from benchmarks import workloads
+from clipax._demo._methods import METHODS
 
 Optimizer = optax.GradientTransformation
 Clips = dict[str, Optimizer]
@@ -168,4 +169,12 @@ GROUPS: dict[str, Group] = {name: _group(clips) for name, clips in CLIPS.items()
         }
     ),
 }
+_NAMED = {name.split("(")[0] for group in GROUPS.values() for name in group.rows}
+_FOUND: Clips = {
+    name: build()
+    for name, build in METHODS.items()
+    if name not in {*_NAMED, "none", "clip_cotangent"}
+}
+if _FOUND:
+    GROUPS["found by their annotation"] = _group(_FOUND)
 OPTIMIZERS: dict[str, Optimizer] = {"adam": optax.adam(1e-3), "sgd": optax.sgd(1e-3)}
