@@ -18,10 +18,16 @@ import optax
 import pytest
 
 import clipax
+from clipax import coefficients, norms, states, thresholds, units
 
 
 @pytest.fixture(autouse=True)
 def _example_names(request: pytest.FixtureRequest) -> None:
     if isinstance(request.node, pytest.DoctestItem):
-        names = {name: getattr(clipax, name) for name in dir(clipax) if name[0] != "_"}
+        names = {
+            name: getattr(room, name)
+            for room in (coefficients, norms, states, thresholds, units, clipax)
+            for name in dir(room)
+            if name[0] != "_"
+        }
         request.getfixturevalue("doctest_namespace").update(names, jax=jax, jnp=jnp, optax=optax)

@@ -11,7 +11,7 @@ an `optax.GradientTransformation` that chains with any optimizer:
 * without a corner, or with a floor: `smooth_clip_by_global_norm`, `smooth_clip_by_value`,
   `delta_gclip`
 * methods whose bound sets itself: `autoclip`, `clip_by_quantile`, `clip_by_mean_std`, `adagc`,
-  `zclip` (with `reciprocal_bound`, `mean_bound`, `limit_bound`)
+  `zclip`
 * with a memory of each entry or leaf: `spam_clip`, `stable_spam`, `acclip`,
   `scale_by_stable_adam`
 * round a clip, to feed back what it takes off: `u_clip`, `clip21`
@@ -20,27 +20,26 @@ an `optax.GradientTransformation` that chains with any optimizer:
 * each example's gradient by itself: `clipped_grad`, `per_example_norms`, `explain`,
   `track_quantile`
 * without an optimizer: `global_norm`, `clip_tree`, `clip_cotangent`
-* to build your own: `clip_by` over a norm (`global_norm`, `leaf_norm`, `unit_norm`,
-  `block_rms`, `average_norm`), a threshold (`fixed`, `relative_to_params`, `per_norm`) and
-  a coefficient (`hard`, `unclipped`, the smooth `rational`, `square_root` and `tanh`,
-  `normalized`, `automatic`, `psac`); `scale_updates` for what does not decompose
+* to build your own: `clip_by` over a norm (`clipax.norms`: `global_norm`, `leaf_norm`,
+  `unit_norm`, ...), a threshold (`clipax.thresholds`: `fixed`, `relative_to_params`,
+  `per_norm`, or a `Threshold` of your own) and a coefficient (`clipax.coefficients`: `hard`,
+  `unclipped`, the smooth `rational`, `square_root` and `tanh`, `normalized`, `automatic`,
+  `psac`); `clipax.coefficients.scale_updates` for what does not decompose
+* what counts as a unit is in `clipax.units`, the states that docstrings name in
+  `clipax.states`
 """
 
-from clipax._core._clip_by import ClipState as ClipState
+from clipax import coefficients as coefficients
+from clipax import norms as norms
+from clipax import per_example as per_example
+from clipax import states as states
+from clipax import thresholds as thresholds
+from clipax import units as units
 from clipax._core._clip_by import clip_by as clip_by
 from clipax.apply import check_finite as check_finite
 from clipax.apply import check_not_stuck as check_not_stuck
 from clipax.apply import clip_cotangent as clip_cotangent
 from clipax.apply import clip_tree as clip_tree
-from clipax.coefficients import automatic as automatic
-from clipax.coefficients import hard as hard
-from clipax.coefficients import normalized as normalized
-from clipax.coefficients import psac as psac
-from clipax.coefficients import rational as rational
-from clipax.coefficients import scale_updates as scale_updates
-from clipax.coefficients import square_root as square_root
-from clipax.coefficients import tanh as tanh
-from clipax.coefficients import unclipped as unclipped
 from clipax.methods.acclip import acclip as acclip
 from clipax.methods.adagc import adagc as adagc
 from clipax.methods.adaptive_grad_clip import adaptive_grad_clip as adaptive_grad_clip
@@ -59,10 +58,8 @@ from clipax.methods.clip_by_value import clip_by_value as clip_by_value
 from clipax.methods.clippy import clippy as clippy
 from clipax.methods.delta_gclip import delta_gclip as delta_gclip
 from clipax.methods.measure import measure as measure
-from clipax.methods.observe import ObserveState as ObserveState
 from clipax.methods.observe import observe as observe
 from clipax.methods.scale_by_stable_adam import scale_by_stable_adam as scale_by_stable_adam
-from clipax.methods.skip_step import SkipState as SkipState
 from clipax.methods.skip_step import skip_step as skip_step
 from clipax.methods.smooth_clip_by_global_norm import (
     smooth_clip_by_global_norm as smooth_clip_by_global_norm,
@@ -71,27 +68,14 @@ from clipax.methods.smooth_clip_by_value import smooth_clip_by_value as smooth_c
 from clipax.methods.spam_clip import spam_clip as spam_clip
 from clipax.methods.stable_spam import stable_spam as stable_spam
 from clipax.methods.u_clip import u_clip as u_clip
-from clipax.methods.zclip import limit_bound as limit_bound
-from clipax.methods.zclip import mean_bound as mean_bound
-from clipax.methods.zclip import reciprocal_bound as reciprocal_bound
 from clipax.methods.zclip import zclip as zclip
 from clipax.metrics import metrics as metrics
-from clipax.norms import average_norm as average_norm
-from clipax.norms import block_rms as block_rms
 from clipax.norms import global_norm as global_norm
 from clipax.norms import leaf_norm as leaf_norm
 from clipax.norms import unit_norm as unit_norm
-from clipax.per_example import PerExampleInfo as PerExampleInfo
 from clipax.per_example import clipped_grad as clipped_grad
 from clipax.per_example import explain as explain
 from clipax.per_example import per_example_norms as per_example_norms
 from clipax.per_example import track_quantile as track_quantile
-from clipax.thresholds import fixed as fixed
-from clipax.thresholds import per_norm as per_norm
-from clipax.thresholds import relative_to_params as relative_to_params
-from clipax.units import nfnets as nfnets
-from clipax.units import output_first as output_first
-from clipax.units import output_last as output_last
-from clipax.units import whole_leaf as whole_leaf
 
 __version__ = "0.1.0"

@@ -222,6 +222,41 @@ def _elementwise(function: Callable[..., Any], array: Array) -> Callable[..., An
     return function
 
 
+def reciprocal_bound(z: Array, mean: Array, std: Array, z_max: Array) -> Array:
+    """Computes `bound = mean + z_max^2 * std / z`: a worse spike shrinks more.
+
+    Example:
+      >>> z, mean, std, z_max = jnp.array([5.0, 1.0, 0.1, 2.0])
+      >>> reciprocal_bound(z, mean, std, z_max)
+      Array(1.08, dtype=float32)
+    """
+    return mean + z_max * (z_max / z) * std
+
+
+def mean_bound(z: Array, mean: Array, std: Array, z_max: Array) -> Array:
+    """Computes `bound = mean`: a spike shrinks to the usual norm.
+
+    Example:
+      >>> z, mean, std, z_max = jnp.array([5.0, 1.0, 0.1, 2.0])
+      >>> mean_bound(z, mean, std, z_max)
+      Array(1., dtype=float32)
+    """
+    del z, std, z_max
+    return mean
+
+
+def limit_bound(z: Array, mean: Array, std: Array, z_max: Array) -> Array:
+    """Computes `bound = mean + z_max * std`: a spike becomes the largest usual norm.
+
+    Example:
+      >>> z, mean, std, z_max = jnp.array([5.0, 1.0, 0.1, 2.0])
+      >>> limit_bound(z, mean, std, z_max)
+      Array(1.2, dtype=float32)
+    """
+    del z
+    return mean + z_max * std
+
+
 def as_threshold(value: Bound | optax.GradientTransformation) -> Threshold:
     """A threshold as it is, a transformation lifted by `per_norm`, anything else `fixed`."""
     if isinstance(value, Threshold):

@@ -17,11 +17,11 @@ import clipax
 
 FACTORIES = trees.public_factories()
 FUNCTIONS = {
-    "fixed": clipax.fixed,
-    "relative_to_params": clipax.relative_to_params,
-    "per_norm": clipax.per_norm,
-    "automatic": clipax.automatic,
-    "psac": clipax.psac,
+    "fixed": clipax.thresholds.fixed,
+    "relative_to_params": clipax.thresholds.relative_to_params,
+    "per_norm": clipax.thresholds.per_norm,
+    "automatic": clipax.coefficients.automatic,
+    "psac": clipax.coefficients.psac,
 }
 REQUIRED = {"rule": optax.ema(0.9)}
 
@@ -127,7 +127,7 @@ def test_a_norm_of_ones_own_must_give_numbers() -> None:
 @pytest.mark.parametrize("rule", [None, 1.0, "ema", optax.ema, lambda norm: norm])
 def test_what_is_no_rule_is_refused_at_once(rule: Any) -> None:
     with pytest.raises(ValueError, match=r"rule must be an optax\.GradientTransformation, got"):
-        clipax.per_norm(rule)
+        clipax.thresholds.per_norm(rule)
 
 
 def test_axes_are_refused_with_the_name_of_the_argument() -> None:

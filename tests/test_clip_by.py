@@ -49,7 +49,7 @@ def test_the_state_says_what_happened() -> None:
     updates = {"w": jnp.array([3.0, 4.0])}
     clip = clipax.clip_by_global_norm(1.0)
     _, state = clip.update(updates, clip.init(updates))
-    assert isinstance(state, clipax.ClipState)
+    assert isinstance(state, clipax.states.ClipState)
     assert (float(state.norm), float(state.max_norm)) == (5, 1)
     np.testing.assert_allclose(state.coefficient, 0.2)
     for name in ("norm", "max_norm", "coefficient"):

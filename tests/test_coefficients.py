@@ -30,28 +30,28 @@ import clipax
     ],
 )
 def test_hard(norm: float, max_norm: float, coefficient: float) -> None:
-    factor = clipax.hard(jnp.float32(norm), jnp.float32(max_norm))
+    factor = clipax.coefficients.hard(jnp.float32(norm), jnp.float32(max_norm))
     np.testing.assert_allclose(factor, coefficient, rtol=1e-6)
 
 
 def test_hard_with_eps_is_the_rule_of_torch_bit_for_bit() -> None:
     norms = np.random.default_rng(0).lognormal(0, 3, 1000).astype(np.float32)
     norms[:3] = 0.0, 1.0, 1.0 - 1e-6
-    factors = clipax.hard(jnp.asarray(norms), jnp.ones(1000), eps=1e-6)
+    factors = clipax.coefficients.hard(jnp.asarray(norms), jnp.ones(1000), eps=1e-6)
     expected = np.minimum(np.float32(1), np.float32(1) / (norms + np.float32(1e-6)))
     trees.assert_bitwise(factors, expected)
 
 
 @pytest.mark.parametrize(("norm", "max_norm"), [(0.0, 0.0), (0.0, 1.0), (2.0, 1.0), (1.0, 1.0)])
 def test_derivatives_of_hard_are_finite(norm: float, max_norm: float) -> None:
-    gradient = jax.grad(clipax.hard, argnums=(0, 1))(norm, max_norm)
+    gradient = jax.grad(clipax.coefficients.hard, argnums=(0, 1))(norm, max_norm)
     assert all(bool(jnp.isfinite(value)) for value in gradient)
 
 
 SMOOTH = {
-    clipax.rational: lambda x: 1 / (1 + x),
-    clipax.square_root: lambda x: 1 / np.sqrt(1 + x * x),
-    clipax.tanh: lambda x: np.tanh(x) / x,
+    clipax.coefficients.rational: lambda x: 1 / (1 + x),
+    clipax.coefficients.square_root: lambda x: 1 / np.sqrt(1 + x * x),
+    clipax.coefficients.tanh: lambda x: np.tanh(x) / x,
 }
 smooth = pytest.mark.parametrize("coefficient", SMOOTH)
 
@@ -112,9 +112,9 @@ def test_derivatives_of_smooth_coefficients(coefficient: Any) -> None:
     # Of 1 / (1 + x), of (1 + x^2)^(-1/2) and of tanh(x) / x, near zero from its series.
     x = np.where(norms < 1e-2, 1.0, norms)
     expected = {
-        clipax.rational: -1 / (1 + norms) ** 2,
-        clipax.square_root: -norms * (1 + norms**2) ** -1.5,
-        clipax.tanh: np.where(
+        clipax.coefficients.rational: -1 / (1 + norms) ** 2,
+        clipax.coefficients.square_root: -norms * (1 + norms**2) ** -1.5,
+        clipax.coefficients.tanh: np.where(
             norms < 1e-2,
             -2 / 3 * norms + 8 / 15 * norms**3,
             ((1 - np.tanh(x) ** 2) * x - np.tanh(x)) / x**2,
@@ -139,7 +139,12 @@ def test_smooth_coefficients_are_ordered() -> None:
     norms = jnp.geomspace(0.1, 10.0, 50)
     by = {
         f: f(norms, jnp.ones(50))
-        for f in (clipax.rational, clipax.square_root, clipax.tanh, clipax.hard)
+        for f in (
+            clipax.coefficients.rational,
+            clipax.coefficients.square_root,
+            clipax.coefficients.tanh,
+            clipax.coefficients.hard,
+        )
     }
     ordered = list(by.values())
     for lower, upper in itertools.pairwise(ordered):
@@ -166,19 +171,19 @@ def test_smooth_coefficients_are_ordered() -> None:
     ],
 )
 def test_normalized(norm: float, max_norm: float, factor: float) -> None:
-    got = clipax.normalized(jnp.float32(norm), jnp.float32(max_norm))
+    got = clipax.coefficients.normalized(jnp.float32(norm), jnp.float32(max_norm))
     np.testing.assert_allclose(got, factor, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("norm", "max_norm"), [(0.0, 0.0), (0.0, 1.0), (2.0, 1.0), (1.0, np.inf)])
 def test_derivatives_of_normalized_are_finite(norm: float, max_norm: float) -> None:
-    gradient = jax.grad(clipax.normalized, argnums=(0, 1))(norm, max_norm)
+    gradient = jax.grad(clipax.coefficients.normalized, argnums=(0, 1))(norm, max_norm)
     assert all(bool(jnp.isfinite(value)) for value in gradient)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e3, 1e30])
 def test_normalized_descent_has_steps_of_one_length(size: float) -> None:
-    method = clipax.clip_by(clipax.global_norm, 2.0, clipax.normalized)
+    method = clipax.clip_by(clipax.global_norm, 2.0, clipax.coefficients.normalized)
     updates = {"w": size * jnp.array([3.0, 0.0]), "b": size * jnp.array(-4.0)}
     scaled, state = method.update(updates, method.init(updates))
     trees.assert_close(scaled, {"w": np.array([1.2, 0.0]), "b": np.array(-1.6)}, rtol=1e-6)
@@ -194,12 +199,14 @@ def test_scaling_by_one_is_the_identity(dtype: str) -> None:
     updates["edge"] = jnp.array(
         [0.0, -0.0, jnp.inf, extreme.max, extreme.tiny, -extreme.tiny], dtype
     )
-    trees.assert_bitwise(jax.jit(clipax.scale_updates)(updates, jnp.float32(1)), updates)
+    trees.assert_bitwise(
+        jax.jit(clipax.coefficients.scale_updates)(updates, jnp.float32(1)), updates
+    )
 
 
 def test_the_product_is_taken_wide() -> None:
     # Below the smallest float16, and right after the product.
-    scaled = clipax.scale_updates(jnp.full((2,), 6e4, jnp.float16), jnp.float32(1e-8))
+    scaled = clipax.coefficients.scale_updates(jnp.full((2,), 6e4, jnp.float16), jnp.float32(1e-8))
     np.testing.assert_allclose(scaled, np.full(2, 6e-4), rtol=1e-3)
     assert scaled.dtype == jnp.float16
 
@@ -207,7 +214,7 @@ def test_the_product_is_taken_wide() -> None:
 def test_coefficients_are_a_prefix_and_none_passes() -> None:
     updates = {"a": {"x": jnp.ones(2), "n": 3}, "b": jnp.ones(2), "c": jnp.ones((2, 2))}
     factors = {"a": jnp.float32(0.5), "b": None, "c": jnp.array([[0.0, 2.0]])}
-    scaled = clipax.scale_updates(updates, factors)
+    scaled = clipax.coefficients.scale_updates(updates, factors)
     trees.assert_close(
         scaled,
         {"a": {"x": np.full(2, 0.5), "n": 3}, "b": np.ones(2), "c": np.array([[0, 2], [0, 2]])},
@@ -216,34 +223,34 @@ def test_coefficients_are_a_prefix_and_none_passes() -> None:
 
 
 def test_complex_parts_do_not_mix() -> None:
-    scaled = clipax.scale_updates(jnp.array([complex(np.inf, 1.0)]), jnp.float32(0.5))
+    scaled = clipax.coefficients.scale_updates(jnp.array([complex(np.inf, 1.0)]), jnp.float32(0.5))
     assert (scaled.real[0], scaled.imag[0]) == (np.inf, 0.5)
 
 
 def test_float64() -> None:
     with trees.double_precision(True):
         leaf = jnp.array([1 / 3])
-        trees.assert_bitwise(clipax.scale_updates(leaf, jnp.float32(1)), leaf)
-        narrow = clipax.scale_updates(jnp.float32(3), jnp.float64(1 / 3))
+        trees.assert_bitwise(clipax.coefficients.scale_updates(leaf, jnp.float32(1)), leaf)
+        narrow = clipax.coefficients.scale_updates(jnp.float32(3), jnp.float64(1 / 3))
         assert narrow.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("updates", [{"v": jnp.ones(2)}, [jnp.ones(2)], jnp.ones(2)])
 def test_a_prefix_that_does_not_fit_is_named(updates: Any) -> None:
     with pytest.raises(ValueError, match="coefficients must be one value or a tree prefix"):
-        clipax.scale_updates(updates, {"w": jnp.float32(1)})
+        clipax.coefficients.scale_updates(updates, {"w": jnp.float32(1)})
 
 
 def test_masked_nodes_pass() -> None:
     updates = {"a": optax.MaskedNode(), "b": None}
-    assert clipax.scale_updates(updates, jnp.float32(0)) == updates
+    assert clipax.coefficients.scale_updates(updates, jnp.float32(0)) == updates
 
 
 @pytest.mark.parametrize("stability", [0.1, 0.01, 0.5])
 def test_the_factor_of_psac_is_largest_where_its_docstring_says(stability: float) -> None:
     peak = stability**0.5 - stability
     norms = jnp.asarray([0.0, peak, *np.linspace(0.001, 2, 500)], jnp.float32)
-    factors = np.asarray(clipax.psac(stability)(norms, jnp.full_like(norms, 3.0)))
+    factors = np.asarray(clipax.coefficients.psac(stability)(norms, jnp.full_like(norms, 3.0)))
     expected = 3 / (2 * stability**0.5 - stability)
     np.testing.assert_allclose(factors[1], expected, rtol=1e-6)
     assert (factors <= factors[1] * (1 + 1e-6)).all()
@@ -254,12 +261,18 @@ def test_the_factor_of_psac_is_largest_where_its_docstring_says(stability: float
 
 def test_psac_lengthens_small_gradients() -> None:
     norms = jnp.array([1e-6, 0.2])
-    lengths = norms * clipax.psac(0.1)(norms, jnp.ones(2))
+    lengths = norms * clipax.coefficients.psac(0.1)(norms, jnp.ones(2))
     np.testing.assert_allclose(lengths, [1e-6, 0.375], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "coefficient", [clipax.hard, clipax.rational, clipax.square_root, clipax.tanh]
+    "coefficient",
+    [
+        clipax.coefficients.hard,
+        clipax.coefficients.rational,
+        clipax.coefficients.square_root,
+        clipax.coefficients.tanh,
+    ],
 )
 @pytest.mark.parametrize("norm", [1e-10, 5.0, 1e10])
 def test_a_bound_of_zero_has_the_derivative_from_above(coefficient: Any, norm: float) -> None:

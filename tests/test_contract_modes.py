@@ -21,16 +21,22 @@ METHODS: dict[str, Callable[[], Any]] = {
     **{name: functools.partial(trees.build, name) for name in sorted(trees.public_factories())},
     "acclip, squares": lambda: clipax.acclip(ord=2.0),
     "autoclip, leaves": lambda: clipax.autoclip(0.5, 3, norm=clipax.leaf_norm),
-    "clip_by, normalized": lambda: clipax.clip_by(clipax.leaf_norm, 0.1, clipax.normalized),
-    "clip_by, rational": lambda: clipax.clip_by(clipax.unit_norm, 0.1, clipax.rational),
-    "clip_by, relative": lambda: clipax.clip_by(clipax.leaf_norm, clipax.relative_to_params(0.01)),
+    "clip_by, normalized": lambda: clipax.clip_by(
+        clipax.leaf_norm, 0.1, clipax.coefficients.normalized
+    ),
+    "clip_by, rational": lambda: clipax.clip_by(
+        clipax.unit_norm, 0.1, clipax.coefficients.rational
+    ),
+    "clip_by, relative": lambda: clipax.clip_by(
+        clipax.leaf_norm, clipax.thresholds.relative_to_params(0.01)
+    ),
     "clip_by, third powers": lambda: clipax.clip_by(
-        functools.partial(clipax.global_norm, ord=3), 0.1, clipax.tanh
+        functools.partial(clipax.global_norm, ord=3), 0.1, clipax.coefficients.tanh
     ),
     "clip_by_mean_std, soon": lambda: clipax.clip_by_mean_std(window_size=2),
     "clip_by_spectral_norm, iterations": lambda: clipax.clip_by_spectral_norm(0.1, iterations=8),
     "clip_by_spectral_norm, soft iterations": lambda: clipax.clip_by_spectral_norm(
-        0.1, clipax.square_root, iterations=8
+        0.1, clipax.coefficients.square_root, iterations=8
     ),
     "clip_by_value, both sides": lambda: clipax.clip_by_value(0.1, -0.2),
     "skip_step, windows": lambda: clipax.skip_step(optax.scale(-0.1), z_max=2.0, window_size=3),
@@ -157,7 +163,7 @@ FUNCTIONS: dict[str, Callable[[], Any]] = {
     "clip_by": lambda: clipax.clip_by(
         lambda updates: clipax.global_norm(updates),
         lambda count: jnp.float32(0.1),
-        lambda norm, max_norm: clipax.hard(norm, max_norm),
+        lambda norm, max_norm: clipax.coefficients.hard(norm, max_norm),
     ),
     "clip_by, a rule": lambda: clipax.clip_by(
         lambda updates: clipax.leaf_norm(updates), optax.stateless(lambda norm, _: norm / 2)
@@ -165,7 +171,7 @@ FUNCTIONS: dict[str, Callable[[], Any]] = {
     "clip_by_leaf_norm": lambda: clipax.clip_by_leaf_norm(0.1, mask=lambda path, leaf: True),
     "clip_by_spectral_norm": lambda: clipax.clip_by_spectral_norm(
         lambda count: jnp.float32(0.1),
-        lambda norm, max_norm: clipax.hard(norm, max_norm),
+        lambda norm, max_norm: clipax.coefficients.hard(norm, max_norm),
         mask=lambda path, leaf: True,
     ),
     "clip_by_spectral_norm, iterations": lambda: clipax.clip_by_spectral_norm(
@@ -179,7 +185,7 @@ FUNCTIONS: dict[str, Callable[[], Any]] = {
     "measure": lambda: clipax.measure(lambda updates: clipax.global_norm(updates)),
     "skip_step": lambda: clipax.skip_step(optax.stateless(lambda updates, _: updates), 1.0),
     "smooth_clip_by_value": lambda: clipax.smooth_clip_by_value(
-        0.1, lambda norm, max_norm: clipax.tanh(norm, max_norm)
+        0.1, lambda norm, max_norm: clipax.coefficients.tanh(norm, max_norm)
     ),
     "zclip": lambda: clipax.zclip(spike_bound=lambda z, mean, std, z_max: mean),
 }

@@ -148,7 +148,10 @@ def test_a_rule_of_optax_over_any_norm_is_traced_once(kind: AxisType, norm: Any)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("coefficient", [clipax.tanh, clipax.square_root, clipax.rational])
+@pytest.mark.parametrize(
+    "coefficient",
+    [clipax.coefficients.tanh, clipax.coefficients.square_root, clipax.coefficients.rational],
+)
 def test_smooth_clips_keep_explicit_shards(coefficient: Any) -> None:
     params, sequence = params_and_sequence()
     for method in (

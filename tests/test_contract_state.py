@@ -25,9 +25,9 @@ NO_STATES = {
 
 def has_no_memory(state: Any) -> bool:
     """Whether no step needs an earlier one, as in Optax's clips."""
-    if isinstance(state, clipax.ObserveState):
+    if isinstance(state, clipax.states.ObserveState):
         return has_no_memory(state.inner_state)
-    return isinstance(state, clipax.ClipState) and not jax.tree.leaves(state.threshold)
+    return isinstance(state, clipax.states.ClipState) and not jax.tree.leaves(state.threshold)
 
 
 @some_methods
@@ -188,5 +188,5 @@ def test_what_is_none_in_a_model_may_be_none_in_its_bounds() -> None:
 
 
 def test_coefficients_may_be_plain_numbers() -> None:
-    scaled = clipax.scale_updates({"w": jnp.ones(2), "n": 7}, {"w": 0.5, "n": None})
+    scaled = clipax.coefficients.scale_updates({"w": jnp.ones(2), "n": 7}, {"w": 0.5, "n": None})
     trees.assert_close(scaled, {"w": jnp.full(2, 0.5), "n": 7})

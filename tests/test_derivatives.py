@@ -55,17 +55,20 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "adaptive_grad_clip": [{"ratio": 0.5}],
     "autoclip": [{}, {"norm": clipax.leaf_norm, "count_current": False}],
     "clip_by": [
-        *({"coefficient": coefficient} for coefficient in (clipax.rational, clipax.psac(0.1))),
-        {"coefficient": clipax.normalized, "norm": clipax.unit_norm},
+        *(
+            {"coefficient": coefficient}
+            for coefficient in (clipax.coefficients.rational, clipax.coefficients.psac(0.1))
+        ),
+        {"coefficient": clipax.coefficients.normalized, "norm": clipax.unit_norm},
     ],
     "clip_by_average_norm": [{"max_norm": 0.2}],
-    "clip_by_spectral_norm": [{}, {"coefficient": clipax.tanh}],
+    "clip_by_spectral_norm": [{}, {"coefficient": clipax.coefficients.tanh}],
     "skip_step": [{"max_norm": 5.0}],
     "spam_clip": [{}, {"reset_every": 3}],
     "zclip": [
         {},
-        {"spike_bound": clipax.mean_bound, "raw_history": True},
-        {"spike_bound": clipax.limit_bound, "learn_from_spikes": False},
+        {"spike_bound": clipax.thresholds.mean_bound, "raw_history": True},
+        {"spike_bound": clipax.thresholds.limit_bound, "learn_from_spikes": False},
     ],
 }
 # In a few steps with derivatives that are zero if they are lost.
@@ -84,12 +87,12 @@ def continuous(factory: Callable[..., Any]) -> list[str]:
 # Thresholds and coefficients with numbers of their own.
 BUILT: dict[str, tuple[Callable[..., Any], dict[str, float]]] = {
     "automatic": (
-        lambda s, c: clipax.clip_by(clipax.leaf_norm, c, clipax.automatic(s)),
+        lambda s, c: clipax.clip_by(clipax.leaf_norm, c, clipax.coefficients.automatic(s)),
         {"s": 0.2, "c": 0.9},
     ),
     "eps of hard": (
         lambda eps, c: clipax.clip_by(
-            clipax.leaf_norm, c, functools.partial(clipax.hard, eps=eps)
+            clipax.leaf_norm, c, functools.partial(clipax.coefficients.hard, eps=eps)
         ),
         {"eps": 0.2, "c": 0.9},
     ),
@@ -98,11 +101,13 @@ BUILT: dict[str, tuple[Callable[..., Any], dict[str, float]]] = {
         {"a": 0.7, "b": 0.9},
     ),
     "psac": (
-        lambda s, c: clipax.clip_by(clipax.global_norm, c, clipax.psac(s)),
+        lambda s, c: clipax.clip_by(clipax.global_norm, c, clipax.coefficients.psac(s)),
         {"s": 0.2, "c": 0.9},
     ),
     "relative_to_params": (
-        lambda ratio, eps: clipax.clip_by(clipax.unit_norm, clipax.relative_to_params(ratio, eps)),
+        lambda ratio, eps: clipax.clip_by(
+            clipax.unit_norm, clipax.thresholds.relative_to_params(ratio, eps)
+        ),
         {"ratio": 0.4, "eps": 0.8},
     ),
     "rule of Optax": (

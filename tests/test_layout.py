@@ -26,7 +26,7 @@ FLOORS = [
     {"thresholds"},
     {"_core/_clip_by", "per_example"},
     {"methods"},
-    {"metrics", "apply"},
+    {"metrics", "apply", "states"},
     {"__init__", "_demo"},
     {"__main__"},
 ]
@@ -57,7 +57,8 @@ def imported(module: str) -> set[str]:
             continue
         for alias in node.names:
             inside = f"{place}/{alias.name}".removeprefix("/")
-            names.add(inside if inside in MODULES else f"{place}/__init__".removeprefix("/"))
+            may_be = (inside, f"{inside}/__init__", f"{place}/__init__".removeprefix("/"))
+            names.add(next(each for each in may_be if each in MODULES))
     return names
 
 

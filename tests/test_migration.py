@@ -189,7 +189,7 @@ _ROWS = {
     "timm value": Row(_value, clipax.clip_by_value, _of(_timm, "value", 2.0)),
     "timm agc": Row(
         _of(_agc, axes_of=_torch_units),
-        lambda c: clipax.adaptive_grad_clip(c / 13, unit_axis=clipax.output_first),
+        lambda c: clipax.adaptive_grad_clip(c / 13, unit_axis=clipax.units.output_first),
         _of(_timm, "agc", 2.0),
     ),
     "optax.clip": Row(_value, clipax.clip, _of(_ours, optax.clip)),
@@ -214,8 +214,8 @@ for _p in (1.0, 2.0, 3.0, math.inf):
     _ROWS[f"timm agc p={_p}"] = Row(
         _of(_agc, axes_of=_torch_units, ord=_p),
         lambda c, p=_p: clipax.clip_by(
-            _of(clipax.unit_norm, ord=p, unit_axis=clipax.output_first),
-            clipax.relative_to_params(c / 13),
+            _of(clipax.unit_norm, ord=p, unit_axis=clipax.units.output_first),
+            clipax.thresholds.relative_to_params(c / 13),
         ),
         _of(_timm, "agc", _p),
     )

@@ -149,12 +149,12 @@ def test_stack_axis_is_every_other_axis() -> None:
     ("rule", "summed"),
     [
         (
-            clipax.output_last,
+            clipax.units.output_last,
             {0: (), 1: (0,), 2: (0,), 3: (0, 1), 4: (0, 1, 2), 6: (0, 1, 2, 3, 4)},
         ),
-        (clipax.output_first, {0: (), 1: (0,), 2: (1,), 3: (1, 2), 4: (1, 2, 3)}),
-        (clipax.nfnets, {0: (), 1: (0,), 2: (0,), 3: (0,), 4: (0, 1, 2), 5: (0, 1, 2, 3)}),
-        (clipax.whole_leaf, {0: (), 1: (0,), 2: (0, 1), 3: (0, 1, 2)}),
+        (clipax.units.output_first, {0: (), 1: (0,), 2: (1,), 3: (1, 2), 4: (1, 2, 3)}),
+        (clipax.units.nfnets, {0: (), 1: (0,), 2: (0,), 3: (0,), 4: (0, 1, 2), 5: (0, 1, 2, 3)}),
+        (clipax.units.whole_leaf, {0: (), 1: (0,), 2: (0, 1), 3: (0, 1, 2)}),
     ],
 )
 def test_what_a_unit_is(rule: Any, summed: dict[int, tuple[int, ...]]) -> None:
@@ -167,7 +167,7 @@ def test_what_a_unit_is(rule: Any, summed: dict[int, tuple[int, ...]]) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 8), (8, 1), (1, 1), (1, 1, 8), (1, 1, 1, 8)])
 def test_nfnets_takes_a_leaf_with_one_long_axis_for_one_unit(shape: tuple[int, ...]) -> None:
-    assert clipax.unit_norm(jnp.ones(shape), unit_axis=clipax.nfnets).shape == ()
+    assert clipax.unit_norm(jnp.ones(shape), unit_axis=clipax.units.nfnets).shape == ()
 
 
 def test_an_integer_unit_axis_leaves_vectors_whole() -> None:
@@ -179,13 +179,14 @@ def test_rms_and_average_norm_divide_by_the_size() -> None:
     _, updates = trees.params_and_updates()
     kernel = np.asarray(updates["dense"]["kernel"]).astype(np.float64)
     rms, average = (
-        norm(updates)["dense"]["kernel"] for norm in (clipax.block_rms, clipax.average_norm)
+        norm(updates)["dense"]["kernel"]
+        for norm in (clipax.norms.block_rms, clipax.norms.average_norm)
     )
     np.testing.assert_allclose(rms, np.sqrt((kernel**2).mean()), rtol=2e-6)
     np.testing.assert_allclose(average, np.sqrt((kernel**2).sum()) / kernel.size, rtol=2e-6)
-    assert float(clipax.block_rms(jnp.zeros((0,)))) == 0
+    assert float(clipax.norms.block_rms(jnp.zeros((0,)))) == 0
     # The sum of these squares leaves the range, their mean does not.
-    np.testing.assert_allclose(clipax.block_rms(jnp.full((64,), 3e38)), 3e38, rtol=1e-6)
+    np.testing.assert_allclose(clipax.norms.block_rms(jnp.full((64,), 3e38)), 3e38, rtol=1e-6)
 
 
 def test_a_tuple_of_booleans_is_a_prefix() -> None:
@@ -392,7 +393,7 @@ def test_each_of_the_small_leaves_that_share_a_sum_has_its_own_norm(dtype: str) 
         sizes = [np.linalg.norm(row) for row in rows]
         roots = [math.sqrt(row.size) for row in rows]
         compare(clipax.leaf_norm(tree), sizes)
-        compare(clipax.block_rms(tree), np.divide(sizes, roots))
+        compare(clipax.norms.block_rms(tree), np.divide(sizes, roots))
         compare(clipax.leaf_norm(tree, ord=math.inf), [np.max(abs(row)) for row in rows])
         units = [np.linalg.norm(row, axis=0, keepdims=row.ndim > 1) for row in rows]
         compare(clipax.unit_norm(tree), units)
@@ -441,7 +442,7 @@ def test_a_nan_on_one_of_many_devices_is_seen(kind: AxisType, ord: float | None)
 
 
 def test_shard_map_means_over_the_whole_leaf() -> None:
-    rms, average = mapped(clipax.block_rms), mapped(clipax.average_norm)
+    rms, average = mapped(clipax.norms.block_rms), mapped(clipax.norms.average_norm)
     np.testing.assert_allclose(rms["sharded"], np.sqrt((SHARDED**2).mean()), rtol=2e-6)
     np.testing.assert_allclose(average["sharded"], np.sqrt((SHARDED**2).sum()) / 64, rtol=2e-6)
     np.testing.assert_allclose(rms["replicated"], 40, rtol=2e-6)
@@ -496,7 +497,7 @@ def test_a_shard_with_one_long_axis_may_be_of_a_matrix(options: Any) -> None:
     def units(u: Any) -> Any:
         names = ("x", "y") if options else None
         column = u["sharded"].reshape(1, -1)
-        return clipax.unit_norm(column, unit_axis=clipax.nfnets, axis_name=names)
+        return clipax.unit_norm(column, unit_axis=clipax.units.nfnets, axis_name=names)
 
     with pytest.raises(ValueError, match=r"its shape \(1, 8\) does not tell .* unit_axis="):
         mapped(units, **options)

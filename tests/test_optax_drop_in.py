@@ -130,7 +130,9 @@ def test_optaxs_agc_axis_is_a_leaf_norm_over_those_axes_against_the_params(axis)
     params, updates = _random(2, shapes), _random(3, shapes)
     norm = functools.partial(clipax.leaf_norm, axes=axis)
     theirs = _clipper(lambda ratio: optax.adaptive_grad_clip(ratio, axis=axis))
-    ours = _clipper(lambda ratio: clipax.clip_by(norm, clipax.relative_to_params(ratio)))
+    ours = _clipper(
+        lambda ratio: clipax.clip_by(norm, clipax.thresholds.relative_to_params(ratio))
+    )
     _assert_close(ours(0.3, updates, params), theirs(0.3, updates, params))
 
 

@@ -38,7 +38,7 @@ def test_agc_takes_one_axis_for_every_leaf_whatever_their_ranks(unit_axis):
 
 @pytest.mark.parametrize(
     ("unit_axis", "summed"),
-    [(clipax.nfnets, 0), ((1, 2), 0), (clipax.output_last, (0, 1)), (1, (0, 2))],
+    [(clipax.units.nfnets, 0), ((1, 2), 0), (clipax.units.output_last, (0, 1)), (1, (0, 2))],
 )
 def test_a_leaf_of_rank_three_has_the_units_that_are_asked_for(unit_axis, summed):
     """optax: documented as summed over (0, 1, 2), coded as 0."""

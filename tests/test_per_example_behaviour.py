@@ -20,14 +20,14 @@ from benchmarks.compilers import hlo
 
 EXAMPLES = 8
 COEFFICIENTS: dict[str, tuple[Any, Callable[..., np.ndarray]]] = {
-    "hard": (clipax.hard, lambda n, c: np.minimum(1, c / n)),
-    "unclipped": (clipax.unclipped, lambda n, c: np.ones_like(n)),
-    "rational": (clipax.rational, lambda n, c: 1 / (1 + n / c)),
-    "square_root": (clipax.square_root, lambda n, c: 1 / np.sqrt(1 + (n / c) ** 2)),
-    "tanh": (clipax.tanh, lambda n, c: np.tanh(n / c) / (n / c)),
-    "normalized": (clipax.normalized, lambda n, c: c / n),
-    "automatic": (clipax.automatic(0.5), lambda n, c: c / (n + 0.5)),
-    "psac": (clipax.psac(0.2), lambda n, c: c / (n + 0.2 / (n + 0.2))),
+    "hard": (clipax.coefficients.hard, lambda n, c: np.minimum(1, c / n)),
+    "unclipped": (clipax.coefficients.unclipped, lambda n, c: np.ones_like(n)),
+    "rational": (clipax.coefficients.rational, lambda n, c: 1 / (1 + n / c)),
+    "square_root": (clipax.coefficients.square_root, lambda n, c: 1 / np.sqrt(1 + (n / c) ** 2)),
+    "tanh": (clipax.coefficients.tanh, lambda n, c: np.tanh(n / c) / (n / c)),
+    "normalized": (clipax.coefficients.normalized, lambda n, c: c / n),
+    "automatic": (clipax.coefficients.automatic(0.5), lambda n, c: c / (n + 0.5)),
+    "psac": (clipax.coefficients.psac(0.2), lambda n, c: c / (n + 0.2 / (n + 0.2))),
     "of one's own": (lambda n, c: jnp.where(n > c, 0.0, 2.0), lambda n, c: 2.0 * (n <= c)),
 }
 
@@ -403,7 +403,9 @@ def test_float64_is_measured_in_float64() -> None:
 
 @functools.cache
 def normalize_products() -> Any:
-    return trees.quick_jit(clipax.clipped_grad(product, 1.0, coefficient=clipax.normalized))
+    return trees.quick_jit(
+        clipax.clipped_grad(product, 1.0, coefficient=clipax.coefficients.normalized)
+    )
 
 
 @pytest.mark.parametrize("rows", [(), (2,)])
@@ -720,7 +722,7 @@ def test_memory_is_that_of_one_gradient() -> None:
     def plain_way(params: Any, batch: Any) -> Any:
         each = jax.vmap(jax.grad(loss_fn), (None, 0))(params, batch)
         norms = jax.vmap(clipax.global_norm)(each)
-        weights = clipax.hard(norms, jnp.ones_like(norms)) / examples
+        weights = clipax.coefficients.hard(norms, jnp.ones_like(norms)) / examples
         return jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1), each)
 
     def shaped(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

@@ -13,6 +13,7 @@ import trees
 import clipax
 
 FUNCTIONS = {name: value for name, value in vars(clipax).items() if inspect.isfunction(value)}
+ROOMS = ("coefficients", "norms", "per_example", "states", "thresholds", "units")
 METHODS = {
     path.stem for path in (pathlib.Path(clipax.__file__).parent / "methods").glob("[a-z]*.py")
 }
@@ -28,17 +29,25 @@ def test_every_method_has_a_file_a_test_and_a_place_in_the_map() -> None:
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_every_function_is_in_the_map_and_documented(name: str) -> None:
-    assert f"`{name}`" in clipax.__doc__ or name in (
-        "nfnets",
-        "output_first",
-        "output_last",
-        "whole_leaf",
-    )
+    assert f"`{name}`" in clipax.__doc__
     doc, signature = inspect.getdoc(FUNCTIONS[name]), inspect.signature(FUNCTIONS[name])
     assert len(doc.splitlines()[0]) <= 80
     assert signature.return_annotation is not inspect.Signature.empty
     for parameter in signature.parameters.values():
         assert parameter.annotation is not inspect.Parameter.empty
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_everything_in_a_public_module_is_documented(room: str) -> None:
+    module = getattr(clipax, room)
+    for name, value in vars(module).items():
+        if name[0] != "_" and getattr(value, "__module__", "").startswith("clipax"):
+            assert inspect.getdoc(value), name
+
+
+def test_the_top_level_has_about_forty_names() -> None:
+    names = {name for name, value in vars(clipax).items() if name[0] != "_"}
+    assert 35 <= len({name for name in names if not inspect.ismodule(getattr(clipax, name))}) <= 45
 
 
 @pytest.mark.parametrize("name", sorted(trees.public_factories()))

@@ -29,13 +29,19 @@ WHOLE = {
     "clip_by_value": clipax.clip_by_value,
     "clip_by_spectral_norm": clipax.clip_by_spectral_norm,
     "smooth_clip_by_global_norm": clipax.smooth_clip_by_global_norm,
-    "smooth, rational": lambda bound: clipax.smooth_clip_by_global_norm(bound, clipax.rational),
-    "smooth, tanh": lambda bound: clipax.smooth_clip_by_global_norm(bound, clipax.tanh),
+    "smooth, rational": lambda bound: clipax.smooth_clip_by_global_norm(
+        bound, clipax.coefficients.rational
+    ),
+    "smooth, tanh": lambda bound: clipax.smooth_clip_by_global_norm(
+        bound, clipax.coefficients.tanh
+    ),
     "smooth_clip_by_value": clipax.smooth_clip_by_value,
-    "normalized": lambda bound: clipax.clip_by(clipax.global_norm, bound, clipax.normalized),
+    "normalized": lambda bound: clipax.clip_by(
+        clipax.global_norm, bound, clipax.coefficients.normalized
+    ),
     "clip_by, unit": lambda bound: clipax.clip_by(clipax.unit_norm, bound),
     "torch's eps": lambda bound: clipax.clip_by(
-        clipax.global_norm, bound, functools.partial(clipax.hard, eps=1e-37)
+        clipax.global_norm, bound, functools.partial(clipax.coefficients.hard, eps=1e-37)
     ),
 }
 

@@ -62,11 +62,11 @@ VARIANTS: dict[str, tuple[Callable[..., Any], int]] = {
     "u_clip of a quantile": (lambda: clipax.u_clip(clipax.clip_by_quantile()), 10_201),
     "u_clip of values": (lambda: clipax.u_clip(clipax.clip_by_value(2.0)), 10_000),
     "clip21 of a quantile": (lambda: clipax.clip21(clipax.clip_by_quantile()), 401),
-    "zclip, mean": (lambda: clipax.zclip(spike_bound=clipax.mean_bound), 210),
-    "zclip, limit": (lambda: clipax.zclip(spike_bound=clipax.limit_bound), 210),
+    "zclip, mean": (lambda: clipax.zclip(spike_bound=clipax.thresholds.mean_bound), 210),
+    "zclip, limit": (lambda: clipax.zclip(spike_bound=clipax.thresholds.limit_bound), 210),
     "zclip, raw": (lambda: clipax.zclip(raw_history=True, max_norm=None), 210),
     "zclip, no spikes": (lambda: clipax.zclip(learn_from_spikes=False), 210),
-    "zclip, narrow": (lambda: clipax.zclip(0.01, spike_bound=clipax.mean_bound), 225),
+    "zclip, narrow": (lambda: clipax.zclip(0.01, spike_bound=clipax.thresholds.mean_bound), 225),
     "zclip, one step of warm-up": (lambda: clipax.zclip(warmup_steps=1), 210),
 }
 

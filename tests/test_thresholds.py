@@ -20,14 +20,14 @@ BAD = [-1.0, -1, float("nan"), True, None, "1", np.float32(-1), np.nan, 1j, [1.0
     [2.0, 2, np.float32(2), np.array(2.0), jnp.array(2.0), jnp.array(2), lambda count: 2.0],
 )
 def test_every_form_of_a_bound_reaches_every_norm(bound: Any) -> None:
-    threshold = clipax.fixed(bound)
+    threshold = clipax.thresholds.fixed(bound)
     bounds, _ = threshold.update(NORMS, threshold.init(NORMS))
     trees.assert_close(bounds, jax.tree.map(lambda norm: np.full(norm.shape, 2.0), NORMS))
     trees.assert_same_type(bounds, NORMS)
 
 
 def test_a_prefix_of_bounds_with_a_schedule_in_it() -> None:
-    threshold = clipax.fixed({"a": 1.0, "b": lambda count: 10 + count})
+    threshold = clipax.thresholds.fixed({"a": 1.0, "b": lambda count: 10 + count})
     state = threshold.init(NORMS)
     for step in range(3):
         bounds, state = jax.jit(threshold.update)(NORMS, state)
@@ -37,45 +37,47 @@ def test_a_prefix_of_bounds_with_a_schedule_in_it() -> None:
 
 
 def test_a_bound_for_each_layer_of_a_stack() -> None:
-    threshold = clipax.fixed({"a": 1.0, "b": {"c": 1.0, "d": np.array([[1.0], [2.0]])}})
+    threshold = clipax.thresholds.fixed({"a": 1.0, "b": {"c": 1.0, "d": np.array([[1.0], [2.0]])}})
     bounds, _ = threshold.update(NORMS, threshold.init(NORMS))
     trees.assert_close(bounds["b"]["d"], np.array([[1.0], [2.0]]))
 
 
 def test_a_schedule_may_be_a_pytree() -> None:
     schedule = jax.tree_util.Partial(lambda slope, count: slope * count, 2)
-    threshold = clipax.fixed(schedule)
+    threshold = clipax.thresholds.fixed(schedule)
     bounds, state = threshold.update(NORMS, threshold.init(NORMS))
     bounds, _ = threshold.update(NORMS, state)
     assert float(bounds["a"]) == 2
 
 
 def test_a_traced_negative_bound_counts_as_zero() -> None:
-    bounds = jax.jit(lambda bound: clipax.fixed(bound).update(NORMS, optax.EmptyState())[0])(-1.0)
+    bounds = jax.jit(
+        lambda bound: clipax.thresholds.fixed(bound).update(NORMS, optax.EmptyState())[0]
+    )(-1.0)
     assert float(bounds["a"]) == 0
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_bound_is_named_at_once(bad: Any) -> None:
     with pytest.raises(ValueError, match=r"max_norm.* must be a number >= 0, got"):
-        clipax.fixed(bad)
+        clipax.thresholds.fixed(bad)
     with pytest.raises(ValueError, match=r"max_norm\['a'\].* must be a number >= 0"):
-        clipax.fixed({"a": bad})
+        clipax.thresholds.fixed({"a": bad})
 
 
 @pytest.mark.parametrize("bad", [{"x": 1.0}, {"a": 1.0}, [1.0], {"a": {"b": 1.0}, "b": 1.0}])
 def test_a_prefix_that_does_not_fit_is_named(bad: Any) -> None:
     with pytest.raises(ValueError, match="max_norm must be one value or a tree prefix"):
-        clipax.fixed(bad).init(NORMS)
+        clipax.thresholds.fixed(bad).init(NORMS)
 
 
 def test_a_bound_of_the_wrong_shape_is_named() -> None:
     with pytest.raises(ValueError, match=r"max_norm of shape \(3,\) does not fit"):
-        clipax.fixed(np.ones(3)).init(NORMS)
+        clipax.thresholds.fixed(np.ones(3)).init(NORMS)
 
 
 def test_relative_to_params() -> None:
-    threshold = clipax.relative_to_params(
+    threshold = clipax.thresholds.relative_to_params(
         {"a": 0.5, "b": lambda count: (1 + count).astype(jnp.float32) / 10}, eps=2.0
     )
     params = {"a": jnp.float32(8), "b": {"c": jnp.float32(0), "d": jnp.array([[1.0], [5.0]])}}
@@ -88,11 +90,11 @@ def test_relative_to_params() -> None:
 @pytest.mark.parametrize("bad", [0.0, *BAD])
 def test_a_bad_ratio_is_named(bad: Any) -> None:
     with pytest.raises(ValueError, match=r"ratio.* must be a number > 0"):
-        clipax.relative_to_params(bad)
+        clipax.thresholds.relative_to_params(bad)
 
 
 def test_params_are_asked_for() -> None:
-    threshold = clipax.relative_to_params(0.1)
+    threshold = clipax.thresholds.relative_to_params(0.1)
     with pytest.raises(ValueError, match=r"call update\(updates, state, params\)"):
         threshold.update(NORMS, threshold.init(NORMS))
 
@@ -109,7 +111,7 @@ def ema_oracle(norms: list[float], decay: float = 0.9) -> list[float]:
 
 
 def test_a_rule_from_optax_has_a_history_for_each_norm() -> None:
-    threshold = clipax.per_norm(optax.chain(optax.ema(0.9), optax.scale(1.5)))
+    threshold = clipax.thresholds.per_norm(optax.chain(optax.ema(0.9), optax.scale(1.5)))
     rng = np.random.default_rng(0)
     a, c = rng.lognormal(size=(2, 20)).astype(np.float32)
     d = rng.lognormal(size=(20, 2)).astype(np.float32)
@@ -130,7 +132,7 @@ def test_a_rule_from_optax_has_a_history_for_each_norm() -> None:
 
 def test_a_rule_sees_the_norm_of_its_own_parameters() -> None:
     rule = optax.stateless(lambda norm, param_norm: norm + 10 * param_norm)
-    threshold = clipax.per_norm(rule)
+    threshold = clipax.thresholds.per_norm(rule)
     params = jax.tree.map(lambda norm: 2 * norm, NORMS)
     bounds, _ = threshold.update(NORMS, threshold.init(NORMS), params)
     trees.assert_close(bounds, jax.tree.map(lambda norm: 21 * norm, NORMS))

@@ -102,7 +102,7 @@ def test_thresholds_may_be_any_object_with_init_and_update() -> None:
         clip = clipax.clip_by(clipax.global_norm, rule)
         _, state = clip.update(updates, clip.init(updates))
         assert float(state.max_norm) == 10
-        per_norm = clipax.per_norm(rule)
+        per_norm = clipax.thresholds.per_norm(rule)
         assert float(per_norm.update(jnp.array(2.0), per_norm.init(jnp.array(2.0)))[0]) == 4
 
 
@@ -122,7 +122,7 @@ def test_what_is_no_transformation_is_refused(name: str, bad: Any) -> None:
         WRAPPERS[name](bad)
     assert repr(bad) in str(caught.value)
     with pytest.raises(ValueError, match=r"rule must be an optax\.GradientTransformation, got"):
-        clipax.per_norm(bad)
+        clipax.thresholds.per_norm(bad)
 
 
 # Leaves that are no numbers.

@@ -63,19 +63,19 @@ def delayed_global_norm(
     A guard with a fixed bound clips the current updates as well, after they were measured.
     """
 
-    def init_fn(_: Any) -> clipax.ClipState:
+    def init_fn(_: Any) -> clipax.states.ClipState:
         zero, one = jnp.zeros(()), jnp.ones(())
-        return clipax.ClipState(zero, zero + max_norm, one, zero)
+        return clipax.states.ClipState(zero, zero + max_norm, one, zero)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> Any:
         norm, previous = clipax.global_norm(updates), state.threshold
-        factor = clipax.hard(previous, state.max_norm)
+        factor = clipax.coefficients.hard(previous, state.max_norm)
         # A norm that is not finite would stop the step after it too.
         kept = jnp.where(jnp.isfinite(norm), norm, previous)
         if guard is not None:
             updates, _ = guard.update(updates, guard.init(updates), params)
         updates = jax.tree.map(lambda leaf: leaf * factor, updates)
-        return updates, clipax.ClipState(norm, state.max_norm, factor, kept)
+        return updates, clipax.states.ClipState(norm, state.max_norm, factor, kept)
 
     return optax.GradientTransformation(init_fn, update_fn)
 

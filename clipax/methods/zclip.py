@@ -12,6 +12,7 @@ from clipax._core._clip_by import clip_by_history
 from clipax._core._transformation import injectable
 from clipax._core._typing import Array, AxisName, Bound, LeafRule, Norm
 from clipax.norms import global_norm
+from clipax.thresholds import limit_bound, reciprocal_bound
 
 
 class ZClipState(NamedTuple):
@@ -21,41 +22,6 @@ class ZClipState(NamedTuple):
     """The number of norms learned from; int32."""
     halved_count: Array
     """How many spikes in a row were more than twice their bounds; int32."""
-
-
-def reciprocal_bound(z: Array, mean: Array, std: Array, z_max: Array) -> Array:
-    """Computes `bound = mean + z_max^2 * std / z`: a worse spike shrinks more.
-
-    Example:
-      >>> z, mean, std, z_max = jnp.array([5.0, 1.0, 0.1, 2.0])
-      >>> reciprocal_bound(z, mean, std, z_max)
-      Array(1.08, dtype=float32)
-    """
-    return mean + z_max * (z_max / z) * std
-
-
-def mean_bound(z: Array, mean: Array, std: Array, z_max: Array) -> Array:
-    """Computes `bound = mean`: a spike shrinks to the usual norm.
-
-    Example:
-      >>> z, mean, std, z_max = jnp.array([5.0, 1.0, 0.1, 2.0])
-      >>> mean_bound(z, mean, std, z_max)
-      Array(1., dtype=float32)
-    """
-    del z, std, z_max
-    return mean
-
-
-def limit_bound(z: Array, mean: Array, std: Array, z_max: Array) -> Array:
-    """Computes `bound = mean + z_max * std`: a spike becomes the largest usual norm.
-
-    Example:
-      >>> z, mean, std, z_max = jnp.array([5.0, 1.0, 0.1, 2.0])
-      >>> limit_bound(z, mean, std, z_max)
-      Array(1.2, dtype=float32)
-    """
-    del z
-    return mean + z_max * std
 
 
 @injectable

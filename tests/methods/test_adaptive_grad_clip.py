@@ -88,7 +88,7 @@ def test_worked_by_hand() -> None:
 
 def test_dreamers_convention_worked_by_hand() -> None:
     updates, params = jnp.array([3.0, 4.0]), jnp.array([0.6, 0.8])
-    clipped, _ = clipped_by(0.3, updates, params, unit_axis=clipax.whole_leaf)
+    clipped, _ = clipped_by(0.3, updates, params, unit_axis=clipax.units.whole_leaf)
     np.testing.assert_allclose(clipped, [0.18, 0.24], rtol=3e-7)
 
 

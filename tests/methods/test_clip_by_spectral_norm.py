@@ -222,7 +222,7 @@ def test_the_axes_of_a_kernel() -> None:
     assert_reads(
         lambda x: x.reshape(3, 40),
         lambda x: x.reshape(3, 2, 4, 5),
-        unit_axis=clipax.output_first,
+        unit_axis=clipax.units.output_first,
     )
     assert_reads(lambda x: x.reshape(6, 20), lambda x: x.reshape(3, 2, 4, 5), unit_axis=(2, 3))
     assert_reads(
@@ -241,10 +241,10 @@ def test_the_axes_of_a_kernel() -> None:
 def test_attention_and_torch_have_rules_at_hand() -> None:
     query = jnp.asarray(with_singular_values([4.0, 2.0, 1.0, 0.5], 8), jnp.float32)
     as_leaf = query.T.reshape(4, 2, 4)
-    clipped, _ = clipped_by(1.5, as_leaf, unit_axis=clipax.nfnets)
+    clipped, _ = clipped_by(1.5, as_leaf, unit_axis=clipax.units.nfnets)
     np.testing.assert_allclose(clipped.reshape(4, 8).T, clip_matrix(query, 1.5), atol=2e-6)
     torch_kernel = query.T.reshape(4, 2, 2, 2)
-    clipped, _ = clipped_by(1.5, torch_kernel, unit_axis=clipax.output_first)
+    clipped, _ = clipped_by(1.5, torch_kernel, unit_axis=clipax.units.output_first)
     np.testing.assert_allclose(clipped.reshape(4, 8).T, clip_matrix(query, 1.5), atol=2e-6)
 
 

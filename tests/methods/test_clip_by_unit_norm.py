@@ -78,7 +78,7 @@ def test_worked_by_hand() -> None:
     expected = {"kernel": np.array([[0.6, 0.5], [0.8, 0.0]]), "bias": np.array([3.0, 4.0])}
     trees.assert_close(clipped, expected, rtol=2e-7)
     trees.assert_bitwise(state.norm, {"kernel": jnp.array([[5.0, 0.5]]), "bias": jnp.array(10.0)})
-    by_row, _ = clipped_by(2.0, GRADS, unit_axis=clipax.output_first)
+    by_row, _ = clipped_by(2.0, GRADS, unit_axis=clipax.units.output_first)
     np.testing.assert_allclose(by_row["kernel"][1], [2.0, 0.0], rtol=2e-7)
 
 
@@ -86,7 +86,7 @@ def test_a_tree_with_one_unit_a_leaf_is_clipped_as_leaves() -> None:
     updates = sequences.at(sequences.spiky(sequences.RANKS), 7)
     as_leaves = clipax.clip_by_leaf_norm(2.0)
     expected, _ = as_leaves.update(updates, as_leaves.init(updates))
-    clipped, _ = clipped_by(2.0, updates, unit_axis=clipax.whole_leaf)
+    clipped, _ = clipped_by(2.0, updates, unit_axis=clipax.units.whole_leaf)
     trees.assert_bitwise(clipped, expected)
 
 
@@ -126,7 +126,7 @@ def test_edge_a_unit_within_the_bound() -> None:
     np.testing.assert_array_equal(state.coefficient[0, 1:], 1.0)
 
 
-@pytest.mark.parametrize("unit_axis", [None, -1, 0, (0, -1), (0, 1), clipax.output_first])
+@pytest.mark.parametrize("unit_axis", [None, -1, 0, (0, -1), (0, 1), clipax.units.output_first])
 def test_edge_rank_0_and_1_are_one_unit(unit_axis: Any) -> None:
     updates = {"scalar": jnp.array(5.0), "vector": jnp.array([3.0, 4.0]), "n": jnp.ones((2, 2))}
     clipped, state = clipped_by(2.5, updates, unit_axis=unit_axis)

@@ -46,7 +46,7 @@ def total(sequence: Any) -> Any:
 NORMS = {
     "global_norm": (clipax.global_norm, total),
     "leaf_norm": (clipax.leaf_norm, lambda tree: jax.tree.map(flat_norm, tree)),
-    "block_rms": (clipax.block_rms, lambda tree: jax.tree.map(rms, tree)),
+    "block_rms": (clipax.norms.block_rms, lambda tree: jax.tree.map(rms, tree)),
     "a user's": (
         lambda updates: jax.tree.map(lambda x: jnp.max(jnp.abs(x)), updates),
         lambda tree: jax.tree.map(largest, tree),

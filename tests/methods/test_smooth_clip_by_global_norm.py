@@ -14,9 +14,11 @@ import clipax
 
 GRADS = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([[12.0, 0.0]])}
 FORMULAS = {
-    clipax.square_root: lambda n, c: 1 / np.sqrt(1 + (n / c) ** 2),
-    clipax.rational: lambda n, c: 1 / (1 + n / c),
-    clipax.tanh: lambda n, c: np.where(n == 0, 1, np.tanh(n / c) / np.where(n == 0, 1, n / c)),
+    clipax.coefficients.square_root: lambda n, c: 1 / np.sqrt(1 + (n / c) ** 2),
+    clipax.coefficients.rational: lambda n, c: 1 / (1 + n / c),
+    clipax.coefficients.tanh: lambda n, c: np.where(
+        n == 0, 1, np.tanh(n / c) / np.where(n == 0, 1, n / c)
+    ),
 }
 every = pytest.mark.parametrize("coefficient", FORMULAS)
 
@@ -49,16 +51,18 @@ def test_equals_numpy_over_a_long_run(coefficient: Any, max_norm: Any) -> None:
 def test_worked_by_hand() -> None:
     # Norm 13 over bounds that make 5-12-13 and 3-4-5 of it, or a half.
     for max_norm, coefficient, factor in [
-        (13.0, clipax.rational, 0.5),
-        (52 / 3, clipax.square_root, 0.8),
-        (13.0, clipax.tanh, 0.761594156),
-        (0.13, clipax.tanh, 0.01),
+        (13.0, clipax.coefficients.rational, 0.5),
+        (52 / 3, clipax.coefficients.square_root, 0.8),
+        (13.0, clipax.coefficients.tanh, 0.761594156),
+        (0.13, clipax.coefficients.tanh, 0.01),
     ]:
         clipped, state = clipped_by(max_norm, GRADS, coefficient)
         expected = jax.tree.map(lambda leaf, factor=factor: np.asarray(leaf) * factor, GRADS)
         trees.assert_close(clipped, expected, rtol=1e-6)
         trees.assert_close(state[:3], (13.0, max_norm, factor), rtol=1e-6)
-    trees.assert_bitwise(clipped_by(2.0, GRADS)[0], clipped_by(2.0, GRADS, clipax.square_root)[0])
+    trees.assert_bitwise(
+        clipped_by(2.0, GRADS)[0], clipped_by(2.0, GRADS, clipax.coefficients.square_root)[0]
+    )
 
 
 def test_a_coefficient_of_your_own() -> None:
@@ -89,7 +93,7 @@ def test_the_derivative_at_zero_is_the_identity(coefficient: Any, size: float) -
 
 
 def test_a_known_norm_is_taken() -> None:
-    method = clipax.smooth_clip_by_global_norm(2.0, clipax.rational)
+    method = clipax.smooth_clip_by_global_norm(2.0, clipax.coefficients.rational)
     clipped, state = method.update(GRADS, method.init(GRADS), norm=jnp.array(2.0))
     trees.assert_bitwise(clipped, jax.tree.map(lambda leaf: leaf * 0.5, GRADS))
     assert state.norm == 2
@@ -162,7 +166,7 @@ def test_edge_leaves_that_are_not_measured(max_norm: float) -> None:
 @sequences.far_out
 def test_squares_out_of_range_are_measured_right(dtype: str, size: float) -> None:
     updates = jnp.full(4, size, dtype)
-    clipped, _ = clipped_by(2 * size, updates, clipax.rational)
+    clipped, _ = clipped_by(2 * size, updates, clipax.coefficients.rational)
     np.testing.assert_allclose(clipped.astype("float32"), size / 2, rtol=1e-3)
 
 

@@ -14,9 +14,9 @@ import clipax
 
 GRADS = jnp.array([3.0, -0.5, -4.0])
 FORMULAS = {
-    clipax.tanh: lambda x, c: c * np.tanh(x / c),
-    clipax.square_root: lambda x, c: x / np.sqrt(1 + (x / c) ** 2),
-    clipax.rational: lambda x, c: x / (1 + np.abs(x) / c),
+    clipax.coefficients.tanh: lambda x, c: c * np.tanh(x / c),
+    clipax.coefficients.square_root: lambda x, c: x / np.sqrt(1 + (x / c) ** 2),
+    clipax.coefficients.rational: lambda x, c: x / (1 + np.abs(x) / c),
 }
 every = pytest.mark.parametrize("coefficient", FORMULAS)
 
@@ -73,20 +73,20 @@ def test_equals_numpy_in_double_precision() -> None:
 
 
 def test_worked_by_hand() -> None:
-    clipped, state = clipped_by(1.0, GRADS, clipax.rational)
+    clipped, state = clipped_by(1.0, GRADS, clipax.coefficients.rational)
     trees.assert_close(clipped, np.array([0.75, -1 / 3, -0.8]), rtol=1e-6)
     trees.assert_close(state[:3], (4.0, 1.0, 0.2), rtol=1e-6)
-    clipped, _ = clipped_by(4.0, jnp.array([3.0, -3.0, 0.0]), clipax.square_root)
+    clipped, _ = clipped_by(4.0, jnp.array([3.0, -3.0, 0.0]), clipax.coefficients.square_root)
     trees.assert_close(clipped, np.array([2.4, -2.4, 0.0]), rtol=1e-6)
     clipped, _ = clipped_by(2.0, jnp.array([2.0, -1e3]))
     trees.assert_close(clipped, np.array([1.523188312, -2.0]), rtol=1e-6)
-    clipped, _ = clipped_by(5.0, jnp.array([3 + 4j, -5j]), clipax.rational)
+    clipped, _ = clipped_by(5.0, jnp.array([3 + 4j, -5j]), clipax.coefficients.rational)
     trees.assert_close(clipped, np.array([1.5 + 2j, -2.5j]), rtol=1e-6)
 
 
 def test_hard_makes_it_clip_by_value() -> None:
     method = clipax.clip_by_value(1.0)
-    clipped, state = clipped_by(1.0, GRADS, clipax.hard)
+    clipped, state = clipped_by(1.0, GRADS, clipax.coefficients.hard)
     expected = method.update(GRADS, method.init(GRADS))
     trees.assert_close((clipped, state), expected, rtol=1e-7)
 

@@ -19,9 +19,9 @@ SHRINK = {
     "limit": lambda z, mean, std, z_max: mean + z_max * std,
 }
 BOUNDS = {
-    "reciprocal": clipax.reciprocal_bound,
-    "mean": clipax.mean_bound,
-    "limit": clipax.limit_bound,
+    "reciprocal": clipax.thresholds.reciprocal_bound,
+    "mean": clipax.thresholds.mean_bound,
+    "limit": clipax.thresholds.limit_bound,
 }
 
 
@@ -127,7 +127,8 @@ def test_by_hand_with_the_usual_cap() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bound", "factor"), [(clipax.mean_bound, 0.2), (clipax.limit_bound, 0.26964189)]
+    ("bound", "factor"),
+    [(clipax.thresholds.mean_bound, 0.2), (clipax.thresholds.limit_bound, 0.26964189)],
 )
 def test_by_hand_the_other_bounds(bound: Any, factor: float) -> None:
     method = clipax.zclip(warmup_steps=5, max_norm=None, spike_bound=bound)
@@ -188,7 +189,9 @@ def test_edge_the_200th_spike_in_a_row_is_learned_raw(mode: str, skip: bool) -> 
 
 
 @pytest.mark.parametrize("level", [1.01, 1.5, 5.0, 100.0, 1e6])
-@pytest.mark.parametrize("bound", [clipax.reciprocal_bound, clipax.limit_bound])
+@pytest.mark.parametrize(
+    "bound", [clipax.thresholds.reciprocal_bound, clipax.thresholds.limit_bound]
+)
 def test_no_level_locks_it_after_norms_without_spread(level: float, bound: Any) -> None:
     norms = np.array([1.0] * 25 + [level] * 600)
     clipped, _ = run_norms(clipax.zclip(max_norm=None, spike_bound=bound), norms)
@@ -198,8 +201,13 @@ def test_no_level_locks_it_after_norms_without_spread(level: float, bound: Any) 
 def test_a_spread_that_shrinks_to_nothing_does_not_lock_the_mean_bound() -> None:
     norms = np.array([1.0, 1.02] * 13 + [2.0] * 4000)
     for method, last in (
-        (clipax.zclip(max_norm=None, spike_bound=clipax.mean_bound), 1.05),
-        (clipax.zclip(max_norm=None, spike_bound=clipax.mean_bound, raw_history=True), 2.0),
+        (clipax.zclip(max_norm=None, spike_bound=clipax.thresholds.mean_bound), 1.05),
+        (
+            clipax.zclip(
+                max_norm=None, spike_bound=clipax.thresholds.mean_bound, raw_history=True
+            ),
+            2.0,
+        ),
     ):
         clipped, _ = run_norms(method, norms)
         assert clipped[-1] > last - 1e-6
