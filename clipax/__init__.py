@@ -17,13 +17,13 @@ an `optax.GradientTransformation` that chains with any optimizer:
 * round a clip, to feed back what it takes off: `u_clip`, `clip21`
 * round a whole optimizer, to leave out bad steps: `skip_step`
 * what happened: `metrics`, `observe`; an error between steps: `check_finite`, `check_not_stuck`
-* each example's gradient by itself: `clipped_grad`, `per_example_norms`, `explain`,
+* each example's gradient by itself: `clipped_grad`, `per_example_norms`, `explain_clipped_grad`,
   `track_quantile`
 * without an optimizer: `global_norm`, `clip_tree`, `clip_cotangent`
 * to build your own: `clip_by` over a norm (`clipax.norms`: `global_norm`, `leaf_norm`,
   `unit_norm`, ...), a threshold (`clipax.thresholds`: `fixed`, `relative_to_params`,
   `per_norm`, or a `Threshold` of your own) and a coefficient (`clipax.coefficients`: `hard`,
-  `unclipped`, the smooth `rational`, `square_root` and `tanh`, `normalized`, `automatic`,
+  `unclipped`, the smooth `rational`, `square_root` and `tanh`, `normalized`, `auto_s`,
   `psac`); `clipax.coefficients.scale_updates` for what does not decompose
 * what counts as a unit is in `clipax.units`, the states that docstrings name in
   `clipax.states`
@@ -74,7 +74,7 @@ from clipax.norms import global_norm as global_norm
 from clipax.norms import leaf_norm as leaf_norm
 from clipax.norms import unit_norm as unit_norm
 from clipax.per_example import clipped_grad as clipped_grad
-from clipax.per_example import explain as explain
+from clipax.per_example import explain_clipped_grad as explain_clipped_grad
 from clipax.per_example import per_example_norms as per_example_norms
 from clipax.per_example import track_quantile as track_quantile
 

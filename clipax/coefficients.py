@@ -163,67 +163,67 @@ def normalized(norm: Array, max_norm: Array) -> Array:
     return jnp.minimum(quotient, np.finfo(norm.dtype).max)
 
 
-def automatic(stability: jax.typing.ArrayLike = 0.01) -> Coefficient:
-    """Makes `coefficient = max_norm / (norm + stability)`: AUTO-S.
+def auto_s(eps: jax.typing.ArrayLike = 0.01) -> Coefficient:
+    """Makes `coefficient = max_norm / (norm + eps)`: AUTO-S.
 
     For the gradients of examples (`clipped_grad`): all become about `max_norm` long, but for
-    those that are hardly longer than `stability`. With `stability=0` it is `normalized`.
+    those that are hardly longer than `eps`. With `eps=0` it is `normalized`.
 
     Args:
-      stability: What is added to the norm, >= 0.
+      eps: What is added to the norm, >= 0.
 
     Returns:
       A coefficient, with the edge cases of `normalized`; it may be more than one.
 
     Raises:
-      ValueError: `stability` is no number >= 0.
+      ValueError: `eps` is no number >= 0.
 
     Example:
-      >>> automatic(stability=1.0)(jnp.array([4.0, 0.0]), jnp.ones(2))
+      >>> auto_s(eps=1.0)(jnp.array([4.0, 0.0]), jnp.ones(2))
       Array([0.2, 1. ], dtype=float32)
 
     References:
       Bu et al., Automatic Clipping: Differentially Private Deep Learning Made Easier and
       Stronger, 2022, arXiv:2206.07136.
     """
-    _checks.scalar(_checks.non_negative, stability=stability)
+    _checks.scalar(_checks.non_negative, eps=eps)
 
     def coefficient(norm: Array, max_norm: Array) -> Array:
-        (added,) = _leaves.in_dtype_of(norm, stability)
+        (added,) = _leaves.in_dtype_of(norm, eps)
         return normalized(norm + added, max_norm)
 
     return coefficient
 
 
-def psac(stability: jax.typing.ArrayLike = 0.1) -> Coefficient:
-    """Makes `coefficient = max_norm / (norm + stability / (norm + stability))`.
+def psac(eps: jax.typing.ArrayLike = 0.1) -> Coefficient:
+    """Makes `coefficient = max_norm / (norm + eps / (norm + eps))`.
 
-    As `automatic`, but the factor does not grow without end towards a norm of zero. There it is
-    `max_norm`; it is largest at a norm of `sqrt(stability) - stability`, where it is
-    `max_norm / (2 * sqrt(stability) - stability)`, and falls from there. So small gradients are
-    lengthened too: with a stability of 0.1 and a bound of 1, a norm of 0.2 becomes 0.375.
+    As `auto_s`, but the factor does not grow without end towards a norm of zero. There it is
+    `max_norm`; it is largest at a norm of `sqrt(eps) - eps`, where it is
+    `max_norm / (2 * sqrt(eps) - eps)`, and falls from there. So small gradients are
+    lengthened too: with an `eps` of 0.1 and a bound of 1, a norm of 0.2 becomes 0.375.
 
     Args:
-      stability: > 0; 0.1 and 0.01 are usual.
+      eps: > 0; 0.1 and 0.01 are usual.
 
     Returns:
       A coefficient, with the edge cases of `normalized`; it may be more than one.
 
     Raises:
-      ValueError: `stability` is no number > 0.
+      ValueError: `eps` is no number > 0.
 
     Example:
-      >>> psac(stability=1.0)(jnp.array([1.0, 0.0]), jnp.ones(2))
+      >>> psac(eps=1.0)(jnp.array([1.0, 0.0]), jnp.ones(2))
       Array([0.6666667, 1.       ], dtype=float32)
 
     References:
       Xia et al., Differentially Private Learning with Per-Sample Adaptive Clipping, 2022,
       arXiv:2212.00328. The formula is that of public implementations.
     """
-    _checks.scalar(_checks.positive, stability=stability)
+    _checks.scalar(_checks.positive, eps=eps)
 
     def coefficient(norm: Array, max_norm: Array) -> Array:
-        (added,) = _leaves.in_dtype_of(norm, stability)
+        (added,) = _leaves.in_dtype_of(norm, eps)
         return normalized(norm + added / (norm + added), max_norm)
 
     return coefficient

@@ -20,7 +20,7 @@ FUNCTIONS = {
     "fixed": clipax.thresholds.fixed,
     "relative_to_params": clipax.thresholds.relative_to_params,
     "per_norm": clipax.thresholds.per_norm,
-    "automatic": clipax.coefficients.automatic,
+    "auto_s": clipax.coefficients.auto_s,
     "psac": clipax.coefficients.psac,
 }
 REQUIRED = {"rule": optax.ema(0.9)}

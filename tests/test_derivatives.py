@@ -30,7 +30,6 @@ VALUES: dict[str, Any] = {
     "eps": 0.05,
     "factor": 0.9,
     "inner": clipax.clip_by_global_norm(1.1),
-    "k": 0.8,
     "learning_rate": 0.3,
     "loss_z_max": 1.5,
     "max_carry": 1.3,
@@ -44,6 +43,7 @@ VALUES: dict[str, Any] = {
     "quantile": 0.35,
     "ratio": 1.5,
     "threshold": 1.1,
+    "warmup_max_norm": 1.1,
     "warmup_steps": 2,
     "window_size": 4,
     "z_max": 1.2,
@@ -63,7 +63,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "clip_by_average_norm": [{"max_norm": 0.2}],
     "clip_by_spectral_norm": [{}, {"coefficient": clipax.coefficients.tanh}],
-    "skip_step": [{"max_norm": 5.0}],
+    "skip_step": [{"skip_above": 5.0}],
     "spam_clip": [{}, {"reset_every": 3}],
     "zclip": [
         {},
@@ -86,8 +86,8 @@ def continuous(factory: Callable[..., Any]) -> list[str]:
 
 # Thresholds and coefficients with numbers of their own.
 BUILT: dict[str, tuple[Callable[..., Any], dict[str, float]]] = {
-    "automatic": (
-        lambda s, c: clipax.clip_by(clipax.leaf_norm, c, clipax.coefficients.automatic(s)),
+    "auto_s": (
+        lambda s, c: clipax.clip_by(clipax.leaf_norm, c, clipax.coefficients.auto_s(s)),
         {"s": 0.2, "c": 0.9},
     ),
     "eps of hard": (

@@ -393,7 +393,7 @@ def test_plain_dicts_are_bounds_of_examples_in_any_container(
     trees.assert_close(found.norms, info.norms)
     norms = clipax.per_example_norms(loss_fn, per_leaf=True)(contain(params), contained)
     assert len(jax.tree.leaves(norms)) == len(batch)
-    clipax.explain(loss_fn, contain(params), contained)
+    clipax.explain_clipped_grad(loss_fn, contain(params), contained)
     names = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
     paths = {f"{layer}/{key}" for layer in ("first", "second") for key in ("kernel", "bias")}
     assert names == paths

@@ -21,7 +21,7 @@ CLIPS = {
     "by layer": clipax.clip_by_leaf_norm(0.05, stack_axis={"stacked": 0, "whole": None}),
     "by unit": clipax.adaptive_grad_clip(0.01, unit_axis={"stacked": (0, -1), "whole": -1}),
     "history": clipax.zclip(max_norm=0.1, warmup_steps=1),
-    "history by leaf": clipax.adagc(max_norm=0.1, warmup_steps=1),
+    "history by leaf": clipax.adagc(warmup_max_norm=0.1, warmup_steps=1),
     "skipped": clipax.skip_step(optax.identity(), 0.12),
 }
 clips = pytest.mark.parametrize("clip", CLIPS)

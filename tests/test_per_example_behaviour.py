@@ -26,7 +26,7 @@ COEFFICIENTS: dict[str, tuple[Any, Callable[..., np.ndarray]]] = {
     "square_root": (clipax.coefficients.square_root, lambda n, c: 1 / np.sqrt(1 + (n / c) ** 2)),
     "tanh": (clipax.coefficients.tanh, lambda n, c: np.tanh(n / c) / (n / c)),
     "normalized": (clipax.coefficients.normalized, lambda n, c: c / n),
-    "automatic": (clipax.coefficients.automatic(0.5), lambda n, c: c / (n + 0.5)),
+    "auto_s": (clipax.coefficients.auto_s(0.5), lambda n, c: c / (n + 0.5)),
     "psac": (clipax.coefficients.psac(0.2), lambda n, c: c / (n + 0.2 / (n + 0.2))),
     "of one's own": (lambda n, c: jnp.where(n > c, 0.0, 2.0), lambda n, c: 2.0 * (n <= c)),
 }
@@ -592,7 +592,7 @@ def test_every_bad_call(name: str) -> None:
     with pytest.raises(ValueError, match=message):
         clipax.per_example_norms(loss_fn, **options)(*args)
     with pytest.raises(ValueError, match=message):
-        clipax.explain(loss_fn, *args, **options)
+        clipax.explain_clipped_grad(loss_fn, *args, **options)
 
 
 @pytest.mark.parametrize(
@@ -692,8 +692,8 @@ def test_explicit_mesh_axes_shard_examples_and_parameters(
         assert all(lie_alike(sharded[name], laid[name]) for name in laid)
         assert lie_alike(of_sharded.norms["in"], of_mesh[2])
         assert lie_alike(of_sharded.aux, of_mesh[1])
-    clipax.explain(loss_fn, *args, **options)
-    clipax.explain(loss_fn, *of_mesh, **options)
+    clipax.explain_clipped_grad(loss_fn, *args, **options)
+    clipax.explain_clipped_grad(loss_fn, *of_mesh, **options)
     lines = capsys.readouterr().out.splitlines()
     assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
     norm_fn = clipax.per_example_norms(loss_fn, **options)
@@ -746,9 +746,9 @@ def test_memory_is_that_of_one_gradient() -> None:
 
 def test_explains_each_leaf_from_shapes(capsys: pytest.CaptureFixture[str]) -> None:
     loss_fn, params, batch = every_way()
-    clipax.explain(loss_fn, params, batch)
+    clipax.explain_clipped_grad(loss_fn, params, batch)
     text = capsys.readouterr().out
-    clipax.explain(loss_fn, *jax.eval_shape(lambda *args: args, params, batch))
+    clipax.explain_clipped_grad(loss_fn, *jax.eval_shape(lambda *args: args, params, batch))
     assert capsys.readouterr().out == text
     head, *lines = text.splitlines()
     assert head.split()[:2] == ["leaf", "shape"]

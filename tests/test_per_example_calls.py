@@ -40,7 +40,7 @@ def assert_clipped(
         zoo.assert_near(grads, factor * CLIPPED)
         for each in norms:
             zoo.assert_near(each, factor * NORMS)
-    clipax.explain(loss_fn, PARAMS, BATCH, *args, **keywords)
+    clipax.explain_clipped_grad(loss_fn, PARAMS, BATCH, *args, **keywords)
 
 
 # -- What is no array ----------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_what_is_no_array_may_stand_before_all_others() -> None:
     options: dict[str, Any] = {"argnums": 3, "batch_argnums": 1}
     args = ("double", BATCH, jnp.asarray(0.5), PARAMS)
     zoo.assert_near(clipax.per_example_norms(loss_fn, **options)(*args), NORMS)
-    clipax.explain(loss_fn, *args, **options)
+    clipax.explain_clipped_grad(loss_fn, *args, **options)
 
 
 def test_the_static_part_of_a_model_is_an_argument() -> None:
@@ -169,7 +169,7 @@ def test_the_static_part_of_a_model_is_an_argument() -> None:
     wanted, *found = as_advised(params, batch)
     for norms in found:
         zoo.assert_near(norms, wanted)
-    clipax.explain(loss_fn, params, batch, static)
+    clipax.explain_clipped_grad(loss_fn, params, batch, static)
 
 
 def test_a_part_without_parameters_may_have_a_bound() -> None:
@@ -209,7 +209,7 @@ def test_parameters_and_examples_are_passed_by_position(
     calls: dict[str, Callable[..., Any]] = {
         "clipped_grad": clipax.clipped_grad(total, 1.0),
         "per_example_norms": clipax.per_example_norms(total),
-        "explain": functools.partial(clipax.explain, total),
+        "explain": functools.partial(clipax.explain_clipped_grad, total),
     }
     with pytest.raises(ValueError, match=r"argnums has \d.*that are passed by position"):
         calls[function](*args, **rest)
@@ -239,7 +239,7 @@ def test_a_keyword_with_two_meanings_is_refused(loss_fn: Any) -> None:
     zoo.assert_near(grad_fn(PARAMS, BATCH)[0]["w"], CLIPPED)
     norms = clipax.per_example_norms(loss_fn)(PARAMS, BATCH, mask=MASK)
     zoo.assert_near(norms, np.array([3.0, 0.0]))
-    clipax.explain(loss_fn, PARAMS, BATCH, mask=MASK)
+    clipax.explain_clipped_grad(loss_fn, PARAMS, BATCH, mask=MASK)
 
     # As advised: under another name, beside a mask of the examples.
     renamed = clipax.clipped_grad(
@@ -269,9 +269,9 @@ def test_arguments_of_explain_have_one_meaning() -> None:
     def loss_fn(params: Any, x: jax.Array, *, has_aux: bool = False) -> Any:
         return (total(params, x), x) if has_aux else total(params, x)
 
-    clipax.explain(loss_fn, PARAMS, BATCH)
+    clipax.explain_clipped_grad(loss_fn, PARAMS, BATCH)
     with pytest.raises(ValueError, match=r"has_aux is an argument of this function and one of"):
-        clipax.explain(loss_fn, PARAMS, BATCH, has_aux=True)
+        clipax.explain_clipped_grad(loss_fn, PARAMS, BATCH, has_aux=True)
 
 
 # -- What is refused -----------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def test_every_batch_that_is_no_array(name: str) -> None:
         with pytest.raises(ValueError, match=message):
             call(PARAMS, batch)
     with pytest.raises(ValueError, match=message):
-        clipax.explain(loss_fn, PARAMS, batch)
+        clipax.explain_clipped_grad(loss_fn, PARAMS, batch)
 
 
 @pytest.mark.parametrize("batch", [np.asarray(BATCH), [BATCH[:, 0], np.asarray(BATCH[:, 1])]])

@@ -50,7 +50,7 @@ def assert_plain(
     trees.assert_same_type(grads, params)
     assert 0 < info.clip_fraction < 1
 
-    clipax.explain(loss_fn, params, batch)
+    clipax.explain_clipped_grad(loss_fn, params, batch)
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) == len(jax.tree.leaves(params))
     for part, way in ways.items():

@@ -155,7 +155,7 @@ def test_a_part_of_a_parameter_and_a_term_that_all_examples_share(part: str, sha
 def test_these_parts_are_measured_by_gram_matrices(seen: Seen) -> None:
     for name in sorted(COMMON):
         loss_of_part, shape, batch = PARTS[name]
-        clipax.explain(
+        clipax.explain_clipped_grad(
             lambda w, e, loss=loss_of_part: loss(w, e) + SHARED["all of it"](w),
             jnp.zeros(shape),
             batch,
@@ -365,7 +365,7 @@ def equations(loss_fn: Any, params: Any, batch: Any) -> int:
 @pytest.mark.parametrize("name", LINKS)
 def test_a_long_chain_is_walked_once(name: str, length: int, seen: Seen) -> None:
     loss_fn, w = chain(LINKS[name], length), normal(8, 8) / 2
-    clipax.explain(loss_fn, w, CHAIN_BATCH)
+    clipax.explain_clipped_grad(loss_fn, w, CHAIN_BATCH)
     assert len(seen.recipes) <= 2 * equations(loss_fn, w, CHAIN_BATCH)
     (plan,) = seen.plans
     wanted = _plans.Way.EACH if name in ("split and join", "mapped") else _plans.Way.GRAM
@@ -393,7 +393,7 @@ def sums(w: jax.Array, x: jax.Array, length: int) -> jax.Array:
 @pytest.mark.parametrize("length", [250, pytest.param(3000, marks=pytest.mark.slow)])
 def test_a_long_sum_is_walked_once(length: int, seen: Seen) -> None:
     loss_fn = functools.partial(sums, length=length)
-    clipax.explain(loss_fn, normal(8, 8), CHAIN_BATCH[0])
+    clipax.explain_clipped_grad(loss_fn, normal(8, 8), CHAIN_BATCH[0])
     assert len(seen.recipes) <= 2 * equations(loss_fn, normal(8, 8), CHAIN_BATCH[0])
 
 
@@ -401,7 +401,7 @@ def test_a_sum_of_more_products_than_are_moved_one_by_one(seen: Seen) -> None:
     def loss_fn(w: jax.Array, x: jax.Array) -> jax.Array:
         return sums(w.T, x, _walk._MOST_CHANGED + 1)
 
-    clipax.explain(loss_fn, normal(8, 8), CHAIN_BATCH[0])
+    clipax.explain_clipped_grad(loss_fn, normal(8, 8), CHAIN_BATCH[0])
     assert seen.plans[0].why == "comes from transpose"
 
 
@@ -429,7 +429,7 @@ def doubled(name: str, times: int) -> Any:
 @pytest.mark.parametrize("name", DOUBLINGS)
 def test_a_sum_of_itself_is_walked_once(name: str, seen: Seen) -> None:
     loss_fn, w, x = doubled(name, 40), normal(8, 8), CHAIN_BATCH[0]
-    clipax.explain(loss_fn, w, x)
+    clipax.explain_clipped_grad(loss_fn, w, x)
     assert len(seen.plans[0].terms) <= 2
     assert len(seen.recipes) <= 2 * equations(loss_fn, w, x)
 

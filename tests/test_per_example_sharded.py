@@ -191,12 +191,12 @@ def test_explains_in_a_mapped_program(kind: str, capsys: pytest.CaptureFixture[s
     loss_fn, params, batch = small()
 
     def step(params: Any, batch: Any) -> Any:
-        clipax.explain(loss_fn, params, batch)
+        clipax.explain_clipped_grad(loss_fn, params, batch)
         return jnp.zeros(())
 
     on_devices(kind, step, params, batch)
     text = capsys.readouterr().out
-    clipax.explain(loss_fn, params, batch)
+    clipax.explain_clipped_grad(loss_fn, params, batch)
     # It may be traced twice.
     assert text.startswith(capsys.readouterr().out)
 

@@ -128,7 +128,7 @@ def test_agc_clips_the_largest_floats_to_their_share_of_the_parameters() -> None
 
 
 def test_adagc_starts_from_the_largest_floats() -> None:
-    clip = clipax.adagc(max_norm=1.0)
+    clip = clipax.adagc(warmup_max_norm=1.0)
     updates = {"w": jnp.array([1e38]), "b": jnp.array([1e38])}
     clipped, state = clipped_by(clip, updates)
     np.testing.assert_allclose(clipped["w"], [math.sqrt(0.5)], rtol=2e-6)

@@ -58,7 +58,7 @@ VARIANTS: dict[str, tuple[Callable[..., Any], int]] = {
     "spam_clip, reset": (lambda: clipax.spam_clip(100.0, reset_every=50), 50),
     "stable_spam, no norms": (lambda: clipax.stable_spam(normalize=False), 693),
     "stable_spam, long": (lambda: clipax.stable_spam(decay_square=0.95), 2 * 325),
-    "u_clip of adagc": (lambda: clipax.u_clip(clipax.adagc(max_norm=2.0)), 10_300),
+    "u_clip of adagc": (lambda: clipax.u_clip(clipax.adagc(warmup_max_norm=2.0)), 10_300),
     "u_clip of a quantile": (lambda: clipax.u_clip(clipax.clip_by_quantile()), 10_201),
     "u_clip of values": (lambda: clipax.u_clip(clipax.clip_by_value(2.0)), 10_000),
     "clip21 of a quantile": (lambda: clipax.clip21(clipax.clip_by_quantile()), 401),

@@ -30,7 +30,7 @@ def adagc(
     ratio: jax.typing.ArrayLike = 1.05,
     *,
     decay: jax.typing.ArrayLike = 0.98,
-    max_norm: jax.typing.ArrayLike = 1.0,
+    warmup_max_norm: jax.typing.ArrayLike = 1.0,
     warmup_steps: int = 100,
     raw_history: bool = False,
     stack_axis: LeafRule = None,
@@ -40,7 +40,7 @@ def adagc(
     """Bounds each leaf's norm by a multiple of its own running average.
 
     For the first `warmup_steps`, all leaves are scaled by
-    `h = min(1, max_norm / global_norm)`, and `average_l <- min(average_l, h * norm_l)`.
+    `h = min(1, warmup_max_norm / global_norm)`, and `average_l <- min(average_l, h * norm_l)`.
     After them, `max_norm_l = ratio * average_l`, and with `x_l = min(norm_l, max_norm_l)`,
     `average_l <- decay * average_l + (1 - decay) * x_l`.
 
@@ -54,7 +54,7 @@ def adagc(
     Args:
       ratio: The bound on the norm over its average, > 0. The paper has 1.03 to 1.05.
       decay: The weight of the past in the average, in [0, 1). The paper has 0.98 to 0.99.
-      max_norm: The bound on the global norm during warm-up, > 0. The paper has 1.0.
+      warmup_max_norm: The bound on the global norm during warm-up, > 0. The paper has 1.0.
       warmup_steps: How many steps are clipped by their global norm, >= 1. The paper has
         100.
       raw_history: Whether the averages learn norms as they were before clipping; else as
@@ -78,7 +78,7 @@ def adagc(
 
     | leaf | result |
     |---|---|
-    | warm-up, global norm <= max_norm | the leaf, bit for bit |
+    | warm-up, global norm <= warmup_max_norm | the leaf, bit for bit |
     | norm <= ratio * average | the leaf, bit for bit |
     | zero | zeros; the average stays |
     | zero in every step so far | the first other norm is bounded as in warm-up |
@@ -98,7 +98,7 @@ def adagc(
     `warmup_steps` steps, there one more; no 1e-8 beside the norms.
 
     Example:
-      >>> clip = adagc(1.5, max_norm=100.0, warmup_steps=1)
+      >>> clip = adagc(1.5, warmup_max_norm=100.0, warmup_steps=1)
       >>> state = clip.init({"w": jnp.zeros(1), "b": jnp.zeros(1)})
       >>> for w, b in ((2.0, 4.0), (6.0, 5.0)):
       ...     clipped, state = clip.update({"w": jnp.array([w]), "b": jnp.array([b])}, state)
@@ -110,7 +110,7 @@ def adagc(
       pretraining", 2025, https://arxiv.org/abs/2502.11034
     """
     _checks.scalar(_checks.finite_positive, ratio=ratio)
-    _checks.scalar(_checks.positive, max_norm=max_norm)
+    _checks.scalar(_checks.positive, warmup_max_norm=warmup_max_norm)
     _checks.scalar(_checks.decay_rate, decay=decay)
     _checks.positive_integer(warmup_steps=warmup_steps)
     _checks.flag(raw_history=raw_history)
@@ -129,7 +129,7 @@ def adagc(
         del params, extra
         total = norm_of_all(norms)
         is_finite = jnp.isfinite(total)
-        start = in_two(hard, total, *_leaves.in_dtype_of(total, max_norm))
+        start = in_two(hard, total, *_leaves.in_dtype_of(total, warmup_max_norm))
         is_warmed_up = state.step_count >= warmup_steps
 
         def follows_itself(average: Array) -> Array:

@@ -17,7 +17,7 @@ from clipax.norms import global_norm
 
 @injectable
 def clip_by_mean_std(
-    k: jax.typing.ArrayLike = 3.0,
+    z_max: jax.typing.ArrayLike = 3.0,
     window_size: int = 128,
     *,
     norm: Norm = global_norm,
@@ -26,13 +26,13 @@ def clip_by_mean_std(
     mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Bounds the norm by the mean of the last norms and k standard deviations.
+    """Bounds the norm by the mean of the last norms and `z_max` standard deviations.
 
-    `max_norm_t = mean + k * max(std, 1e-6 * mean)` over the window of
+    `max_norm_t = mean + z_max * max(std, 1e-6 * mean)` over the window of
     `norm_{t-W}, ..., norm_{t-1}` with `W = window_size`; `std` is the population's.
 
     Args:
-      k: How many standard deviations above the mean a norm may lie, > 0. Levanter has 3.
+      z_max: How many standard deviations above the mean a norm may lie, > 0. Levanter has 3.
       window_size: How many of the last norms are remembered, >= 1; one float each.
         Levanter has 128.
       norm: What is measured, and bounded by its own history: `global_norm`, `leaf_norm`
@@ -49,13 +49,13 @@ def clip_by_mean_std(
       threshold holds the window. `metrics` gives its quantiles 0.5, 0.9 and 0.99.
 
     Raises:
-      ValueError: `k` is not a finite number > 0, `window_size` or `warmup_steps` not an
+      ValueError: `z_max` is not a finite number > 0, `window_size` or `warmup_steps` not an
         integer >= 1, or `max_norm` not > 0.
 
     The history learns from raw norms, before clipping, and the norm at hand does not count.
     So a new level of norms becomes the usual one within a window; and one spike, until it
     leaves the window, raises the bound. Whatever finite norms came before, half of a usual norm
-    passes within 5 steps; with a smaller k, within half a window and two steps.
+    passes within 5 steps; with a smaller `z_max`, within half a window and two steps.
 
     | norm | result |
     |---|---|
@@ -85,7 +85,7 @@ def clip_by_mean_std(
     References:
       Levanter, https://github.com/stanford-crfm/levanter (`ClipUpdateNormConfig`)
     """
-    _checks.scalar(_checks.finite_positive, k=k)
+    _checks.scalar(_checks.finite_positive, z_max=z_max)
     _checks.positive_integer(window_size=window_size)
     needed = _checks.warmup(warmup_steps, window_size)
     if warmup_steps is None:
@@ -94,7 +94,7 @@ def clip_by_mean_std(
     def bound(norm: Array, past: WindowState, params: Any = None) -> tuple[Array, WindowState]:
         del params
         mean, std = _window.mean_and_std(past)
-        (times,) = _leaves.in_dtype_of(norm, k)
+        (times,) = _leaves.in_dtype_of(norm, z_max)
         limit = mean + times * std
         return jnp.where(past.value_count >= needed, limit, jnp.inf), _window.push(past, norm)
 

@@ -31,7 +31,7 @@ class SkipState(NamedTuple):
     taken_count: Array
     """How many steps were not skipped; int32."""
     threshold: Any
-    """The state of the rule that gives `max_norm`."""
+    """The state of the rule that gives `skip_above`."""
     norm_window: Any
     """The last finite norms, where there is a `z_max`."""
     loss_window: Any
@@ -47,7 +47,7 @@ class SkipState(NamedTuple):
 @injectable
 def skip_step(
     inner: optax.GradientTransformation,
-    max_norm: Bound | None = None,
+    skip_above: Bound | None = None,
     *,
     z_max: jax.typing.ArrayLike | None = None,
     loss_z_max: jax.typing.ArrayLike | None = None,
@@ -59,7 +59,7 @@ def skip_step(
     """Skips a whole step of an optimizer whose gradient is not finite, or a spike.
 
     A step is skipped if `norm`, the global L2 norm of the updates that come in, is NaN or
-    inf, if `norm > max_norm`, or if `norm - mean > z_max * max(std, 1e-6 * |mean|)` over the
+    inf, if `norm > skip_above`, or if `norm - mean > z_max * max(std, 1e-6 * |mean|)` over the
     window of the last finite norms; `std` is the sample's, over `n - 1`. `loss_z_max` is the
     same rule for losses. A skipped step gives zeros and keeps the inner state.
 
@@ -69,7 +69,7 @@ def skip_step(
 
     Args:
       inner: A whole optimizer, or any transformation.
-      max_norm: Above it a step is skipped, > 0: a number, a scalar array or a schedule
+      skip_above: Above it a step is skipped, > 0: a number, a scalar array or a schedule
         `count -> value` that counts the steps with a finite norm, skipped or not. None is
         never.
       z_max: How many standard deviations above the mean a norm may lie, > 0. None leaves
@@ -91,7 +91,7 @@ def skip_step(
       too.
 
     Raises:
-      ValueError: `inner` is no transformation; `max_norm`, `z_max` or `loss_z_max` is not
+      ValueError: `inner` is no transformation; `skip_above`, `z_max` or `loss_z_max` is not
         > 0, `window_size` not an integer >= 2, `warmup_steps` not an integer >= 1, or
         `skip_ranges` not such pairs; at `update`, there is no `loss` and a `loss_z_max`, or
         it is no scalar.
@@ -110,7 +110,7 @@ def skip_step(
     | a norm or watched loss of NaN or inf, however many in a row | skipped; not learned |
     | in a pair of `skip_ranges` | skipped; not learned, nor counted by a schedule |
     | in a pair, between skipped steps | neither counts as one in a row nor ends the row |
-    | the first, whatever its finite norm | taken, if it is not above `max_norm` |
+    | the first, whatever its finite norm | taken, if it is not above `skip_above` |
     | one above a window of equal norms | skipped, if by more than a share of `1e-6 * z_max` |
     | one below the mean | taken |
     | a bound that turns out NaN | skipped |
@@ -144,9 +144,9 @@ def skip_step(
     """
     inner = _checks.transformation(inner=inner)
     _checks.axis_name(axis_name=axis_name)
-    max_norm = math.inf if max_norm is None else max_norm
-    _checks.one_bound(_checks.positive, max_norm=max_norm)
-    limit = bounded(_checks.positive, max_norm=max_norm)
+    skip_above = math.inf if skip_above is None else skip_above
+    _checks.one_bound(_checks.positive, skip_above=skip_above)
+    limit = bounded(_checks.positive, skip_above=skip_above)
     if z_max is not None:
         _checks.scalar(_checks.positive, z_max=z_max)
     if loss_z_max is not None:

@@ -22,6 +22,6 @@ The way from a loss to a sum of clipped gradients, room by room:
 
 from clipax.per_example._functions import PerExampleInfo as PerExampleInfo
 from clipax.per_example._functions import clipped_grad as clipped_grad
-from clipax.per_example._functions import explain as explain
+from clipax.per_example._functions import explain_clipped_grad as explain_clipped_grad
 from clipax.per_example._functions import per_example_norms as per_example_norms
 from clipax.per_example._functions import track_quantile as track_quantile

@@ -33,7 +33,7 @@ def clipped_grad(
         grads = mean over b of coefficient(|g_b|, max_norm) * g_b,   g_b = grad loss_fn(., b)
 
     The gradients `g_b` are not made, wherever their norm can be read off what they are
-    products of: see `explain`.
+    products of: see `explain_clipped_grad`.
 
     Args:
       loss_fn: `loss_fn(params, example) -> loss`, a scalar, for *one* example. Any function
@@ -43,7 +43,7 @@ def clipped_grad(
       max_norm: The bound, >= 0; `inf` never clips. With a tree prefix of the parameters,
         each part has a norm and a coefficient of its own.
       coefficient: `(norm, max_norm) -> factor`, as `hard`, `rational`, `normalized`,
-        `automatic` or `psac`.
+        `auto_s` or `psac`.
       argnums: Which arguments are differentiated; one or several.
       batch_argnums: Which arguments have the examples along the first axis of every leaf;
         one or several. A key of the examples' own is one of them.
@@ -192,7 +192,7 @@ def per_example_norms(
     return norm_fn
 
 
-def explain(
+def explain_clipped_grad(
     loss_fn: Callable[..., Any],
     *args: Any,
     argnums: ArgNums = 0,
@@ -219,7 +219,7 @@ def explain(
       >>> def loss_fn(params, x):
       ...     return jnp.sum(jnp.tanh(x @ params["w"] + params["b"]))
       >>> params = {"w": jnp.zeros((8, 4)), "b": jnp.zeros(4)}
-      >>> explain(loss_fn, params, jnp.zeros((32, 8)))
+      >>> explain_clipped_grad(loss_fn, params, jnp.zeros((32, 8)))
       leaf  shape   norm of one example   why                              products   kept
       b     (4,)    made for each example comes from mul                          4   100%
       w     (8, 4)  norms of two vectors  a product that sums over nothing       12    38%

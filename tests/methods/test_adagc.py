@@ -59,7 +59,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 def build(setting: dict[str, Any], **more: Any) -> Any:
-    names = {"warmup": "warmup_steps", "cap": "max_norm", "raw": "raw_history"}
+    names = {"warmup": "warmup_steps", "cap": "warmup_max_norm", "raw": "raw_history"}
     return clipax.adagc(**{names.get(key, key): v for key, v in setting.items()}, **more)
 
 
@@ -119,7 +119,7 @@ def test_a_leaf_that_was_zero_in_warm_up_is_not_dead() -> None:
         {"q": np.array(quiet), "l": np.array(loud)}, warmup=5, cap=100.0, ignore_zeros=False
     )
     np.testing.assert_array_equal(bounds["q"][5:], 0)
-    clipped, _ = run(clipax.adagc(warmup_steps=5, max_norm=100.0), q=quiet, l=loud)
+    clipped, _ = run(clipax.adagc(warmup_steps=5, warmup_max_norm=100.0), q=quiet, l=loud)
     np.testing.assert_array_equal(clipped["q"], quiet)
 
 
@@ -139,7 +139,7 @@ def test_clipped_norms_pull_the_average_down(
     spread: float, raw: bool, lowest: float, highest: float
 ) -> None:
     norms = np.random.default_rng(6).lognormal(sigma=spread, size=6000)
-    method = clipax.adagc(max_norm=np.inf, raw_history=raw)
+    method = clipax.adagc(warmup_max_norm=np.inf, raw_history=raw)
     _, states = run(method, a=list(norms))
     settled = slice(1000, None)
     assert lowest <= np.mean(states.coefficient["a"][settled] < 1) <= highest
@@ -175,7 +175,7 @@ def test_edge_under_the_bounds_it_is_the_identity() -> None:
     sequence = {"w": rng.normal(size=(20, 7)).astype(np.float32)}
     sequence["w"][1:] = sequence["w"][:1] * np.linspace(1, 0.5, 19)[:, None]
     clipped, states = sequences.scanned(
-        clipax.adagc(2.0, max_norm=100.0, warmup_steps=5), sequence
+        clipax.adagc(2.0, warmup_max_norm=100.0, warmup_steps=5), sequence
     )
     np.testing.assert_array_equal(clipped["w"], sequence["w"])
     np.testing.assert_array_equal(states.coefficient["w"], 1.0)
@@ -213,7 +213,7 @@ def test_edge_an_average_far_below_its_norms_is_forgotten() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_edge_after_warm_up_a_bad_leaf_harms_no_other(value: float) -> None:
-    method = clipax.adagc(warmup_steps=1, max_norm=100.0)
+    method = clipax.adagc(warmup_steps=1, warmup_max_norm=100.0)
     clipped, states = run(method, a=[1.0, value, 1.0, 5.0], b=[1.0, 5.0, 1.0, 1.0])
     assert np.isnan(clipped["a"][1])
     np.testing.assert_allclose(clipped["b"][1], 1.05, rtol=1e-6)
@@ -240,7 +240,7 @@ def test_edge_only_what_is_no_norm_so_far() -> None:
 @pytest.mark.parametrize("size", [1e-25, 1e25])
 def test_norms_of_any_size(size: float) -> None:
     usual, _ = run(clipax.adagc(warmup_steps=2), a=[3, 4, 0.5, 2], b=[4, 3, 0.7, 9])
-    method = clipax.adagc(warmup_steps=2, max_norm=size)
+    method = clipax.adagc(warmup_steps=2, warmup_max_norm=size)
     scaled, _ = run(
         method,
         a=[3 * size, 4 * size, 0.5 * size, 2 * size],
@@ -261,8 +261,8 @@ def test_bad_ratios_are_refused(bad: Any) -> None:
 
 @pytest.mark.parametrize("bad", [0, -1.0, *NUMBERS])
 def test_bad_bounds_of_the_warm_up_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match="max_norm must be"):
-        clipax.adagc(max_norm=bad)
+    with pytest.raises(ValueError, match="warmup_max_norm must be"):
+        clipax.adagc(warmup_max_norm=bad)
 
 
 @pytest.mark.parametrize("bad", [1, -0.1, *NUMBERS])

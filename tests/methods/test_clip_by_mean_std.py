@@ -150,7 +150,7 @@ def test_a_warm_up_of_one_norm_is_one() -> None:
 
 @pytest.mark.parametrize("bad", [0, -1.0, np.inf, jnp.ones(2), *sequences.NO_NUMBERS])
 def test_bad_k_is_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match="k must be"):
+    with pytest.raises(ValueError, match="z_max must be"):
         clipax.clip_by_mean_std(bad)
 
 

@@ -30,7 +30,7 @@ import clipax
 
 
 class Rules(NamedTuple):
-    max_norm: float | None = None
+    skip_above: float | None = None
     z_max: float | None = None
     loss_z_max: float | None = None
     window_size: int = 128
@@ -49,7 +49,7 @@ def oracle(norms: np.ndarray, losses: np.ndarray, rules: Rules) -> tuple[np.ndar
         if not np.isfinite([norm, *values.values()]).all():
             skipped[step] = True
             continue
-        skipped[step] = rules.max_norm is not None and norm > rules.max_norm
+        skipped[step] = rules.skip_above is not None and norm > rules.skip_above
         for name, value in values.items():
             window = past[name][-rules.window_size :]
             if len(past[name]) + 1 >= max(3, first):
@@ -64,7 +64,7 @@ def oracle(norms: np.ndarray, losses: np.ndarray, rules: Rules) -> tuple[np.ndar
     "rules",
     [
         Rules(),
-        Rules(max_norm=3.0),
+        Rules(skip_above=3.0),
         Rules(z_max=6.0),
         Rules(loss_z_max=6.0),
         Rules(None, 6.0, 6.0),
@@ -243,7 +243,7 @@ def train(optimizer: Any, *runs: list[Any]) -> list[tuple[Any, Any]]:
 @pytest.mark.parametrize(
     ("rules", "scaled"),
     [
-        ({"max_norm": 100.0}, [2, 70, 71, 72, 90]),
+        ({"skip_above": 100.0}, [2, 70, 71, 72, 90]),
         ({"z_max": 6.0, "loss_z_max": 6.0}, [75, 100]),
     ],
 )
@@ -317,7 +317,7 @@ def test_edge_skipped_leaves_that_are_not_measured() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_edge_not_finite_however_many_in_a_row(bad: float) -> None:
     norms = [1.0, *[bad] * 300, 1.0]
-    everything = {"max_norm": 9.0, "z_max": 6.0, "loss_z_max": 6.0, "warmup_steps": 3}
+    everything = {"skip_above": 9.0, "z_max": 6.0, "loss_z_max": 6.0, "warmup_steps": 3}
     assert skipped_at(norms) == list(range(1, 301))
     assert skipped_at(norms, np.ones(302), **everything) == list(range(1, 301))
     assert skipped_at(np.ones(302), norms, **everything) == list(range(1, 301))
@@ -331,7 +331,7 @@ def test_edge_a_loss_that_is_not_watched_may_be_nan() -> None:
 def test_edge_the_first_is_taken(norm: float) -> None:
     assert skipped_at([norm] * 3, z_max=6.0, warmup_steps=1) == []
     assert skipped_at([norm] * 3, [norm] * 3, z_max=1e-3, loss_z_max=1e-3) == []
-    assert skipped_at([norm], max_norm=30.0) == ([0] if norm > 30 else [])
+    assert skipped_at([norm], skip_above=30.0) == ([0] if norm > 30 else [])
 
 
 @pytest.mark.parametrize("level", [0.1, 1.0, 1e-20, 1e20, -3.0])
@@ -367,13 +367,13 @@ def test_edge_a_bound_that_turns_out_nan() -> None:
     def late(count: Any) -> Any:
         return jnp.where(count == 1, jnp.nan, 10.0)
 
-    assert skipped_at([1.0, 1.0, 1.0], max_norm=late) == [1]
+    assert skipped_at([1.0, 1.0, 1.0], skip_above=late) == [1]
 
 
 # Every bad argument.
 
 
-@pytest.mark.parametrize("name", ["max_norm", "z_max", "loss_z_max"])
+@pytest.mark.parametrize("name", ["skip_above", "z_max", "loss_z_max"])
 @pytest.mark.parametrize("bad", [0, -1.0, -math.inf, *sequences.NO_NUMBERS])
 def test_bad_bounds_are_refused(name: str, bad: Any) -> None:
     if bad is None:
@@ -384,9 +384,9 @@ def test_bad_bounds_are_refused(name: str, bad: Any) -> None:
 
 
 def test_bounds_that_are_no_scalar_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^max_norm must be one number, array or schedule"):
+    with pytest.raises(ValueError, match=r"^skip_above must be one number, array or schedule"):
         clipax.skip_step(optax.sgd(1.0), {"w": 1.0})
-    for name in ("max_norm", "z_max", "loss_z_max"):
+    for name in ("skip_above", "z_max", "loss_z_max"):
         with pytest.raises(ValueError, match=rf"^{name} must be one number, got an array"):
             clipax.skip_step(optax.sgd(1.0), **{name: jnp.ones(2)})
 

@@ -132,7 +132,7 @@ def test_schedules_count_every_step_with_a_finite_norm() -> None:
     def growing(count: Any) -> Any:
         return 0.5 * jnp.asarray(count, jnp.float32)
 
-    assert skipped_at([1.0, np.nan, 1.0, 1.0, 1.0, 2.2], max_norm=growing) == [0, 1, 2, 5]
+    assert skipped_at([1.0, np.nan, 1.0, 1.0, 1.0, 2.2], skip_above=growing) == [0, 1, 2, 5]
 
 
 def test_bounds_may_be_arrays() -> None:
@@ -143,7 +143,7 @@ def test_bounds_may_be_arrays() -> None:
     for bound in (3.0, 3, jnp.array(3.0), np.array(3.0)):
         method = clipax.skip_step(optax.sgd(1.0), z_max=bound, warmup_steps=4)
         assert run_losses(method, column)[1].is_skipped.tolist() == [False, False, False, True]
-    assert skipped_at([1.0, np.nan, 1e30], max_norm=math.inf) == [1]
+    assert skipped_at([1.0, np.nan, 1e30], skip_above=math.inf) == [1]
     infinite = {"z_max": math.inf, "loss_z_max": math.inf, "window_size": 2}
     assert skipped_at([1.0, 1.0, 1.0, 9e9], [1.0, 1.0, 1.0, 9e9], **infinite) == []
 
@@ -152,7 +152,9 @@ def test_bounds_may_be_arrays() -> None:
 def test_hyperparameters_can_be_injected() -> None:
     static = ("window_size", "warmup_steps")
     make = optax.inject_hyperparams(clipax.skip_step, static_args=static)
-    injected = make(optax.sgd(1.0), max_norm=lambda count: 2.5 + count, z_max=3.0, warmup_steps=4)
+    injected = make(
+        optax.sgd(1.0), skip_above=lambda count: 2.5 + count, z_max=3.0, warmup_steps=4
+    )
     norms = np.array([1.0, 2.0, 3.0, 5.1, 3.0, 9.0], np.float32)[:, None]
     _, states = run_losses(injected, norms)
     assert states.inner_state.is_skipped.tolist() == [False, False, False, True, False, True]

@@ -45,7 +45,7 @@ def test_chosen_ranges_of_steps_are_skipped(ranges: Any, skipped: list[int]) -> 
 def test_edge_a_chosen_range_is_as_if_its_steps_had_not_been() -> None:
     """No window learns them, and the schedule does not count them."""
     rules = {
-        "max_norm": lambda count: 30.0 - 0.1 * jnp.asarray(count, jnp.float32),
+        "skip_above": lambda count: 30.0 - 0.1 * jnp.asarray(count, jnp.float32),
         "z_max": 3.0,
         "loss_z_max": 3.0,
         "window_size": 12,

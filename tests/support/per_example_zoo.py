@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 EXAMPLES = 5
-# What `clipax.explain` says of a leaf.
+# What `clipax.explain_clipped_grad` says of a leaf.
 ZERO, OUTER = "is zero", "norms of two vectors"
 GRAM, EACH = "Gram matrices", "made for each example"
 WAYS = (ZERO, OUTER, GRAM, EACH)

@@ -31,7 +31,7 @@ SECONDS = 180.0
 METHODS = {
     "clip_by_global_norm": lambda: clipax.clip_by_global_norm(1.0),
     "zclip": lambda: clipax.zclip(warmup_steps=4, max_norm=None),
-    "adagc": lambda: clipax.adagc(warmup_steps=4, max_norm=100.0),
+    "adagc": lambda: clipax.adagc(warmup_steps=4, warmup_max_norm=100.0),
 }
 # With the devices in four rows of two, the rows are cut between two processes: one leaf spans
 # them, one is on both, and one is on every device.

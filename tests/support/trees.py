@@ -32,7 +32,9 @@ ACTIVE: dict[str, Any] = {
     "inner": clipax.clip_by_global_norm(0.5),
 }
 HUGE: dict[str, Any] = {
-    **dict.fromkeys(("max_norm", "max_rms", "max_value", "ratio", "threshold"), 1e30),
+    **dict.fromkeys(
+        ("max_norm", "max_rms", "max_value", "ratio", "skip_above", "threshold"), 1e30
+    ),
     "inner": clipax.clip_by_global_norm(1e30),
 }
 
