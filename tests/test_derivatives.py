@@ -42,6 +42,7 @@ VALUES: dict[str, Any] = {
     "ord": 1.3,
     "quantile": 0.35,
     "ratio": 1.5,
+    "square_ratio": 1.5,
     "threshold": 1.1,
     "warmup_max_norm": 1.1,
     "warmup_steps": 2,

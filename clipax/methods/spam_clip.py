@@ -27,7 +27,7 @@ class SpamClipState(NamedTuple):
 
 @injectable
 def spam_clip(
-    ratio: Bound = 5000.0,
+    square_ratio: Bound = 5000.0,
     *,
     decay: jax.typing.ArrayLike = 0.999,
     warmup_steps: int = 20,
@@ -36,7 +36,7 @@ def spam_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each entry whose square is far above the running mean of its squares.
 
-    `u_i <- u_i * min(1, sqrt(ratio * v_i) / |u_i|)` for entry `i`, and then
+    `u_i <- u_i * min(1, sqrt(square_ratio * v_i) / |u_i|)` for entry `i`, and then
     `v_i <- decay * v_i + (1 - decay) * |u_i|^2`: the history holds clipped entries, and not
     the one that is held against it. `v_i` starts at zero and has no bias correction, as in
     Adam's own state. A complex entry keeps its phase.
@@ -47,10 +47,10 @@ def spam_clip(
 
     Whatever finite updates came before, half of a usual norm passes within 100 steps. From
     usual entries `s` times the root of `v_i`, it takes
-    `2 * log(s / sqrt(ratio)) / log(decay + (1 - decay) * ratio)` steps, or until a reset.
+    `log(s^2 / square_ratio) / log(decay + (1 - decay) * square_ratio)` steps, or until a reset.
 
     Args:
-      ratio: The bound on an entry's square over the mean of its squares, > 0: a number, a
+      square_ratio: The bound on an entry's square over the mean of its squares, > 0: a number, a
         scalar array, a schedule `count -> value`, or a tree prefix of them. At or under 1,
         clipped entries would pull their own bound down to zero.
       decay: The weight of the past in the mean of squares, in [0, 1).
@@ -64,7 +64,7 @@ def spam_clip(
     Returns:
       A transformation whose state is a `SpamClipState`. Its `clip` is a `ClipState` of trees
       with a scalar a leaf: `norm` is the largest `|u_i| / sqrt(v_i)` of the entries that can
-      be clipped now, `max_norm` is `sqrt(ratio)`, `coefficient` the smallest factor that an
+      be clipped now, `max_norm` is `sqrt(square_ratio)`, `coefficient` the smallest factor that an
       entry was scaled by, so that the `clip_fraction` of `metrics` is the share of leaves
       with a clipped entry. `rms`, the root of `v`, is float32 (float64 for float64 leaves) in
       the shape of the parameters.
@@ -79,7 +79,7 @@ def spam_clip(
     | entry | result |
     |---|---|
     | in a step before number `warmup_steps`, from the start or a reset | as it was, bit for bit |
-    | square <= ratio * v_i | as it was, bit for bit |
+    | square <= square_ratio * v_i | as it was, bit for bit |
     | zero | zero, which v_i learns |
     | zero in every step so far | the first other one passes as it is |
     | NaN or inf | NaN; in warm-up as it was. No entry of any leaf is learned, no step counted |
@@ -115,7 +115,7 @@ def spam_clip(
                 f"reset_every must be > warmup_steps, or nothing would ever be clipped, got"
                 f" {reset_every!r} and warmup_steps={warmup_steps!r}."
             )
-    roots = _root_of(bounded(_checks.positive, ratio=ratio))
+    roots = _root_of(bounded(_checks.positive, square_ratio=square_ratio))
     record = clip_by(functools.partial(leaf_norm, ord=math.inf), roots, axis_name=axis_name)
 
     def init_fn(params: Updates) -> SpamClipState:

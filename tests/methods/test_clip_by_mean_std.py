@@ -14,7 +14,7 @@ import clipax
 
 
 def oracle(
-    norms: np.ndarray, k: float = 3.0, window: int = 128, least: int | None = None
+    norms: np.ndarray, z_max: float = 3.0, window: int = 128, least: int | None = None
 ) -> np.ndarray:
     """The bound of every step; NaN where the norm is none."""
     least = max(2, window // 2) if least is None else least
@@ -24,7 +24,7 @@ def oracle(
         past = np.array(history[-window:])
         bound = np.inf
         if len(past) >= least:
-            bound = past.mean() + k * max(past.std(), 1e-6 * past.mean())
+            bound = past.mean() + z_max * max(past.std(), 1e-6 * past.mean())
         bounds.append(bound if np.isfinite(norm) else np.nan)
         if np.isfinite(norm):
             history.append(norm)
@@ -33,11 +33,11 @@ def oracle(
 
 SETTINGS: list[dict[str, Any]] = [
     {},
-    {"k": 1.0, "window": 16},
-    {"k": 0.1, "window": 5, "least": 5},
-    {"k": 6.0, "window": 64, "least": 10},
-    {"k": 2.0, "window": 2},
-    {"k": 2.0, "window": 3},
+    {"z_max": 1.0, "window": 16},
+    {"z_max": 0.1, "window": 5, "least": 5},
+    {"z_max": 6.0, "window": 64, "least": 10},
+    {"z_max": 2.0, "window": 2},
+    {"z_max": 2.0, "window": 3},
 ]
 
 

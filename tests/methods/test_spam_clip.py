@@ -387,10 +387,10 @@ def test_edge_leaves_that_are_not_measured() -> None:
 
 @pytest.mark.parametrize("bad", [0, -1, -math.inf, *sequences.NO_NUMBERS])
 def test_bad_ratios_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"^ratio must be a number > 0, got ") as caught:
+    with pytest.raises(ValueError, match=r"^square_ratio must be a number > 0, got ") as caught:
         clipax.spam_clip(bad)
     assert repr(bad) in str(caught.value)
-    with pytest.raises(ValueError, match=r"^ratio\['w'\] must be a number > 0, got "):
+    with pytest.raises(ValueError, match=r"^square_ratio\['w'\] must be a number > 0, got "):
         clipax.spam_clip({"w": bad})
 
 
@@ -424,7 +424,7 @@ def test_a_reset_within_the_warm_up_is_refused(reset_every: int) -> None:
 
 @pytest.mark.parametrize("bad", [{"v": 9.0}, [9.0, 9.0]])
 def test_a_prefix_that_does_not_fit_is_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"^ratio must be one value or a tree prefix"):
+    with pytest.raises(ValueError, match=r"^square_ratio must be one value or a tree prefix"):
         clipax.spam_clip(bad).init({"w": jnp.ones(2)})
 
 

@@ -33,7 +33,8 @@ ACTIVE: dict[str, Any] = {
 }
 HUGE: dict[str, Any] = {
     **dict.fromkeys(
-        ("max_norm", "max_rms", "max_value", "ratio", "skip_above", "threshold"), 1e30
+        ("max_norm", "max_rms", "max_value", "ratio", "skip_above", "square_ratio", "threshold"),
+        1e30,
     ),
     "inner": clipax.clip_by_global_norm(1e30),
 }
