@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from clipax._core import _checks, _compat, _leaves, _paths
-from clipax._core._safe_norm import Layout, separate_norms, total_norm
+from clipax._core._reduction import Layout, separate_norms, total_norm
 from clipax._core._transformation import reduced
 from clipax._core._typing import Array, Axes, AxisName, LeafRule, Norms, Updates
 from clipax.units import output_last

@@ -21,7 +21,7 @@ FLOORS = [
         "_core/_window",
         "units",
     },
-    {"_core/_safe_norm"},
+    {"_core/_range", "_core/_reduction"},
     {"_core/_moments", "_spectral", "coefficients", "norms"},
     {"thresholds"},
     {"_core/_clip_by", "per_example"},

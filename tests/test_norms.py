@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import clipax
-from clipax._core import _compat, _safe_norm
+from clipax._core import _compat, _range
 
 ORDERS = [0.5, 1, 2, 3, math.inf, None]
 
@@ -280,10 +280,10 @@ def test_norm_facts(values: list[float], factor: float) -> None:
 
 
 _WAYS = [
-    _safe_norm._at_the_right_scale,
-    _safe_norm._at_every_scale,
+    _range._at_the_right_scale,
+    _range._at_every_scale,
     pytest.param(
-        _safe_norm._in_doubles,
+        _range._in_doubles,
         marks=pytest.mark.skipif(not _compat.HAS_DOUBLES, reason="jax < 0.10 has no such form"),
     ),
 ]
@@ -309,11 +309,11 @@ _WAYS = [
 def test_the_way_of_accelerators_is_as_safe_as_that_of_cpus(way: Any, entries: Any) -> None:
     def norm(x: Any) -> Any:
         def reduce(arrays: Any, operation: Any, power: float, scales: Any = (None,)) -> Any:
-            powers = _safe_norm._powers(arrays[0], arrays[0].dtype, scales[0], power)
+            powers = _range.powers(arrays[0], arrays[0].dtype, scales[0], power)
             return [jnp.sum(powers)]
 
         def roots(sums: Any) -> Any:
-            return [_safe_norm._root(part, 2) for part in sums]
+            return [_range._root(part, 2) for part in sums]
 
         (root,) = way(reduce, roots, [x])
         return root
@@ -361,7 +361,7 @@ def the_form_of_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def by_platform(arrays: Any, *, default: Any, cpu: Any, gpu: Any) -> Any:
         return (gpu or default)(list(arrays))
 
-    monkeypatch.setattr(_safe_norm, "_by_platform", by_platform)
+    monkeypatch.setattr(_range, "_by_platform", by_platform)
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
 from clipax._core import _compat, _leaves, _paths
-from clipax._core._safe_norm import Layout, total_norm
+from clipax._core._reduction import Layout, total_norm
 from clipax._core._typing import Array, Coefficient, Norms
 from clipax.coefficients import Factors, in_two
 from clipax.per_example import _arguments, _mapped, _plans, _programs

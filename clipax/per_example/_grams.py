@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax._core import _compat, _leaves, _safe_norm
+from clipax._core import _compat, _leaves, _range, _reduction
 from clipax._core._typing import Array
 from clipax.per_example._programs import Ref
 from clipax.per_example._terms import Axis, Operand, Product
@@ -205,8 +205,8 @@ def rest_of(term: Product, gradient: Array, block: Array) -> Array | None:
 def row_norms(array: Array) -> Array:
     """The norm of each example's array."""
     array = array.reshape(array.shape[0], math.prod(array.shape[1:]))
-    rows = _safe_norm.Layout((1,), ())
-    return _safe_norm.separate_norms([array], (rows,), 2.0)[0][:, 0]
+    rows = _reduction.Layout((1,), ())
+    return _reduction.separate_norms([array], (rows,), 2.0)[0][:, 0]
 
 
 def with_rest(norms: Array, rest: Array | None) -> Array:
@@ -270,7 +270,7 @@ def _in_units(array: Array) -> tuple[Array, Array]:
     """An example's array over its largest entry, in the width of norms, and that entry."""
     wide = array.astype(_leaves.wide_dtype(array.dtype))
     largest = jnp.max(jnp.abs(wide), tuple(range(1, array.ndim)), initial=0)
-    unit = _safe_norm.finite_or_one(largest)
+    unit = _range.finite_or_one(largest)
     return wide / unit.reshape(-1, *[1] * (array.ndim - 1)), unit
 
 

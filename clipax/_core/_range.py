@@ -1,4 +1,32 @@
-"""The one reduction behind every norm: wide, safe in range, complete over shards."""
+"""Norms whose sums stay in the range of floats: Blue's algorithm, or one sum and a branch.
+
+A sum of squares overflows from entries of 2^64 and loses those below 2^-63. Blue's algorithm
+sums three times in one read: as it is, scaled down, and scaled up. The sum in range is taken.
+
+    order        where       sharded  form
+    1            everywhere  either   one sum of moduli (a)
+    inf          CPU         no       a maximum of floats, and a sum that finds NaN (b)
+    inf          elsewhere   either   a maximum of bits (c)
+    2            CPU         no       one sum, and a second read if it left the range (d)
+    2, of units  GPU         no       one sum in float64 (e)
+    2            GPU         no       three sums, small leaves that are alike in one stack (f)
+    2            TPU         no       three sums, fused with what makes the gradient (g)
+    2            everywhere  yes      three sums (h)
+    other        everywhere  either   a sum of powers of entries over the largest one (i)
+
+Each form is there because of what a test or a measurement shows:
+
+    a  It is in range if the norm is: `test_any_representable_norm_is_measured`.
+    b  Maxima of integers are scalar loops on a CPU: `python -m benchmarks`, the rows of maxima.
+    c  A maximum of floats can drop a NaN: `test_nan_and_inf_reach_their_norm_and_no_other`.
+    d  It reads no faster than it computes, and accelerators do: `test_accelerators_read_once`.
+    e  XLA writes scaled copies of columns to memory: `test_gpus_sum_units_in_doubles`.
+    f  A GPU launches kernels for each sum: `test_small_leaves_share_kernels`.
+    g  A second read is not fused: `test_one_chip_compiles_it_without_another_pass`.
+    h  Devices could take different branches, and wait for each other in them:
+       `test_collectives_do_not_grow_with_the_number_of_leaves`.
+    i  No power of the others overflows: `test_global_norm_of_any_order_and_dtype`.
+"""
 
 import functools
 import math
@@ -24,29 +52,6 @@ class Layout(NamedTuple):
     """What the sum of squares is divided by, as n for a root mean square."""
 
 
-class _Stack(NamedTuple):
-    """Arrays that are reduced as one."""
-
-    members: list[int]
-    """Their positions among all arrays."""
-    layout: Layout
-
-    @property
-    def is_one(self) -> bool:
-        return len(self.members) == 1
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        return self.layout.axes if self.is_one else tuple(1 + axis for axis in self.layout.axes)
-
-    def of(self, arrays: Sequence[Array]) -> Array:
-        chosen = [arrays[member] for member in self.members]
-        return chosen[0] if self.is_one else jnp.stack(chosen)
-
-    def rows(self, part: Array) -> list[Array]:
-        return [part] if self.is_one else list(part)
-
-
 class _Range(NamedTuple):
     """Where sums of squares are trusted, and the scales that bring the others there."""
 
@@ -59,11 +64,6 @@ _RANGES = {
     jnp.dtype(np.float32): _Range(2.0**-64, 2.0**-90, 2.0**63),
     jnp.dtype(np.float64): _Range(2.0**-900, 2.0**-600, 2.0**511),
 }
-
-# Alike leaves up to this many elements share one reduction: a tree of a thousand small leaves
-# then compiles a few kernels, and little is copied to stack them. Norms of larger ones do not
-# wait for each other, so that a gradient can be used, and freed, before the next one is made.
-_LARGEST_STACKED = 2**14
 
 
 # A reduction across devices can drop a NaN from a maximum of floats. As integers, the bits of
@@ -105,11 +105,19 @@ def _largest_across_jvp(axes: Any, primals: Any, tangents: Any) -> Any:
     return jax.jvp(lambda parts: _MAX_ACROSS(parts, axes), primals, tangents)
 
 
-_Operation = tuple[Callable[..., Array], Callable[..., Any]]
-_Scales = Sequence[Any] | None
-_SUM: _Operation = (jnp.sum, jax.lax.psum)
-_MAX: _Operation = (_largest_of, _largest_across)
-_FLOAT_MAX: _Operation = (functools.partial(jnp.max, initial=0), _MAX_ACROSS)
+Operation = tuple[Callable[..., Array], Callable[..., Any]]
+
+
+Scales = Sequence[Any] | None
+
+
+_SUM: Operation = (jnp.sum, jax.lax.psum)
+
+
+_MAX: Operation = (_largest_of, _largest_across)
+
+
+_FLOAT_MAX: Operation = (functools.partial(jnp.max, initial=0), _MAX_ACROSS)
 
 
 # What is read of these shares nothing with what becomes of the updates. XLA would else make
@@ -133,88 +141,32 @@ def _for_one_read(arrays: Sequence[Array]) -> list[Array]:
     return list(jax.lax.platform_dependent(*arrays, tpu=as_they_are, default=apart))
 
 
-# Both are jitted so that eager calls are cached, and inlined under an outer jit.
-@functools.partial(jax.jit, static_argnames=("layouts", "ord"), inline=True)
-def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float) -> Array:
-    """One norm over all arrays, each over all of its axes."""
-    width = _leaves.wide_dtype(*(array.dtype for array in arrays))
-    stacks = _stacked_alike(arrays, layouts)
-
-    def reduce(
-        arrays: Sequence[Array], operation: _Operation, power: float, scales: _Scales = None
-    ) -> list[Array]:
-        local, _ = operation
-        by_shards: dict[Any, list[Array]] = {}
-        each = _told_apart(scales[0], len(stacks)) if scales else [None] * len(stacks)
-        for stack, scale in zip(stacks, each, strict=True):
-            part = local(_powers(stack.of(arrays), width, scale, power))
-            by_shards.setdefault(stack.layout.shards, []).append(part)
-        partial = [local(jnp.stack(parts)) for parts in by_shards.values()]
-        return [local(jnp.stack(_across_shards(operation, partial, list(by_shards))))]
-
-    return _p_norms(reduce, arrays, layouts, ord, [1.0])[0]
-
-
-@functools.partial(jax.jit, static_argnames=("layouts", "ord"), inline=True)
-def separate_norms(
-    arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float
-) -> list[Array]:
-    """A norm for each array: a scalar over all of its axes, else with size one at the summed."""
-
-    def reduce_by(
-        stacks: list[_Stack],
-        arrays: Sequence[Array],
-        operation: _Operation,
-        power: float,
-        scales: _Scales = None,
-    ) -> list[Array]:
-        local, _ = operation
-        parts = []
-        for stack in stacks:
-            first = arrays[stack.members[0]]
-            # Where several arrays are stacked, their scale is one.
-            scale = scales[stack.members[0]] if scales else None
-            powers = _powers(stack.of(arrays), _leaves.wide_dtype(first.dtype), scale, power)
-            parts.append(local(powers, stack.axes, keepdims=len(stack.axes) < first.ndim))
-        complete = _across_shards(operation, parts, [stack.layout.shards for stack in stacks])
-        # Taken apart at once: XLA computes what follows from elements of one array in one
-        # kernel, but would copy results out of an array in a kernel for each.
-        result: list[Any] = [None] * len(arrays)
-        for stack, part in zip(stacks, complete, strict=True):
-            for member, row in zip(stack.members, stack.rows(part), strict=True):
-                result[member] = row
-        return result
-
-    # A GPU launches kernels for each sum, and for what follows from it. Other compilers make
-    # one kernel for all that is alike, but another one for each place in a stack.
-    alone = [_Stack([index], layout) for index, layout in enumerate(layouts)]
-    alike = _stacked_alike(arrays, layouts)
-    reduce = functools.partial(reduce_by, alone)
-    reduce_stacked = functools.partial(reduce_by, alike) if len(alike) < len(alone) else None
-    divisors = [layout.divisor for layout in layouts]
-    return _p_norms(reduce, arrays, layouts, ord, divisors, reduce_stacked)
-
-
-def _told_apart(scale: Any, number: int) -> list[Any]:
+def told_apart(scale: Any, number: int) -> list[Any]:
     """The scale so often, and the compiler does not know that it is one."""
     if isinstance(scale, float):
         return [scale] * number
     return list(_compat.optimization_barrier(jnp.stack([scale] * number)))
 
 
-_Reduce = Callable[..., list[Array]]
+Reduce = Callable[..., list[Array]]
+
+
 _Roots = Callable[[list[Array]], list[Array]]
+
+
 _Branch = Callable[[Sequence[Array]], list[Array]]
-_Form = Callable[[_Reduce, _Roots, Sequence[Array]], list[Array]]
 
 
-def _p_norms(
-    reduce: _Reduce,
+_Form = Callable[[Reduce, _Roots, Sequence[Array]], list[Array]]
+
+
+def p_norms(
+    reduce: Reduce,
     arrays: Sequence[Array],
     layouts: Sequence[Layout],
     ord: float,
     divisors: Sequence[float],
-    reduce_stacked: _Reduce | None = None,
+    reduce_stacked: Reduce | None = None,
 ) -> list[Array]:
     """`(sum |x|^p)^(1/p)` from sums of scaled entries that stay in range."""
     is_reduced_across = any(layout.shards for layout in layouts)
@@ -237,7 +189,7 @@ def _p_norms(
     if is_reduced_across:
         return _at_every_scale(reduce, roots, arrays)
 
-    def branch(form: _Form, reduce: _Reduce) -> _Branch:
+    def branch(form: _Form, reduce: Reduce) -> _Branch:
         return functools.partial(form, reduce, roots)
 
     # For sums of columns, a GPU's compiler writes what it has scaled to memory first.
@@ -264,8 +216,8 @@ def _by_platform(
 
 
 def _largest_entries(
-    reduce: _Reduce,
-    reduce_stacked: _Reduce | None,
+    reduce: Reduce,
+    reduce_stacked: Reduce | None,
     arrays: Sequence[Array],
     is_reduced_across: bool,
 ) -> list[Array]:
@@ -274,7 +226,7 @@ def _largest_entries(
         rows = zip(sums, reduce(_apart(arrays), _FLOAT_MAX, 1.0), strict=True)
         return [jnp.where(jnp.isnan(part), jnp.nan, largest) for part, largest in rows]
 
-    def of_integers(reduce: _Reduce, arrays: Sequence[Array]) -> list[Array]:
+    def of_integers(reduce: Reduce, arrays: Sequence[Array]) -> list[Array]:
         return reduce(arrays, _MAX, 1.0)
 
     if is_reduced_across:
@@ -288,7 +240,7 @@ def _largest_entries(
     )
 
 
-def _at_the_right_scale(reduce: _Reduce, roots: _Roots, arrays: Sequence[Array]) -> list[Array]:
+def _at_the_right_scale(reduce: Reduce, roots: _Roots, arrays: Sequence[Array]) -> list[Array]:
     """Norms that are read again only where their sum of squares left the range."""
     plain = reduce(_apart(arrays), _SUM, 2.0)
     scales = [_scale_for(part) for part in plain]
@@ -301,14 +253,14 @@ def _at_the_right_scale(reduce: _Reduce, roots: _Roots, arrays: Sequence[Array])
     return list(jax.lax.cond(in_range, lambda: roots(plain), rescaled))
 
 
-def _in_doubles(reduce: _Reduce, roots: _Roots, arrays: Sequence[Array]) -> list[Array]:
+def _in_doubles(reduce: Reduce, roots: _Roots, arrays: Sequence[Array]) -> list[Array]:
     """Norms from sums of squares in twice the width, which have every float32 in their range."""
     with _compat.doubles():
         wide = [_leaves.widened(array, np.float64) for array in arrays]
         return [norm.astype(np.float32) for norm in roots(reduce(wide, _SUM, 2.0))]
 
 
-def _at_every_scale(reduce: _Reduce, roots: _Roots, arrays: Sequence[Array]) -> list[Array]:
+def _at_every_scale(reduce: Reduce, roots: _Roots, arrays: Sequence[Array]) -> list[Array]:
     """Norms from three sums of squares in one read, each taken where it is in range."""
     arrays = _for_one_read(arrays)
     plain = reduce(arrays, _SUM, 2.0)
@@ -336,14 +288,6 @@ def _are_of_units(arrays: Sequence[Array], layouts: Sequence[Layout]) -> bool:
     return any(len(layout.axes) < array.ndim for array, layout in rows)
 
 
-def _stacked_alike(arrays: Sequence[Array], layouts: Sequence[Layout]) -> list[_Stack]:
-    groups: dict[Any, list[int]] = {}
-    for index, (array, layout) in enumerate(zip(arrays, layouts, strict=True)):
-        alike = (jax.typeof(array), layout)
-        groups.setdefault(alike if array.size <= _LARGEST_STACKED else index, []).append(index)
-    return [_Stack(members, layouts[members[0]]) for members in groups.values()]
-
-
 @jax.custom_jvp
 def _square(modulus: Array, signed: Array) -> Array:
     """The square of a modulus, with the derivative of that of the signed: it has no corner."""
@@ -357,7 +301,7 @@ def _square_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tupl
     return _square(*primals), signed * signed_dot + signed_dot * signed
 
 
-def _powers(x: Array, width: Any, scale: Any, power: float) -> Array:
+def powers(x: Array, width: Any, scale: Any, power: float) -> Array:
     """|scale * x|^2 or |x / scale|^power in the given width."""
 
     def squared(part: Array) -> Array:
@@ -386,20 +330,6 @@ def _powers(x: Array, width: Any, scale: Any, power: float) -> Array:
     # their own powers, and the derivative of a modulus at zero is not that of its power.
     kept = jax.lax.stop_gradient(modulus)
     return jnp.where(modulus > 0, jnp.where(modulus > 0, modulus, 1.0) ** power, kept)
-
-
-def _across_shards(
-    operation: _Operation, parts: list[Array], shards: list[tuple[Hashable, ...]]
-) -> list[Array]:
-    """Completes sharded parts with one collective for each set of mapped axes."""
-    _, collective = operation
-    complete = list(parts)
-    # In the order of the leaves: every process must issue the collectives alike.
-    for axes in dict.fromkeys(filter(None, shards)):
-        rows = [row for row, part_axes in enumerate(shards) if part_axes == axes]
-        for row, whole in zip(rows, collective([parts[row] for row in rows], axes), strict=True):
-            complete[row] = whole
-    return complete
 
 
 def _scale_for(sums: Array) -> Array:
