@@ -51,6 +51,8 @@ MODES: dict[str, Callable[[], Any]] = {
     "enable_checks": lambda: jax.enable_checks(True),
     "enable_x64": lambda: trees.double_precision(True),
 }
+# Of a compiled step, NaN is only seen in what comes out of it.
+EAGER = {"debug_nans", "disable_jit"}
 # Of updates with a norm that is a float, the last at the end of its range.
 SIZES = {
     "usual": [1.0, 2.0, 0.5, 30.0],
@@ -100,11 +102,10 @@ def test_results_are_the_same_where_nans_raise() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jitted", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", METHODS)
-def test_results_are_the_same_in_every_mode(name: str, mode: str, jitted: bool) -> None:
-    assert_keeps(name, mode, jitted=jitted)
+def test_results_are_the_same_in_every_mode(name: str, mode: str) -> None:
+    assert_keeps(name, mode, jitted=mode not in EAGER)
 
 
 # Promotion is strict in all tests. What Optax and users write may promote even so.

@@ -17,7 +17,7 @@ sums three times in one read: as it is, scaled down, and scaled up. The sum in r
 Each form is there because of what a test or a measurement shows:
 
     a  It is in range if the norm is: `test_any_representable_norm_is_measured`.
-    b  Maxima of integers are scalar loops on a CPU: `python -m benchmarks`, the rows of maxima.
+    b  Maxima of integers are scalar loops on a CPU: `python -m benchmarks`, `clip_by_value`.
     c  A maximum of floats can drop a NaN: `test_nan_and_inf_reach_their_norm_and_no_other`.
     d  It reads no faster than it computes, and accelerators do: `test_accelerators_read_once`.
     e  XLA writes scaled copies of columns to memory: `test_gpus_sum_units_in_doubles`.
