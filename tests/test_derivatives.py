@@ -305,7 +305,7 @@ def by_updates(name: str, variant: dict[str, Any]) -> Any:
     # The norm of a zero leaf has a corner there.
     directions["zero"] *= 0
     # So have powers of moduli, but for squares.
-    is_smooth = given.get("ord", 2) == 2
+    is_smooth = float((given | numbers).get("ord", 2)) == 2
     return derivatives(sequences(zero_entry=is_smooth), directions)
 
 
