@@ -17,7 +17,6 @@ import clipax
 
 METHODS = sorted(trees.public_factories())
 methods = pytest.mark.parametrize("name", METHODS)
-some_methods = pytest.mark.parametrize("name", trees.mostly_slow(METHODS))
 SHAPES = {
     "embedding": (16, 5),
     "kernel": (6, 16),
@@ -97,7 +96,9 @@ def assert_same_sharding(one: Any, other: Any) -> None:
     assert all(jax.tree.leaves(same)), same
 
 
-@some_methods
+@pytest.mark.parametrize(
+    "name", trees.mostly_slow(METHODS, ("adagc", "clip_by_unit_norm", "clip_by_value", "u_clip"))
+)
 @pytest.mark.parametrize(
     "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
 )

@@ -106,7 +106,7 @@ def test_integers_that_are_given_need_the_static_arguments_that_the_error_names(
 )
 def test_a_norm_that_is_given_is_never_lost(name: str, norm: str) -> None:
     """Called as a schedule, `leaf_norm` gives None, which must not stand for a default."""
-    given = required(name)[0] | {"norm": getattr(clipax, norm)}
+    given = required(name)[0] | {"norm": getattr(clipax.norms, norm)}
     assert advised(lambda: injected(name, **given).init(PARAMS)) == ("norm",)
     assert_keeps_its_state(name, ("norm",), **given)
 

@@ -664,7 +664,8 @@ def test_a_sharded_batch_gives_the_same(kind: AxisType) -> None:
     assert not [kind for kind in kinds if kind.startswith("all-gather")]
 
 
-@pytest.mark.parametrize("is_eager", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_eager", [True, False])
 def test_explicit_mesh_axes_shard_examples_and_parameters(
     is_eager: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

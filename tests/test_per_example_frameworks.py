@@ -102,6 +102,7 @@ def test_flax_nnx(capsys: pytest.CaptureFixture[str]) -> None:
         assert_plain(loss_fn, params, images(), capsys, **{"head/kernel": zoo.OUTER})
 
 
+@pytest.mark.slow
 def test_equinox(capsys: pytest.CaptureFixture[str]) -> None:
     equinox = pytest.importorskip("equinox", reason=REASON)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -124,6 +125,7 @@ def test_equinox(capsys: pytest.CaptureFixture[str]) -> None:
     assert_plain(loss_fn, params, images(), capsys, **ways)
 
 
+@pytest.mark.slow
 def test_haiku(capsys: pytest.CaptureFixture[str]) -> None:
     haiku = pytest.importorskip("haiku", reason=REASON)
 

@@ -361,8 +361,8 @@ def equations(loss_fn: Any, params: Any, batch: Any) -> int:
     return len(jax.make_jaxpr(jax.grad(loss_fn))(params, example).eqns)
 
 
-@pytest.mark.parametrize("length", [250, pytest.param(3000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("length", [250, pytest.param(1200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", trees.mostly_slow(LINKS, QUICK))
 def test_a_long_chain_is_walked_once(name: str, length: int, seen: Seen) -> None:
     loss_fn, w = chain(LINKS[name], length), normal(8, 8) / 2
     clipax.explain_clipped_grad(loss_fn, w, CHAIN_BATCH)

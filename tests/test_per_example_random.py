@@ -291,7 +291,7 @@ def drawn(number: int) -> Any:
     )
 
 
-@drawn(15)
+@drawn(5)
 @hypothesis.given(st.data())
 def test_random_programs_are_clipped_as_they_are_differentiated(data: st.DataObject) -> None:
     check_program(data)

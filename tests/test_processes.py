@@ -30,6 +30,7 @@ def norm_in_float64(tree: Any) -> float:
     return float(np.sqrt(sum(np.sum(np.float64(leaf) ** 2) for leaf in tree.values())))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: pathlib.Path) -> None:
     files = [tmp_path / name for name in ("first", "second", "alone")]
     with reserved_port() as port:

@@ -51,7 +51,7 @@ def clipped_by(method: Any, updates: Any, params: Any = None) -> Any:
     return jax.jit(method.update)(updates, state, params)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", trees.mostly_slow(WHOLE))
 def test_the_largest_floats_come_out_as_long_as_the_bound(name: str) -> None:
     @jax.jit
     def clip(updates: Any, bound: Any) -> Any:

@@ -50,7 +50,7 @@ def assert_equals_numpy(
 # The norms of the other conventions are those of `clip_by_unit_norm`, and tested there.
 @pytest.mark.parametrize("convention", [None, "output_first"])
 def test_equals_numpy_over_ranks_0_to_6(convention: str | None) -> None:
-    unit_axis = None if convention is None else getattr(clipax, convention)
+    unit_axis = None if convention is None else getattr(clipax.units, convention)
     summed = sequences.SUMMED["nfnets" if convention is None else convention]
     method = clipax.adaptive_grad_clip(1.5, unit_axis=unit_axis)
     assert_equals_numpy(method, summed, lambda path: 1.5)

@@ -60,7 +60,7 @@ def test_equals_the_oracle_globally(setting: dict[str, Any], seed: int) -> None:
     sequences.assert_follows(method, bounds, seed)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", trees.mostly_slow(SETTINGS, SETTINGS[:2]))
 def test_equals_the_oracle_leaf_by_leaf(setting: dict[str, Any]) -> None:
     method, bounds = functools.partial(build, setting), functools.partial(oracle, **setting)
     sequences.assert_follows_leaf_by_leaf(method, bounds)
