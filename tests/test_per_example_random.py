@@ -304,7 +304,7 @@ def test_random_convolutions_are_clipped_as_they_are_differentiated(data: st.Dat
 
 
 @pytest.mark.slow
-@drawn(150)
+@drawn(80)
 @hypothesis.given(st.data())
 def test_many_random_programs_are_clipped_as_they_are_differentiated(
     data: st.DataObject,
@@ -313,7 +313,7 @@ def test_many_random_programs_are_clipped_as_they_are_differentiated(
 
 
 @pytest.mark.slow
-@drawn(80)
+@drawn(50)
 @hypothesis.given(st.data())
 def test_many_random_convolutions_are_clipped_as_they_are_differentiated(
     data: st.DataObject,

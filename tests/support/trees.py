@@ -33,7 +33,16 @@ ACTIVE: dict[str, Any] = {
 }
 HUGE: dict[str, Any] = {
     **dict.fromkeys(
-        ("max_norm", "max_rms", "max_value", "ratio", "skip_above", "square_ratio", "threshold"),
+        (
+            "max_norm",
+            "max_rms",
+            "max_value",
+            "ratio",
+            "skip_above",
+            "square_ratio",
+            "threshold",
+            "warmup_max_norm",
+        ),
         1e30,
     ),
     "inner": clipax.clip_by_global_norm(1e30),
