@@ -15,6 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import clipax
 
+pytestmark = pytest.mark.slow
+
 
 def _clip(transformation: optax.GradientTransformation, updates: Any, params: Any = None) -> Any:
     """The clipped updates and the state."""

@@ -11,6 +11,8 @@ import trees
 
 import clipax
 
+pytestmark = pytest.mark.slow
+
 # They are no dependencies: where one is not installed there is nothing to test.
 REASON = "this library is not installed"
 TOKENS, WIDTH, LENGTH = 32, 16, 3
@@ -102,7 +104,6 @@ def test_flax_nnx(capsys: pytest.CaptureFixture[str]) -> None:
         assert_plain(loss_fn, params, images(), capsys, **{"head/kernel": zoo.OUTER})
 
 
-@pytest.mark.slow
 def test_equinox(capsys: pytest.CaptureFixture[str]) -> None:
     equinox = pytest.importorskip("equinox", reason=REASON)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -125,7 +126,6 @@ def test_equinox(capsys: pytest.CaptureFixture[str]) -> None:
     assert_plain(loss_fn, params, images(), capsys, **ways)
 
 
-@pytest.mark.slow
 def test_haiku(capsys: pytest.CaptureFixture[str]) -> None:
     haiku = pytest.importorskip("haiku", reason=REASON)
 
