@@ -21,10 +21,7 @@ PARAMS = {"w": jnp.array([[3.0, -4.0], [0.5, 12.0]]), "b": jnp.array([0.1, -0.2]
 UPDATES = {"w": jnp.array([[0.3, 4.0], [-1.5, 0.2]]), "b": jnp.array([-2.0, 0.4])}
 
 
-@pytest.fixture(autouse=True)
-def _optax_promotes() -> Any:
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("_promotes")
 
 
 def injected(name: str, static: tuple[str, ...] = (), **given: Any) -> Any:

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import optax
 import pytest
+import trees
 
-import clipax
 from clipax._demo import _command, _methods, _picture, _report, _training
 
 STEPS, SEEDS = 12, 2
@@ -53,19 +53,8 @@ def fake_args(output: pathlib.Path) -> argparse.Namespace:
     return argparse.Namespace(optimizer="sgd", steps=STEPS, seeds=SEEDS, output=output)
 
 
-def public_methods() -> set[str]:
-    def gives_a_transformation(name: str) -> bool:
-        thing = getattr(clipax, name)
-        if isinstance(thing, type) or not callable(thing):
-            return False
-        returned = typing.get_type_hints(thing).get("return")
-        return returned is optax.GradientTransformationExtraArgs
-
-    return {name for name in dir(clipax) if gives_a_transformation(name)} - BUILDERS
-
-
 def test_every_public_method_takes_part():
-    names = {ALIASES.get(name, name) for name in public_methods()}
+    names = {ALIASES.get(name, name) for name in set(trees.public_factories()) - BUILDERS}
     assert "clip_by_global_norm" in names
     assert names - set(_methods.METHODS) == set()
 

@@ -15,10 +15,7 @@ PARAMS = {"enc": {"w": jnp.array([3.0, 4.0])}, "head": jnp.array([12.0])}
 KEYS = {"norm", "clipped_norm", "max_norm", "coefficient", "clip_fraction"}
 
 
-@pytest.fixture(autouse=True)
-def _optax_promotes_its_counters() -> Any:
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("_promotes")
 
 
 def metrics_after(optimizer: Any, updates: Any = PARAMS, **options: Any) -> dict[str, float]:

@@ -372,10 +372,7 @@ def test_a_long_chain_is_walked_once(name: str, length: int, seen: Seen) -> None
     assert plan.way is wanted
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in LINKS],
-)
+@pytest.mark.parametrize("name", trees.mostly_slow(LINKS, QUICK))
 def test_a_long_chain_is_clipped(name: str) -> None:
     # A sum that is cast often is rounded often by `grad`, and not by clipax.
     tolerance = 0.01 if name == "convert" else 2e-4

@@ -201,7 +201,8 @@ class Call:
             planned.plans,
             planned.shards,
             planned.gradient,
-            _plans.exact_norms(leaves),
+            # That of an unused leaf is zero everywhere, and must be of the type of the others.
+            [_compat.varying_like(norm, reported[0]) for norm in _plans.exact_norms(leaves)],
             [leaf.kept for leaf in leaves],
             reported[0],
             aux,
@@ -333,12 +334,17 @@ class Measured(NamedTuple):
             [Factors(*row) for row in zip(weights.first, second, strict=True)],
             None if mask is None and not skip_nonfinite else ~counted,
         )
-        product = weights._replace(second=second).product
-        norms, factors, limits = (
-            jax.tree.unflatten(structure, each) for each in (sizes, product, bounds)
+        factors = weights._replace(second=second).product
+        like_bound = functools.partial(jax.tree.unflatten, structure)
+        return sums, PerExampleInfo(
+            self.losses,
+            like_bound(sizes),
+            like_bound(factors),
+            counted,
+            clip_fraction=None,
+            max_norm=like_bound(bounds),
+            aux=self.aux,
         )
-        info = PerExampleInfo(self.losses, norms, factors, counted, None, limits, self.aux)
-        return sums, info
 
     def norms(self) -> Array:
         """One norm an example over all leaves."""
@@ -362,10 +368,7 @@ class Measured(NamedTuple):
         if len(parts) == 1 and not layouts[0].shards:
             return parts[0]
         rows = zip(parts, layouts, strict=True)
-        varying = [
-            _compat.varying_over(_compat.varying_like(part, self.losses), layout.shards)
-            for part, layout in rows
-        ]
+        varying = [_compat.varying_over(part, layout.shards) for part, layout in rows]
         return jax.vmap(functools.partial(total_norm, layouts=layouts, ord=2.0))(varying)
 
     def _refuse_different_shares(self, **arguments: Any) -> None:
