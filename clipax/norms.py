@@ -15,16 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clipax._core import _checks, _compat, _leaves, _paths
+from clipax._core import _checks, _leaves, _mapped, _paths
 from clipax._core._reduction import Layout, separate_norms, total_norm
-from clipax._core._transformation import reduced
 from clipax._core._typing import Array, Axes, AxisName, LeafRule, Norms, Updates
 from clipax.units import output_last
 
 
 def global_norm(
     updates: Updates,
-    ord: float | None = None,
+    ord: float = 2,
     *,
     mask: LeafRule = True,
     axis_name: AxisName = None,
@@ -35,7 +34,7 @@ def global_norm(
 
     Args:
       updates: Any pytree. Leaves of any shape and floating or complex dtype are measured.
-      ord: The order `p > 0` of the norm; `inf` gives the largest modulus. None is 2.
+      ord: The order `p > 0` of the norm; `inf` gives the largest modulus.
       mask: Which leaves are measured: True, a tree prefix of booleans, or a function
         `(path, leaf) -> bool` with paths such as "encoder/kernel".
       axis_name: Which mapped axes shard the leaves, where the types do not say: under
@@ -74,7 +73,7 @@ def global_norm(
 
 def leaf_norm(
     updates: Updates,
-    ord: float | None = None,
+    ord: float = 2,
     *,
     axes: LeafRule = None,
     stack_axis: LeafRule = None,
@@ -85,7 +84,7 @@ def leaf_norm(
 
     Args:
       updates: Any pytree.
-      ord: The order `p > 0` of the norm; `inf` gives the largest modulus. None is 2.
+      ord: The order `p > 0` of the norm; `inf` gives the largest modulus.
       axes: The axes that are summed over, kept with size one, as in `tf.clip_by_norm`.
         None is all of them. One value for every leaf, a tree prefix of values, or a
         function `(path, leaf) -> axes` with paths such as "encoder/kernel". A tuple is
@@ -131,7 +130,7 @@ def leaf_norm(
 
 def unit_norm(
     updates: Updates,
-    ord: float | None = None,
+    ord: float = 2,
     *,
     unit_axis: LeafRule = None,
     mask: LeafRule = True,
@@ -141,7 +140,7 @@ def unit_norm(
 
     Args:
       updates: Any pytree.
-      ord: The order `p > 0` of the norm; `inf` gives the largest modulus. None is 2.
+      ord: The order `p > 0` of the norm; `inf` gives the largest modulus.
       unit_axis: The axes that count the units; all others are summed over. An axis, a
         tuple of axes (`(0, -1)`: stacked layers), a tree prefix, or a function
         `(path, leaf) -> axes | None`, where None makes the whole leaf one unit. Leaves
@@ -212,43 +211,11 @@ def _sharded_leaves(
     names = _leaves.per_leaf(updates, axis_name=axis_name)
     rows = zip(jax.tree.leaves(updates), names, wanted, summed, strict=True)
     return [
-        _Leaf(position, array, _sharding_axes(array, name, axes))
+        _Leaf(position, array, _mapped.sharding_axes(array, name, axes))
         for position, (leaf, name, is_wanted, axes) in enumerate(rows)
         if is_wanted
-        for array in [reduced(jnp.asarray(leaf))]
+        for array in [_mapped.reduced(jnp.asarray(leaf))]
     ]
-
-
-def _sharding_axes(
-    array: Array, name: Any, summed: tuple[int, ...] | None
-) -> tuple[Hashable, ...]:
-    named = _leaves.names_of(name)
-    for axis in named:
-        if axis not in _compat.bound_axes():
-            raise ValueError(
-                f"axis_name {axis!r} is not bound here: mapped are {_compat.bound_axes()}."
-            )
-    if name is None and (untyped := _compat.untyped_axes()):
-        raise ValueError(
-            f"Inside a program mapped over {untyped} without types that say over which"
-            " axes a leaf is sharded, the norm cannot be known. Pass axis_name= with the"
-            " names that shard the leaves, or axis_name=() if they are replicated."
-        )
-    varying = _compat.varying_axes(array)
-    is_partial = summed is not None
-    if is_partial and varying and name is None:
-        raise ValueError(
-            f"A leaf of shape {array.shape} varies over {sorted(map(str, varying))}, and"
-            " only some of its axes are summed. Pass axis_name= with the names that"
-            " shard the summed ones, or axis_name=() if none does; or make the state of the"
-            " transformation outside of the mapped program, which then tells."
-        )
-    # Types know whether a leaf is sharded at all, not along which of its axes; and `()` says
-    # that what varies is no shard.
-    shards = {axis for axis in named if axis in varying or not _compat.is_typed(axis)}
-    if name is None or (named and not is_partial):
-        shards |= varying
-    return tuple(sorted(shards, key=str))
 
 
 def _leafwise(
@@ -256,7 +223,7 @@ def _leafwise(
     wanted: Sequence[bool] | None = None,
     summed: Sequence[tuple[int, ...] | None] | None = None,
     *,
-    ord: float = 2.0,
+    ord: float = 2,
     divisor: Callable[[int], float] = lambda _: 1.0,
     axis_name: AxisName,
 ) -> Norms:

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from clipax._core import _compat
+from clipax._core import _mapped
 from clipax._core._typing import Axes
 
 
@@ -31,11 +31,11 @@ def nfnets(path: str, leaf: Any) -> Axes:
     """
     shape = jnp.shape(leaf)
     if sum(size != 1 for size in shape) <= 1:
-        mapped = _compat.untyped_axes() or sorted(map(str, _compat.varying_axes(leaf)))
-        if len(shape) > 1 and mapped:
+        axes = _mapped.may_divide(leaf)
+        if len(shape) > 1 and axes:
             raise ValueError(
-                f"Of the leaf {path!r} this may be a shard, over {mapped}, and its shape {shape}"
-                " does not tell whether the whole leaf is one unit. Say it by unit_axis=."
+                f"The leaf {path!r} may be sharded over {axes}, and the shape {shape} of a shard"
+                " does not show whether the whole leaf is one unit. Pass unit_axis= for it."
             )
         return None
     return (1, 2) if len(shape) == 3 else -1

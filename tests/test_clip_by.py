@@ -75,6 +75,39 @@ def test_a_known_norm_is_for_global_norms_alone() -> None:
     np.testing.assert_allclose(of_leaf.norm["w"], 0.5, rtol=1e-6)
 
 
+def test_known_norms_of_leaves_are_taken_by_path() -> None:
+    updates = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([1.0])}
+    for clip in (clipax.clip_by_leaf_norm(1.0), clipax.adagc()):
+        _, state = clip.update(updates, clip.init(updates), norm={"w": 10.0, "b": 0.5})
+        trees.assert_close(state.norm, {"w": 10.0, "b": 0.5})
+
+
+def test_a_known_norm_needs_no_state() -> None:
+    updates = {"w": jnp.array([3.0, 4.0])}
+    of_tree, of_leaf = clipax.clip_by_global_norm(1.0), clipax.clip_by_leaf_norm(1.0)
+    assert float(of_tree.update(updates, None, norm=10.0)[1].norm) == 10
+    np.testing.assert_allclose(of_leaf.update(updates, None, norm=10.0)[1].norm["w"], 5.0)
+    assert float(of_leaf.update(updates, None, norm={"w": 10.0})[1].norm["w"]) == 10
+
+
+def test_any_norm_can_have_any_history() -> None:
+    updates = [{"w": jnp.array([3.0, size]), "b": jnp.array([size])} for size in (4.0, 5.0, 90.0)]
+    rules = (
+        (clipax.autoclip, clipax.thresholds.window_quantile),
+        (clipax.clip_by_quantile, clipax.thresholds.quantile_tracker),
+        (clipax.clip_by_mean_std, clipax.thresholds.mean_and_deviation),
+        (functools.partial(clipax.zclip, max_norm=None), clipax.thresholds.z_score),
+    )
+    for method, threshold in rules:
+        for norm in (clipax.global_norm, clipax.leaf_norm, clipax.norms.block_rms):
+            one, other = method(norm=norm), clipax.clip_by(norm, threshold())
+            one_state, other_state = one.init(updates[0]), other.init(updates[0])
+            for each in updates:
+                got, one_state = one.update(each, one_state)
+                wanted, other_state = other.update(each, other_state)
+                trees.assert_bitwise((got, one_state), (wanted, other_state))
+
+
 def test_a_known_norm_of_the_wrong_structure_is_named() -> None:
     updates = {"w": jnp.array([3.0, 4.0])}
     clip = clipax.clip_by_global_norm(1.0)

@@ -114,10 +114,8 @@ def _advice_on_injection(names: list[str]) -> str:
     return f" Under `optax.inject_hyperparams`, pass `static_args={tuple(names)!r}`."
 
 
-def order(ord: float | None) -> float:
-    """The order of a p-norm, 2 where none is given."""
-    if ord is None:
-        return 2.0
+def order(ord: float) -> float:
+    """Requires the order of a p-norm."""
     static(ord=ord)
     scalar(positive, ord=ord)
     return float(ord)

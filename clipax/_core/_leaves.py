@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from clipax._core import _compat, _paths
-from clipax._core._typing import Array, Axes, AxisName, LeafRule, Updates
+from clipax._core._typing import Array, Axes, LeafRule, Updates
 
 
 def is_measured(leaf: Any) -> bool:
@@ -120,18 +120,6 @@ def is_rule_value(node: Any) -> bool:
 def names_of(value: Any) -> tuple[Any, ...]:
     """The names that a leaf of `axis_name` stands for."""
     return () if value is None else value if isinstance(value, tuple) else (value,)
-
-
-def names_bound_here(axis_name: AxisName) -> AxisName:
-    """The prefix without the names that nothing maps around us, as where a state is made."""
-    if axis_name is None:
-        return None
-    bound = _compat.bound_axes()
-
-    def keep(value: Any) -> tuple[Any, ...]:
-        return tuple(name for name in names_of(value) if name in bound)
-
-    return jax.tree.map(keep, axis_name, is_leaf=is_rule_value)
 
 
 def wanted(updates: Updates, mask: LeafRule = True) -> list[bool]:

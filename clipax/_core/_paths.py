@@ -56,6 +56,11 @@ def flat(tree: Any) -> Any:
     return {position.path: position.node if position.is_leaf else None for position in found}
 
 
+def by_path(flattened: Any) -> dict[str, Any]:
+    """What `flat` returns as a dict, where it is a bare leaf too."""
+    return flattened if isinstance(flattened, dict) else {"": flattened}
+
+
 def rebuilt(tree: Any, leaves: Sequence[Any]) -> Any:
     """Other leaves in a tree of this structure, or by paths where a class refuses them."""
     try:

@@ -5,15 +5,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax
 import optax
-from jax.sharding import NamedSharding
 
-from clipax._core import _compat
-from clipax._core._typing import Array, Updates
-
-# JAX gives these no types.
-_sum_over: Callable[..., Array] = jax.lax.psum
+from clipax._core._mapped import reduced
+from clipax._core._typing import Updates
 
 _Factory = TypeVar("_Factory", bound=Callable[..., Any])
 
@@ -48,27 +43,17 @@ def no_state(kind: type, given: Any) -> ValueError:
     )
 
 
-def reduced(tree: Updates) -> Updates:
-    """The tree with what its devices hold parts of added up."""
-    return jax.tree.map(_reduced, tree)
-
-
-def _reduced(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array):
-        return leaf
-    if axes := _compat.unreduced_axes(leaf):
-        leaf = _sum_over(leaf, axes)
-    spec = _compat.reduced_spec(leaf)
-    if spec is None:
-        return leaf
-    return _compat.reshard(leaf, NamedSharding(jax.typeof(leaf).sharding.mesh, spec))
-
-
 class _Static:
     """A default that is no schedule and no hyperparameter, whatever its type."""
 
     def __init__(self, value: Any):
         self.value = value
+
+    def __eq__(self, other: Any) -> bool:
+        return bool(self.value == _unboxed(other))
+
+    def __hash__(self) -> int:
+        return hash(self.value)
 
     def __repr__(self) -> str:
         return getattr(self.value, "__name__", repr(self.value))

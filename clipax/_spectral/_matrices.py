@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from clipax._core import _compat, _leaves
+from clipax._core import _compat, _leaves, _mapped
 from clipax._core._typing import Array, Axes, AxisName, LeafRule, Updates
 from clipax.units import output_last
 
@@ -99,18 +99,12 @@ def _size(leaf: Any, axes: tuple[int, ...]) -> int:
 
 
 def _require_whole(leaf: Any, name: Any) -> None:
-    if name is None and (untyped := _compat.untyped_axes()):
+    axes = _mapped.may_divide(leaf) if name is None else list(_leaves.names_of(name))
+    if axes:
         raise ValueError(
-            f"Inside a program mapped over {untyped} without types that say over which axes a"
-            " matrix is sharded, its singular values cannot be known. Pass axis_name=() if"
-            " every matrix is whole."
-        )
-    axes = _compat.varying_axes(jnp.asarray(leaf)) if name is None else name
-    if axes not in ((), frozenset()):
-        raise ValueError(
-            f"A matrix in a leaf of shape {jnp.shape(leaf)} may be sharded over {axes!r}, and a"
-            " shard does not tell its singular values. Clip outside the mapped program, or pass"
-            " axis_name=() for this leaf if every matrix of it is whole."
+            f"A matrix in a leaf of shape {jnp.shape(leaf)} may be sharded over {axes!r}, and the"
+            " singular values of a shard are not those of the matrix. Clip outside of the mapped"
+            " program, or pass axis_name=() for this leaf if each of its matrices is whole."
         )
 
 

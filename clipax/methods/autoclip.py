@@ -1,18 +1,13 @@
 """AutoClip: a quantile of the history of norms."""
 
-import functools
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _window
-from clipax._core._clip_by import clip_by_history
+from clipax._core._clip_by import clip_by
 from clipax._core._transformation import injectable
-from clipax._core._typing import Array, AxisName, Bound, LeafRule, Norm
-from clipax._core._window import WindowState
+from clipax._core._typing import AxisName, Bound, LeafRule, Norm
 from clipax.norms import global_norm
+from clipax.thresholds import capped, window_quantile
 
 
 @injectable
@@ -90,18 +85,7 @@ def autoclip(
       Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: adaptive gradient clipping for source
       separation networks", 2020, https://arxiv.org/abs/2007.14469
     """
-    _checks.scalar(_checks.inside_unit_interval, quantile=quantile)
-    _checks.positive_integer(window_size=window_size, warmup_steps=warmup_steps)
-    _checks.flag(count_current=count_current)
-
-    def bound(norm: Array, past: WindowState, params: Any = None) -> tuple[Array, WindowState]:
-        del params
-        window = _window.push(past, norm)
-        history = window if count_current else past
-        is_warmed_up = history.value_count >= warmup_steps
-        return jnp.where(is_warmed_up, _window.quantile(history, quantile), jnp.inf), window
-
-    start = functools.partial(_window.empty, window_size)
-    return clip_by_history(
-        start, bound, norm=norm, max_norm=max_norm, mask=mask, axis_name=axis_name
+    threshold = window_quantile(
+        quantile, window_size, count_current=count_current, warmup_steps=warmup_steps
     )
+    return clip_by(norm, capped(threshold, max_norm), mask=mask, axis_name=axis_name)

@@ -7,14 +7,16 @@ import optax
 
 from clipax._core import _checks
 from clipax._core._clip_by import clip_by
+from clipax._core._transformation import injectable
 from clipax._core._typing import AxisName, Bound, LeafRule
 from clipax.coefficients import hard
 from clipax.norms import global_norm
 
 
+@injectable
 def clip_by_global_norm(
     max_norm: Bound,
-    ord: float | None = None,
+    ord: float = 2,
     *,
     eps: jax.typing.ArrayLike = 0.0,
     mask: LeafRule = True,
@@ -28,7 +30,7 @@ def clip_by_global_norm(
     Args:
       max_norm: The bound, >= 0: a number, a scalar array or a schedule `count -> value`.
         Typically 1.0; `inf` measures only.
-      ord: The order `p > 0` of the norm; `inf` is the largest modulus. None is 2. Under
+      ord: The order `p > 0` of the norm; `inf` is the largest modulus. Under
         `optax.inject_hyperparams` it needs `static_args=("ord",)`.
       eps: >= 0. With 1e-6 the factor is `torch.nn.utils.clip_grad_norm_`'s, and a clipped
         norm ends just below the bound.
@@ -79,4 +81,4 @@ def clip_by_global_norm(
     _checks.scalar(_checks.non_negative, eps=eps)
     norm = functools.partial(global_norm, ord=_checks.order(ord))
     coefficient = functools.partial(hard, eps=eps)
-    return clip_by(norm, max_norm, coefficient, known_norm=True, mask=mask, axis_name=axis_name)
+    return clip_by(norm, max_norm, coefficient, mask=mask, axis_name=axis_name)

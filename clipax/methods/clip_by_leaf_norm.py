@@ -6,13 +6,15 @@ import optax
 
 from clipax._core import _checks
 from clipax._core._clip_by import clip_by
+from clipax._core._transformation import injectable
 from clipax._core._typing import AxisName, Bound, LeafRule
 from clipax.norms import leaf_norm
 
 
+@injectable
 def clip_by_leaf_norm(
     max_norm: Bound,
-    ord: float | None = None,
+    ord: float = 2,
     *,
     axes: LeafRule = None,
     stack_axis: LeafRule = None,
@@ -27,7 +29,7 @@ def clip_by_leaf_norm(
     Args:
       max_norm: The bound, >= 0: a number, a scalar array, a schedule `count -> value`, or
         a tree prefix of them, as `{"encoder": 1.0, "head": 0.1}`.
-      ord: The order `p > 0` of the norm; `inf` is the largest modulus. None is 2.
+      ord: The order `p > 0` of the norm; `inf` is the largest modulus.
       axes: The axes that are summed over, as in `tf.clip_by_norm`; None is all. One value
         for every leaf, a tree prefix, or a function `(path, leaf) -> axes` with paths
         such as "encoder/kernel".

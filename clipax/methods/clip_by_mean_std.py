@@ -1,18 +1,13 @@
 """The mean of the last norms and some standard deviations."""
 
-import functools
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _window
-from clipax._core._clip_by import clip_by_history
+from clipax._core._clip_by import clip_by
 from clipax._core._transformation import injectable
-from clipax._core._typing import Array, AxisName, Bound, LeafRule, Norm
-from clipax._core._window import WindowState
+from clipax._core._typing import AxisName, Bound, LeafRule, Norm
 from clipax.norms import global_norm
+from clipax.thresholds import capped, mean_and_deviation
 
 
 @injectable
@@ -85,20 +80,5 @@ def clip_by_mean_std(
     References:
       Levanter, https://github.com/stanford-crfm/levanter (`ClipUpdateNormConfig`)
     """
-    _checks.scalar(_checks.finite_positive, z_max=z_max)
-    _checks.positive_integer(window_size=window_size)
-    needed = _checks.warmup(warmup_steps, window_size)
-    if warmup_steps is None:
-        needed = max(2, needed)
-
-    def bound(norm: Array, past: WindowState, params: Any = None) -> tuple[Array, WindowState]:
-        del params
-        mean, std = _window.mean_and_std(past)
-        (times,) = _leaves.in_dtype_of(norm, z_max)
-        limit = mean + times * std
-        return jnp.where(past.value_count >= needed, limit, jnp.inf), _window.push(past, norm)
-
-    start = functools.partial(_window.empty, window_size)
-    return clip_by_history(
-        start, bound, norm=norm, max_norm=max_norm, mask=mask, axis_name=axis_name
-    )
+    threshold = mean_and_deviation(z_max, window_size, warmup_steps=warmup_steps)
+    return clip_by(norm, capped(threshold, max_norm), mask=mask, axis_name=axis_name)

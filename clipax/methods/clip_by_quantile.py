@@ -1,24 +1,13 @@
 """A quantile of the norms in constant memory: the geometric tracker."""
 
-from typing import Any, NamedTuple
-
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from clipax._core import _checks, _leaves, _patience
-from clipax._core._clip_by import clip_by_history
+from clipax._core._clip_by import clip_by
 from clipax._core._transformation import injectable
-from clipax._core._typing import Array, AxisName, Bound, LeafRule, Norm
+from clipax._core._typing import AxisName, Bound, LeafRule, Norm
 from clipax.norms import global_norm
-
-
-class QuantileState(NamedTuple):
-    max_norm: Array
-    """The estimate of the quantile; 0 before the first norm."""
-    halved_count: Array
-    """How many norms in a row were more than twice the estimate; int32."""
+from clipax.thresholds import capped, quantile_tracker
 
 
 @injectable
@@ -91,32 +80,5 @@ def clip_by_quantile(
       Andrew, Thakkar, McMahan, Ramaswamy, "Differentially private learning with adaptive
       clipping", 2021, https://arxiv.org/abs/1905.03871
     """
-    _checks.scalar(_checks.inside_unit_interval, quantile=quantile)
-    _checks.scalar(_checks.finite_positive, learning_rate=learning_rate)
-
-    def init_fn(zero: Array) -> QuantileState:
-        return QuantileState(zero + 0, zero.astype(jnp.int32))
-
-    def bound(
-        norm: Array, state: QuantileState, params: Any = None
-    ) -> tuple[Array, QuantileState]:
-        del params
-        estimate = state.max_norm
-        is_first = estimate == 0
-        is_under = (norm <= estimate).astype(norm.dtype)
-        rate, share = _leaves.in_dtype_of(norm, learning_rate, quantile)
-        factor = jnp.exp(-rate * (is_under - share))
-        moved = jnp.minimum(estimate * factor, np.finfo(norm.dtype).max)
-        limit = jnp.where(is_first, jnp.inf, estimate)
-        count = _patience.count_halved(state.halved_count, norm, limit)
-        # Of a low quantile, many norms are far above it.
-        most = jnp.maximum(_patience.PATIENCE, 20 / share)
-        is_given_up = count.astype(norm.dtype) >= most
-        learned = QuantileState(
-            jnp.where(is_first | is_given_up, norm, moved), jnp.where(is_given_up, 0, count)
-        )
-        return limit, _leaves.choose(norm > 0, learned, state)
-
-    return clip_by_history(
-        init_fn, bound, norm=norm, max_norm=max_norm, mask=mask, axis_name=axis_name
-    )
+    threshold = quantile_tracker(quantile, learning_rate=learning_rate)
+    return clip_by(norm, capped(threshold, max_norm), mask=mask, axis_name=axis_name)

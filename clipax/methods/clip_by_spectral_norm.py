@@ -132,7 +132,6 @@ def clip_by_spectral_norm(
         functools.partial(norm, mask=mask),
         max_norm,
         coefficient,
-        known_norm=True,
         axis_name=axis_name,
     )
 

@@ -6,13 +6,15 @@ import optax
 
 from clipax._core import _checks
 from clipax._core._clip_by import clip_by
+from clipax._core._transformation import injectable
 from clipax._core._typing import AxisName, Bound, LeafRule
 from clipax.norms import unit_norm
 
 
+@injectable
 def clip_by_unit_norm(
     max_norm: Bound,
-    ord: float | None = None,
+    ord: float = 2,
     *,
     unit_axis: LeafRule = None,
     mask: LeafRule = True,
@@ -26,7 +28,7 @@ def clip_by_unit_norm(
     Args:
       max_norm: The bound, >= 0: a number, a scalar array, a schedule `count -> value`, or
         a tree prefix of them.
-      ord: The order `p > 0` of the norm; `inf` is the largest modulus. None is 2.
+      ord: The order `p > 0` of the norm; `inf` is the largest modulus.
       unit_axis: The axes that count the units: an axis, a tuple of axes (`(0, -1)` for
         stacked layers), a tree prefix, or a function `(path, leaf) -> axes | None`, where
         None makes the whole leaf one unit. None is `output_last`, which is right for the

@@ -68,4 +68,4 @@ def measure(
         return jax.tree.map(lambda norm: _leaves.filled_like(norm, jnp.inf), norms), state
 
     recorder = Threshold(window.init, update_fn)
-    return clip_by(norm, recorder, unclipped, known_norm=True, axis_name=axis_name)
+    return clip_by(norm, recorder, unclipped, axis_name=axis_name)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _moments
+from clipax._core import _checks, _leaves, _mapped, _moments
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
@@ -109,7 +109,7 @@ def scale_by_stable_adam(
 
     def init_fn(params: Updates) -> StableAdamState:
         root_nu = _moments.zero_moduli(params)
-        names = _leaves.names_bound_here(axis_name)
+        names = _mapped.bound_here(axis_name)
         zero = _leaves.zero_norms(functools.partial(global_norm, axis_name=names), root_nu)
         clip, mu = record.init(root_nu), _moments.zeros(params)
         return StableAdamState(clip, mu, root_nu, zero.astype(jnp.int32))

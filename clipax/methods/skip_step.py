@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipax._core import _checks, _leaves, _window
+from clipax._core import _checks, _leaves, _mapped, _window
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Updates
 from clipax.norms import global_norm
@@ -158,7 +158,7 @@ def skip_step(
     ranges = _checked_ranges(skip_ranges)
 
     def init_fn(params: Updates) -> SkipState:
-        norm = functools.partial(global_norm, axis_name=_leaves.names_bound_here(axis_name))
+        norm = functools.partial(global_norm, axis_name=_mapped.bound_here(axis_name))
         zero = _leaves.zero_norms(norm, _leaves.only_measured(params))
 
         def window(z: jax.typing.ArrayLike | None) -> Any:

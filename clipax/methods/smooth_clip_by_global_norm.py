@@ -69,6 +69,4 @@ def smooth_clip_by_global_norm(
     """
     _checks.one_bound(_checks.non_negative, max_norm=max_norm)
     _checks.function(coefficient=coefficient)
-    return clip_by(
-        global_norm, max_norm, coefficient, known_norm=True, mask=mask, axis_name=axis_name
-    )
+    return clip_by(global_norm, max_norm, coefficient, mask=mask, axis_name=axis_name)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _moments
+from clipax._core import _checks, _leaves, _mapped, _moments
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Norms, Updates
@@ -120,7 +120,7 @@ def spam_clip(
 
     def init_fn(params: Updates) -> SpamClipState:
         rms = _moments.zero_moduli(params)
-        names = _leaves.names_bound_here(axis_name)
+        names = _mapped.bound_here(axis_name)
         zero = _leaves.zero_norms(functools.partial(global_norm, axis_name=names), rms)
         return SpamClipState(record.init(rms), rms, zero.astype(jnp.int32))
 

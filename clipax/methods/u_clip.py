@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _moments
+from clipax._core import _checks, _leaves, _mapped, _moments
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
 from clipax.coefficients import hard, in_two
@@ -99,7 +99,7 @@ def u_clip(
         _checks.scalar(_checks.positive, max_carry=max_carry)
 
     def init_fn(params: Updates) -> UClipState:
-        norm = functools.partial(global_norm, axis_name=_leaves.names_bound_here(axis_name))
+        norm = functools.partial(global_norm, axis_name=_mapped.bound_here(axis_name))
         carry = _moments.zeros(params)
         inner_state = inner.init(_moments.zeros(params))
         return UClipState(carry, _leaves.zero_norms(norm, carry), inner_state)

@@ -1,27 +1,15 @@
 """ZClip: a z-score against running statistics of the norms."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _moments, _patience
-from clipax._core._clip_by import clip_by_history
+from clipax._core._clip_by import clip_by
 from clipax._core._transformation import injectable
 from clipax._core._typing import Array, AxisName, Bound, LeafRule, Norm
 from clipax.norms import global_norm
-from clipax.thresholds import limit_bound, reciprocal_bound
-
-
-class ZClipState(NamedTuple):
-    mean: Array
-    std: Array
-    norm_count: Array
-    """The number of norms learned from; int32."""
-    halved_count: Array
-    """How many spikes in a row were more than twice their bounds; int32."""
+from clipax.thresholds import capped, reciprocal_bound, z_score
 
 
 @injectable
@@ -123,52 +111,15 @@ def zclip(
       Kumar, Owen, Roy Chowdhury, Güra, "ZClip: adaptive spike mitigation for LLM
       pre-training", 2025, https://arxiv.org/abs/2504.02507
     """
-    _checks.scalar(_checks.finite_positive, z_max=z_max, factor=factor, eps=eps)
-    _checks.scalar(_checks.decay_rate, decay=decay, min_std=min_std)
-    _checks.positive_integer(warmup_steps=warmup_steps)
-    _checks.flag(raw_history=raw_history, learn_from_spikes=learn_from_spikes)
-    _checks.function(spike_bound=spike_bound)
-
-    def init_fn(zero: Array) -> ZClipState:
-        return ZClipState(zero + 0, zero + 0, zero.astype(jnp.int32), zero.astype(jnp.int32))
-
-    def bound(norm: Array, state: ZClipState, params: Any = None) -> tuple[Array, ZClipState]:
-        del params
-        mean, std, count, halved_count = state
-        z_top, scale, least, guard = _leaves.in_dtype_of(norm, z_max, factor, min_std, eps)
-        is_warmed_up = count >= warmup_steps
-        limit = mean + z_top * (std if spike_bound is limit_bound else std + guard)
-        is_spike = is_warmed_up & (norm > limit)
-        # At least z_max, also where this is no spike: it will be divided by.
-        z = jnp.maximum((norm - mean) / (std + guard), z_top)
-        shrunk = scale * spike_bound(z, mean, std, z_top)
-        max_norm = jnp.where(is_warmed_up, jnp.where(is_spike, shrunk, limit), jnp.inf)
-        halved_count = _patience.count_halved(halved_count, norm, max_norm)
-        state = state._replace(halved_count=halved_count)
-        # Statistics without spread, or long out of date, have no say in what they learn.
-        is_trusted = (std > least * mean) & (halved_count < _patience.PATIENCE)
-        seen = norm if raw_history else jnp.where(is_trusted, jnp.minimum(norm, shrunk), norm)
-        learned = learn(state, jnp.where(is_spike, seen, norm))
-        if not learn_from_spikes:
-            learned = _leaves.choose(is_spike & is_trusted, state, learned)
-        return max_norm, learned
-
-    def learn(state: ZClipState, value: Array) -> ZClipState:
-        mean, std, count, _ = state
-        is_warmed_up = count >= warmup_steps
-        old, new = _leaves.in_dtype_of(value, decay, 1 - decay)
-        weight = jnp.where(is_warmed_up, new, 1 / (count + 1).astype(value.dtype))
-        past = jnp.where(is_warmed_up, old, 1 - weight)
-        # Of a norm that is not finite nothing is kept, but zero times inf would be NaN.
-        deviation = jnp.where(jnp.isfinite(value), value - mean, 0)
-        # The paper's average takes the deviation from the new mean, and Welford's variance
-        # the geometric mean of both: so the one has a factor more.
-        share = weight * past * jnp.where(is_warmed_up, past, 1)
-        kept, added = _moments.root(past) * std, _moments.root(share) * deviation
-        new_std = _moments.hypotenuse(kept, added)
-        new_mean = _moments.mean(mean, value, weight)
-        return state._replace(mean=new_mean, std=new_std, norm_count=optax.safe_increment(count))
-
-    return clip_by_history(
-        init_fn, bound, norm=norm, max_norm=max_norm, mask=mask, axis_name=axis_name
+    threshold = z_score(
+        z_max,
+        decay=decay,
+        warmup_steps=warmup_steps,
+        spike_bound=spike_bound,
+        factor=factor,
+        raw_history=raw_history,
+        learn_from_spikes=learn_from_spikes,
+        min_std=min_std,
+        eps=eps,
     )
+    return clip_by(norm, capped(threshold, max_norm), mask=mask, axis_name=axis_name)

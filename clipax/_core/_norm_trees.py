@@ -1,0 +1,66 @@
+"""Norms of the updates or the parameters, in the structure that a state has."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clipax._core import _checks, _leaves, _paths
+from clipax._core._typing import Array, Norm, Norms, Updates
+
+
+def conformed(norms: Norms, template: Norms, *, name: str = "updates since `init`") -> Norms:
+    """The norms in the structure and dtypes of the template; that of a frozen leaf is zero."""
+    kept, given = _paths.by_path(template), _paths.by_path(norms)
+    # A node without leaves may replace all leaves below it, as where they are frozen together.
+    hollow = [path for path, norm in given.items() if norm is None]
+
+    def is_there(path: str) -> bool:
+        return path in given or any(not up or path.startswith(f"{up}/") for up in hollow)
+
+    added = [path for path in given if given[path] is not None and kept.get(path) is None]
+    if added or not all(map(is_there, kept)):
+        raise ValueError(
+            f"{name} must have the structure that `init` saw, with the norms"
+            f" {sorted(kept)}, got {sorted(given)}."
+        )
+
+    def conform(path: str, zero: Array | None) -> Array | None:
+        norm = given.get(path)
+        if zero is None or norm is None:
+            return None if zero is None else jnp.zeros_like(zero)
+        if not jax.tree_util.all_leaves([norm]) or jnp.shape(norm) != zero.shape:
+            raise ValueError(
+                f"{name} must give norms of shape {zero.shape}, as in the state, got {norm!r}."
+            )
+        return jnp.asarray(norm).astype(zero.dtype)
+
+    result = {path: conform(path, zero) for path, zero in kept.items()}
+    return result if isinstance(template, dict) else result[""]
+
+
+def known(norms: Any, template: Norms) -> Norms:
+    """Norms that a caller measured; None where they are those of another method in a chain."""
+    is_whole = jax.tree_util.all_leaves([norms]) and norms is not None
+    if is_whole and isinstance(template, dict):
+        return None
+    _checks.known_norm(norm=norms)
+    return conformed(_paths.flat(jax.tree.map(jnp.asarray, norms)), template, name="norm")
+
+
+def of_params(
+    measure: Norm, updates: Updates, params: Updates | None, template: Norms
+) -> Norms | None:
+    """Norms of the parameters where updates are measured; unused ones cost nothing in jit."""
+    if params is None:
+        return None
+    by_path = {path: leaf for path, leaf, is_leaf in _paths.positions(params) if is_leaf}
+    leaves, treedef = jax.tree.flatten(updates)
+    matching = [
+        by_path.get(path) if _leaves.is_measured(leaf) else None
+        for path, leaf in zip(_paths.of_leaves(updates), leaves, strict=True)
+    ]
+    found = zip(leaves, matching, strict=True)
+    if any(_leaves.is_measured(leaf) and param is None for leaf, param in found):
+        return None  # Only a threshold that needs them can decide whether this is an error.
+    return conformed(_paths.flat(measure(jax.tree.unflatten(treedef, matching))), template)

@@ -1,0 +1,48 @@
+"""A cap on the bounds of another threshold."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipax._core import _checks
+from clipax._core._typing import Bound, Norms
+from clipax.thresholds._fixed import bounded
+from clipax.thresholds._per_norm import as_threshold
+from clipax.thresholds._threshold import Threshold
+
+
+def capped(threshold: Bound | optax.GradientTransformation, max_norm: Bound | None) -> Threshold:
+    """Bounds norms by the smaller of a threshold's bound and a fixed one.
+
+    Args:
+      threshold: Any threshold, in the forms that `clip_by` takes.
+      max_norm: The cap, > 0, in the forms that `fixed` takes. None is no cap.
+
+    Returns:
+      A threshold with the states of both; without a cap, that of `threshold`.
+
+    Raises:
+      ValueError: A number in `max_norm` is not > 0; at `init` and `update`, it does not fit.
+
+    Example:
+      >>> threshold = capped(relative_to_params(0.5), 3.0)
+      >>> norm, param_norm = jnp.array(9.0), jnp.array(10.0)
+      >>> threshold.update(norm, threshold.init(norm), param_norm)[0]
+      Array(3., dtype=float32)
+    """
+    threshold = as_threshold(threshold)
+    if max_norm is None:
+        return threshold
+    cap = bounded(_checks.positive, max_norm=max_norm)
+
+    def init_fn(norms: Norms) -> Any:
+        return threshold.init(norms), cap.init(norms)
+
+    def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
+        bounds, inner = threshold.update(norms, state[0], params, **extra_args)
+        caps, outer = cap.update(norms, state[1])
+        return jax.tree.map(jnp.minimum, bounds, caps), (inner, outer)
+
+    return Threshold(init_fn, update_fn)

@@ -1,0 +1,94 @@
+"""Bounds that no history changes: numbers, schedules, and trees of them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipax._core import _checks, _leaves, _paths
+from clipax._core._typing import Array, Bound, Norms
+from clipax.thresholds._threshold import Threshold
+
+
+class FixedState(NamedTuple):
+    step_count: Array
+    """The number of updates so far; int32."""
+
+
+def fixed(max_norm: Bound) -> Threshold:
+    """Bounds norms by a number, a schedule `count -> value`, or a tree prefix of them.
+
+    Args:
+      max_norm: >= 0. `inf` never clips. A value that is known only while tracing cannot
+        be checked; a negative one then counts as zero.
+
+    Returns:
+      A threshold. With a schedule its state counts the updates; otherwise it holds nothing.
+
+    Raises:
+      ValueError: A number in `max_norm` is negative, NaN, boolean, None or a string; at
+        `init` and `update`, the prefix does not fit.
+
+    Example:
+      >>> threshold = fixed(2.0)
+      >>> norms = {"w": jnp.array(5.0), "b": jnp.array(1.0)}
+      >>> threshold.update(norms, threshold.init(norms))[0]
+      {'b': Array(2., dtype=float32), 'w': Array(2., dtype=float32)}
+    """
+    return bounded(_checks.non_negative, max_norm=max_norm)
+
+
+def bounded(
+    requirement: Callable[..., None], *, is_lower: bool = False, **bound: Bound
+) -> Threshold:
+    """`fixed` for a bound with a name and a requirement of its own.
+
+    A lower one, <= 0, bounds norms by its modulus.
+    """
+    ((name, value),) = bound.items()
+    _checks.bound(requirement, **bound)
+    leaves = jax.tree.leaves(value, is_leaf=_checks.is_bound_leaf)
+    is_scheduled = any(map(_checks.is_schedule, leaves))
+
+    def init_fn(norms: Norms) -> Any:
+        step_count = jnp.zeros((), jnp.int32)
+        bounds_at(step_count, norms)  # a prefix that does not fit
+        return FixedState(step_count) if is_scheduled else optax.EmptyState()
+
+    def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
+        del params, extra_args
+        if not is_scheduled:
+            return bounds_at(None, norms), state
+        count = state.step_count
+        return bounds_at(count, norms), FixedState(optax.safe_increment(count))
+
+    def bounds_at(count: Array | None, norms: Norms) -> Norms:
+        bounds = _paths.spread(value, norms, is_leaf=_checks.is_bound_leaf, name=name)
+        sizes, treedef = jax.tree.flatten(norms)
+        rows = zip(sizes, bounds, strict=True)
+        return jax.tree.unflatten(treedef, [bound_of(norm, leaf, count) for norm, leaf in rows])
+
+    def bound_of(norm: Array, leaf: Any, count: Array | None) -> Array:
+        if _checks.is_schedule(leaf):
+            # A schedule of Optax promotes its integer count to a float.
+            with jax.numpy_dtype_promotion("standard"):
+                leaf = leaf(count)
+            _checks.scheduled(**{name: leaf})
+        return _bound_like(norm, -leaf if is_lower else leaf, name)
+
+    return Threshold(init_fn, update_fn)
+
+
+def _bound_like(norm: Array, value: Any, name: str) -> Array:
+    bound = jnp.asarray(value).astype(norm.dtype)
+    if jnp.broadcast_shapes(bound.shape, norm.shape) != norm.shape:
+        raise ValueError(f"{name} of shape {bound.shape} does not fit norms of {norm.shape}.")
+    return _leaves.filled_like(norm, not_negative(bound))
+
+
+def not_negative(bound: Array) -> Array:
+    """Zero for a traced bound below it, which must not turn the updates round."""
+    # At zero, a maximum would have half of the derivative.
+    return jnp.where(bound < 0, 0, bound)

@@ -1,0 +1,96 @@
+"""A rule for one norm, applied to each norm of a tree by itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipax._core import _checks, _leaves
+from clipax._core._typing import Array, Bound, Norms
+from clipax.thresholds._fixed import fixed, not_negative
+from clipax.thresholds._threshold import Threshold
+
+
+def per_norm(rule: optax.GradientTransformation) -> Threshold:
+    """Lifts a rule for one norm to a tree of norms, each with a state of its own.
+
+    A norm that is not finite never enters a history: for it, and it alone, the rule's
+    state and bound stay as they were.
+
+    Args:
+      rule: An `optax.GradientTransformation` whose `update(norm, state, param_norm)`
+        gives the bound of one scalar norm.
+
+    Returns:
+      A threshold. Its state holds the rule's states stacked, one stack for each dtype of the
+      norms that are scalars, and one for each norm that is an array. `update` takes the
+      last bounds as the extra argument `max_norm`.
+
+    Raises:
+      ValueError: `rule` is no `optax.GradientTransformation`.
+
+    Example:
+      >>> threshold = per_norm(optax.chain(optax.ema(0.5, debias=False), optax.scale(1.5)))
+      >>> threshold.update(jnp.array(4.0), threshold.init(jnp.array(4.0)))[0]
+      Array(3., dtype=float32)
+    """
+    rule = _checks.transformation(rule=rule)
+
+    def init_fn(norms: Norms) -> Any:
+        alike = _leaves.Alike(norms)
+        return tuple(
+            _leaves.beside(stack, _first_states(rule, stack)) for stack in alike.stack(norms)
+        )
+
+    def update_fn(
+        norms: Norms,
+        state: Any,
+        params: Norms = None,
+        *,
+        max_norm: Norms = None,
+        **extra_args: Any,
+    ) -> Any:
+        del extra_args
+        alike = _leaves.Alike(norms)
+        stacks = alike.stack(norms)
+        absent = [None] * len(stacks)
+        param_stacks = absent if params is None else alike.stack(params)
+        last_stacks = alike.stack(norms if max_norm is None else max_norm)
+        results = [
+            _elementwise(update_one, stack)(stack, *others)
+            for stack, *others in zip(stacks, state, param_stacks, last_stacks, strict=True)
+        ]
+        return alike.unstack([bound for bound, _ in results]), tuple(s for _, s in results)
+
+    def update_one(norm: Array, state: Any, param_norm: Array | None, last: Array) -> Any:
+        # A rule of Optax promotes its integer counters.
+        with jax.numpy_dtype_promotion("standard"):
+            max_norm, new_state = rule.update(norm, state, param_norm)
+        bound = not_negative(jnp.asarray(max_norm, norm.dtype))
+        return _leaves.choose(jnp.isfinite(norm), (bound, new_state), (last, state))
+
+    return Threshold(init_fn, update_fn)
+
+
+def as_threshold(value: Bound | optax.GradientTransformation) -> Threshold:
+    """A threshold as it is, a transformation lifted by `per_norm`, anything else `fixed`."""
+    if isinstance(value, Threshold):
+        return value
+    if _checks.is_transformation(value):
+        return per_norm(value)
+    return fixed(value)
+
+
+def _first_states(rule: optax.GradientTransformation, norms: Array) -> Any:
+    init = _elementwise(rule.init, norms)
+    # Constants of a rule of Optax lie on one device; in jit, where its arguments do.
+    is_on_mesh = not jax.typeof(norms).sharding.mesh.empty
+    return (jax.jit(init, keep_unused=True) if is_on_mesh else init)(norms)
+
+
+def _elementwise(function: Callable[..., Any], array: Array) -> Callable[..., Any]:
+    for _ in range(array.ndim):
+        function = jax.vmap(function)
+    return function

@@ -1,0 +1,50 @@
+"""Bounds that are a share of the norm of the parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clipax._core import _checks
+from clipax._core._typing import Bound, Norms
+from clipax.thresholds._fixed import bounded
+from clipax.thresholds._threshold import Threshold
+
+
+def relative_to_params(ratio: Bound, eps: jax.typing.ArrayLike = 1e-3) -> Threshold:
+    """Bounds norms by the parameters' own: `max_norm = ratio * max(param_norm, eps)`.
+
+    Args:
+      ratio: > 0, in the forms that `fixed` takes.
+      eps: >= 0, the least parameter norm, so that a layer that starts at zero can move.
+
+    Returns:
+      A threshold with the state of `fixed(ratio)`.
+
+    Raises:
+      ValueError: `ratio` is not > 0 or `eps` not >= 0; at `update`, there are no params.
+
+    Example:
+      >>> threshold = relative_to_params(0.1)
+      >>> threshold.update(jnp.array(5.0), threshold.init(jnp.array(5.0)), jnp.array(2.0))[0]
+      Array(0.2, dtype=float32)
+    """
+    ratios = bounded(_checks.positive, ratio=ratio)
+    _checks.scalar(_checks.non_negative, eps=eps)
+
+    def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "A bound relative to the parameters needs params with the structure of the"
+                " updates: call update(updates, state, params)."
+            )
+        ratio_tree, state = ratios.update(norms, state)
+        bounds = jax.tree.map(
+            lambda r, norm: r * jnp.maximum(norm, jnp.asarray(eps).astype(norm.dtype)),
+            ratio_tree,
+            params,
+        )
+        return bounds, state
+
+    return Threshold(ratios.init, update_fn)
