@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.extend import core
 
-from clipax._core import _checks, _leaves, _paths
+from clipax._core import _checks, _leaves, _paths, _rules
 from clipax._core._typing import Array, Updates
 from clipax.methods.skip_step import SkipState
 from clipax.metrics import metrics
@@ -89,7 +89,7 @@ def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> 
       2013, https://arxiv.org/abs/1211.5063
     """
     method = _checks.transformation(transformation=transformation)
-    leaves, treedef = jax.tree.flatten(_leaves.only_measured(x))
+    leaves, treedef = jax.tree.flatten(_rules.only_measured(x))
 
     def clip(cotangents: list[Array]) -> list[Array]:
         cotangent = jax.tree.unflatten(treedef, cotangents)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clipax._core import _checks, _leaves, _mapped, _paths
+from clipax._core import _checks, _mapped, _paths, _rules
 from clipax._core._reduction import Layout, separate_norms, total_norm
 from clipax._core._typing import Array, Axes, AxisName, LeafRule, Norms, Updates
 from clipax.units import output_last
@@ -63,7 +63,7 @@ def global_norm(
     """
     order = _checks.order(ord)
     _checks.static(mask=mask)
-    wanted = _leaves.wanted(updates, mask)
+    wanted = _rules.wanted(updates, mask)
     leaves = _sharded_leaves(updates, axis_name, wanted, [None] * len(wanted))
     if not leaves:
         return jnp.zeros((), jnp.float32)
@@ -112,12 +112,12 @@ def leaf_norm(
              [2.]], dtype=float32)
     """
     _checks.static(axes=axes, stack_axis=stack_axis, mask=mask)
-    wanted = _leaves.wanted(updates, mask)
+    wanted = _rules.wanted(updates, mask)
     rows = zip(
         jax.tree.leaves(updates),
         wanted,
-        _leaves.per_leaf(updates, axes=axes),
-        _leaves.per_leaf(updates, stack_axis=stack_axis),
+        _rules.per_leaf(updates, axes=axes),
+        _rules.per_leaf(updates, stack_axis=stack_axis),
         strict=True,
     )
     summed = [
@@ -164,8 +164,8 @@ def unit_norm(
     """
     _checks.static(unit_axis=unit_axis, mask=mask)
     rule = output_last if unit_axis is None else unit_axis
-    wanted = _leaves.wanted(updates, mask)
-    units = _leaves.per_leaf(updates, unit_axis=rule)
+    wanted = _rules.wanted(updates, mask)
+    units = _rules.per_leaf(updates, unit_axis=rule)
     summed: list[tuple[int, ...] | None] = []
     for leaf, is_wanted, unit in zip(jax.tree.leaves(updates), wanted, units, strict=True):
         is_split = is_wanted and unit is not None and (callable(rule) or jnp.ndim(leaf) > 1)
@@ -208,7 +208,7 @@ def _sharded_leaves(
     summed: Sequence[tuple[int, ...] | None],
 ) -> list[_Leaf]:
     _checks.axis_name(axis_name=axis_name)
-    names = _leaves.per_leaf(updates, axis_name=axis_name)
+    names = _rules.per_leaf(updates, axis_name=axis_name)
     rows = zip(jax.tree.leaves(updates), names, wanted, summed, strict=True)
     return [
         _Leaf(position, array, _mapped.sharding_axes(array, name, axes))
@@ -230,7 +230,7 @@ def _leafwise(
     """Measures each wanted leaf over its summed axes, None being all of them."""
     every_leaf = jax.tree.leaves(updates)
     summed = summed or [None] * len(every_leaf)
-    wanted = wanted or _leaves.wanted(updates)
+    wanted = wanted or _rules.wanted(updates)
     leaves = _sharded_leaves(updates, axis_name, wanted, summed)
     layouts: list[Layout] = []
     for leaf in leaves:
@@ -248,7 +248,7 @@ def _leafwise(
 
 def _summed_axes(leaf: Any, axes: Axes, stack_axis: Axes) -> tuple[int, ...] | None:
     if stack_axis is None:
-        return None if axes is None else _leaves.axis_tuple(leaf, axes=axes)
+        return None if axes is None else _rules.axis_tuple(leaf, axes=axes)
     if axes is not None:
         raise ValueError(
             f"Give a leaf either axes or stack_axis, got axes={axes!r} and"
@@ -258,5 +258,5 @@ def _summed_axes(leaf: Any, axes: Axes, stack_axis: Axes) -> tuple[int, ...] | N
 
 
 def _other_axes(leaf: Any, **kept: Axes) -> tuple[int, ...]:
-    axes = _leaves.axis_tuple(leaf, **kept)
+    axes = _rules.axis_tuple(leaf, **kept)
     return tuple(axis for axis in range(jnp.ndim(leaf)) if axis not in axes)

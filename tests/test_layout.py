@@ -12,13 +12,17 @@ ROOT = pathlib.Path(clipax.__file__).parent
 FLOORS = [
     {"_core/__init__", "_core/_typing", "_spectral/__init__"},
     {
+        "_core/_alike",
         "_core/_checks",
+        "_core/_choice",
         "_core/_compat",
         "_core/_leaves",
         "_core/_mapped",
         "_core/_paths",
         "_core/_norm_trees",
         "_core/_patience",
+        "_core/_placement",
+        "_core/_rules",
         "_core/_transformation",
         "_core/_window",
         "units",

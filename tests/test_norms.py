@@ -498,9 +498,7 @@ def test_a_shard_with_one_long_axis_may_be_of_a_matrix(options: Any) -> None:
         column = u["sharded"].reshape(1, -1)
         return clipax.unit_norm(column, unit_axis=clipax.units.nfnets, axis_name=names)
 
-    with pytest.raises(
-        ValueError, match=r"shape \(1, 8\) of a shard does not show .* unit_axis="
-    ):
+    with pytest.raises(ValueError, match=r"shape \(1, 8\) of a shard does not show .* unit_axis="):
         mapped(units, **options)
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import optax
 from jax.tree_util import GetAttrKey
 
-from clipax._core import _leaves
+from clipax._core import _rules
 
 
 def is_schedule(value: Any) -> bool:
     # A callable pytree without numbers, as a module of static fields, is no tree of bounds.
-    return _leaves.is_function(value) or (callable(value) and not jax.tree.leaves(value))
+    return _rules.is_function(value) or (callable(value) and not jax.tree.leaves(value))
 
 
 def non_negative(**arguments: Any) -> None:
@@ -149,12 +149,12 @@ def flag(**arguments: Any) -> None:
 def axis_name(**arguments: Any) -> None:
     """Requires names, and that no leaf's mapped axes are named twice."""
     for name, value in arguments.items():
-        if _leaves.is_function(value):
+        if _rules.is_function(value):
             raise ValueError(
                 f"{name} must be a name, several, or a tree prefix of them, got {value!r}."
             )
-        for leaf in jax.tree.leaves(value, is_leaf=_leaves.is_rule_value):
-            names = _leaves.names_of(leaf)
+        for leaf in jax.tree.leaves(value, is_leaf=_rules.is_rule_value):
+            names = _rules.names_of(leaf)
             twice = {axis for axis in names if names.count(axis) > 1}
             if twice:
                 raise ValueError(f"{name} must name {twice.pop()!r} once, got {leaf!r}.")

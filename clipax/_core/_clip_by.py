@@ -14,6 +14,8 @@ from clipax._core import (
     _mapped,
     _norm_trees,
     _paths,
+    _placement,
+    _rules,
     _transformation,
 )
 from clipax._core._transformation import injectable, transformation
@@ -137,7 +139,7 @@ def clip_by(
     def init_fn(params: Updates) -> ClipState:
         # Mapped axes are rarely bound outside a step, and only its type is asked of the norm.
         names = None if axis_name is None else _mapped.bound_here(axis_name)
-        zeros = _leaves.zero_norms(measured_over(names), _leaves.only_measured(params, mask))
+        zeros = _placement.zero_norms(measured_over(names), _rules.only_measured(params, mask))
         if _compat.stands_for_params(params) and not jax.tree.leaves(zeros):
             # In the place of all leaves, none of which is known here.
             zeros = jnp.zeros((), jnp.float32)
@@ -146,7 +148,7 @@ def clip_by(
         ones = jax.tree.map(lambda zero: zero + 1, zeros)
         history = threshold.init(zeros)
         for zero in jax.tree.leaves(zeros)[:1]:
-            history = _leaves.beside(zero, history)
+            history = _placement.beside(zero, history)
         return ClipState(zeros, nothing_bounds, ones, history)
 
     def update_fn(
@@ -155,7 +157,7 @@ def clip_by(
         params: Updates | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, ClipState]:
-        wanted = updates if mask is True else _leaves.only_measured(updates, mask)
+        wanted = updates if mask is True else _rules.only_measured(updates, mask)
         last = state if is_own(state) else None
         names = axis_name
         if names is None and takes_names and last is not None:

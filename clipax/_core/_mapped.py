@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from clipax._core import _compat, _leaves, _paths
+from clipax._core import _compat, _leaves, _paths, _rules
 from clipax._core._typing import Array, AxisName, Norm, Norms, Updates
 
 # JAX gives these no types.
@@ -43,7 +43,7 @@ def sharding_axes(
     Raises:
       ValueError: The program does not say which axes those are.
     """
-    names = _leaves.names_of(axis_name)
+    names = _rules.names_of(axis_name)
     for name in names:
         if name not in _compat.bound_axes():
             raise ValueError(
@@ -77,9 +77,9 @@ def bound_here(axis_name: AxisName) -> AxisName:
     bound = _compat.bound_axes()
 
     def keep(value: Any) -> tuple[Any, ...]:
-        return tuple(name for name in _leaves.names_of(value) if name in bound)
+        return tuple(name for name in _rules.names_of(value) if name in bound)
 
-    return jax.tree.map(keep, axis_name, is_leaf=_leaves.is_rule_value)
+    return jax.tree.map(keep, axis_name, is_leaf=_rules.is_rule_value)
 
 
 def takes_axis_name(norm: Norm) -> bool:

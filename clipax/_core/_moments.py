@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax._core import _leaves
+from clipax._core import _leaves, _placement, _rules
 from clipax._core._typing import Array, AxisName, Updates
 from clipax.norms import global_norm
 
 
 def zeros(params: Updates) -> Updates:
     """Moments before the first step, complex where a leaf is; None where none is measured."""
-    return jax.tree.map(_leaves.zeros_like, _leaves.only_measured(params))
+    return jax.tree.map(_placement.zeros_like, _rules.only_measured(params))
 
 
 def zero_moduli(params: Updates) -> Updates:
@@ -35,7 +35,7 @@ def widened(updates: Updates, moments: Updates) -> Updates:
 
     kept, treedef = jax.tree.flatten(moments)
     try:
-        leaves = _leaves.up_to(treedef, _leaves.only_measured(updates))
+        leaves = _leaves.up_to(treedef, _rules.only_measured(updates))
     except ValueError as error:
         raise ValueError(
             f"updates must have the structure that `init` saw, {treedef},"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from clipax._core import _compat, _leaves, _mapped
+from clipax._core import _compat, _leaves, _mapped, _rules
 from clipax._core._typing import Array, Axes, AxisName, LeafRule, Updates
 from clipax.units import output_last
 
@@ -62,9 +62,9 @@ def matrix_views(
     columns = zip(
         jax.tree.leaves(updates),
         wanted,
-        _leaves.per_leaf(updates, unit_axis=rule),
-        _leaves.per_leaf(updates, stack_axis=stack_axis),
-        _leaves.per_leaf(updates, axis_name=axis_name),
+        _rules.per_leaf(updates, unit_axis=rule),
+        _rules.per_leaf(updates, stack_axis=stack_axis),
+        _rules.per_leaf(updates, axis_name=axis_name),
         strict=True,
     )
     views = {}
@@ -83,8 +83,8 @@ def _view(leaf: Any, unit: Axes, stack: Axes) -> MatrixView | None:
     """None where the leaf is a vector, or said to be one."""
     if unit is None or jnp.ndim(leaf) <= 1:
         return None
-    layers = () if stack is None else _leaves.axis_tuple(leaf, stack_axis=stack)
-    columns = _leaves.axis_tuple(leaf, unit_axis=unit)
+    layers = () if stack is None else _rules.axis_tuple(leaf, stack_axis=stack)
+    columns = _rules.axis_tuple(leaf, unit_axis=unit)
     if set(layers) & set(columns):
         raise ValueError(
             f"unit_axis={unit!r} and stack_axis={stack!r} must name different axes of a leaf,"
@@ -99,7 +99,7 @@ def _size(leaf: Any, axes: tuple[int, ...]) -> int:
 
 
 def _require_whole(leaf: Any, name: Any) -> None:
-    axes = _mapped.may_divide(leaf) if name is None else list(_leaves.names_of(name))
+    axes = _mapped.may_divide(leaf) if name is None else list(_rules.names_of(name))
     if axes:
         raise ValueError(
             f"A matrix in a leaf of shape {jnp.shape(leaf)} may be sharded over {axes!r}, and the"

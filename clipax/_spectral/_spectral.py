@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clipax._core import _leaves
+from clipax._core import _placement
 from clipax._core._typing import Array, Coefficient
 from clipax._spectral._singular import (
     Decomposition,
@@ -122,7 +122,7 @@ def _schatten_norm(x: Array) -> Array:
         power = power / divisor.astype(power.dtype)[..., None]
         return matmul(power, power), norm * jnp.where(trace > 0, root, 0)
 
-    start = matmul(adjoint(scaled), scaled), _leaves.filled_like(unit, 1.0)
+    start = matmul(adjoint(scaled), scaled), _placement.filled_like(unit, 1.0)
     _, norm = jax.lax.fori_loop(0, _SQUARINGS + 1, square, start)
     return jnp.where(jnp.isfinite(largest), norm * unit, largest)[..., 0]
 
@@ -152,7 +152,7 @@ def _by_products(x: Array, max_norm: Array, *, is_hard: bool, iterations: int) -
         return bound * sine
     below, above = matmul(cosine, cosine), matmul(adjoint(sine), sine)
     # What is nearer to the bound than this has no sign yet, and needs none: both sides agree.
-    nearest = _leaves.filled_like(relative, min(1.0, 2.5 ** (3 - iterations)))
+    nearest = _placement.filled_like(relative, min(1.0, 2.5 ** (3 - iterations)))
     (sign,) = _orthogonalized([below - above], nearest, iterations)
     larger = (below + above + matmul(below - above, sign)) / 2
     return bound * matmul(sine, _inverse_root(larger))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _moments
+from clipax._core import _checks, _choice, _moments
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
@@ -128,7 +128,7 @@ def acclip(
         # A mean that overflows is no history either.
         is_finite = _moments.all_finite(momentum, axis_name=axis_name)
         before = state.momentum, state.max_value
-        learned = _leaves.choose(is_finite, (momentum, bounds), before)
+        learned = _choice.choose(is_finite, (momentum, bounds), before)
         clipped = scale_updates(momentum, factors)
         return _moments.narrowed(clipped, updates), AcclipState(clip, *learned)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _moments
+from clipax._core import _checks, _choice, _moments
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
 from clipax.norms import global_norm
@@ -101,7 +101,7 @@ def clip21(
         clipped, inner_state = inner.update(within, state.inner_state, params, **extra_args)
         estimate = jax.tree.map(_moved, state.estimate, wide, moves, clipped)
         is_finite = jnp.isfinite(global_norm(moves, axis_name=axis_name))
-        new_state = _leaves.choose(is_finite, Clip21State(estimate, inner_state), state)
+        new_state = _choice.choose(is_finite, Clip21State(estimate, inner_state), state)
         return _moments.narrowed(estimate, updates), new_state
 
     return transformation(init_fn, update_fn, Clip21State)

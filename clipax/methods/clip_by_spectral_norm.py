@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _paths
+from clipax._core import _checks, _paths, _rules
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import AxisName, Bound, Coefficient, LeafRule, Norms, Updates
@@ -140,7 +140,7 @@ def clip_by_spectral_norm(
     ) -> tuple[Updates, ClipState]:
         del params, extra_args
         leaves, treedef = jax.tree.flatten(updates)
-        wanted = _leaves.wanted(updates, mask)
+        wanted = _rules.wanted(updates, mask)
         views = _matrices.matrix_views(updates, wanted, unit_axis, stack_axis, axis_name)
         matrices = {row: view.matrices(leaves[row]) for row, view in views.items()}
         measured = {row: _spectral.measure(x, iterations) for row, x in matrices.items()}

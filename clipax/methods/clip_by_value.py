@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves
+from clipax._core import _checks, _leaves, _rules
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Bound, Norms, Updates
@@ -119,11 +119,11 @@ def _largest(updates: Updates, **axis_name: Any) -> Norms:
 
 
 def _largest_positive(updates: Updates, **axis_name: Any) -> Norms:
-    return _largest(jax.tree.map(_positive_part, _leaves.only_measured(updates)), **axis_name)
+    return _largest(jax.tree.map(_positive_part, _rules.only_measured(updates)), **axis_name)
 
 
 def _largest_negative(updates: Updates, **axis_name: Any) -> Norms:
-    mirrored = jax.tree.map(jnp.negative, _leaves.only_measured(updates))
+    mirrored = jax.tree.map(jnp.negative, _rules.only_measured(updates))
     return _largest_positive(mirrored, **axis_name)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _window
+from clipax._core import _checks, _placement, _window
 from clipax._core._clip_by import clip_by
 from clipax._core._transformation import injectable
 from clipax._core._typing import Array, AxisName, Norm, Norms
@@ -65,7 +65,7 @@ def measure(
     def update_fn(norms: Norms, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del params, extra_args
         _, state = window.update(norms, state)
-        return jax.tree.map(lambda norm: _leaves.filled_like(norm, jnp.inf), norms), state
+        return jax.tree.map(lambda norm: _placement.filled_like(norm, jnp.inf), norms), state
 
     recorder = Threshold(window.init, update_fn)
     return clip_by(norm, recorder, unclipped, axis_name=axis_name)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _mapped
+from clipax._core import _checks, _leaves, _mapped, _placement, _rules
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
 from clipax.norms import global_norm
@@ -61,7 +61,7 @@ def observe(
     def init_fn(params: Updates) -> ObserveState:
         norm = functools.partial(global_norm, axis_name=_mapped.bound_here(axis_name))
         # Arrays of their own, since a buffer can be donated only once.
-        zero = _leaves.zero_norms(norm, _leaves.only_measured(params))
+        zero = _placement.zero_norms(norm, _rules.only_measured(params))
         return ObserveState(zero, zero + 0, zero + 0, inner.init(params))
 
     def update_fn(

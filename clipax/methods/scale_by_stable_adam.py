@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _mapped, _moments
+from clipax._core import _checks, _choice, _mapped, _moments, _placement
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
@@ -110,7 +110,7 @@ def scale_by_stable_adam(
     def init_fn(params: Updates) -> StableAdamState:
         root_nu = _moments.zero_moduli(params)
         names = _mapped.bound_here(axis_name)
-        zero = _leaves.zero_norms(functools.partial(global_norm, axis_name=names), root_nu)
+        zero = _placement.zero_norms(functools.partial(global_norm, axis_name=names), root_nu)
         clip, mu = record.init(root_nu), _moments.zeros(params)
         return StableAdamState(clip, mu, root_nu, zero.astype(jnp.int32))
 
@@ -144,7 +144,7 @@ def scale_by_stable_adam(
         # A mean that overflows is no history either.
         is_finite = _moments.all_finite(mu, axis_name=axis_name)
         before = (state.mu, state.root_nu, state.step_count)
-        learned = _leaves.choose(is_finite, (mu, root_nu, count), before)
+        learned = _choice.choose(is_finite, (mu, root_nu, count), before)
         return _moments.narrowed(clipped, updates), StableAdamState(clip, *learned)
 
     return transformation(init_fn, update_fn, StableAdamState)

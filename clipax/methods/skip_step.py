@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipax._core import _checks, _leaves, _mapped, _window
+from clipax._core import _checks, _choice, _leaves, _mapped, _placement, _rules, _window
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Updates
 from clipax.norms import global_norm
@@ -159,7 +159,7 @@ def skip_step(
 
     def init_fn(params: Updates) -> SkipState:
         norm = functools.partial(global_norm, axis_name=_mapped.bound_here(axis_name))
-        zero = _leaves.zero_norms(norm, _leaves.only_measured(params))
+        zero = _placement.zero_norms(norm, _rules.only_measured(params))
 
         def window(z: jax.typing.ArrayLike | None) -> Any:
             return optax.EmptyState() if z is None else _window.empty(window_size, zero)
@@ -184,7 +184,7 @@ def skip_step(
         is_chosen = _is_in(ranges, state.step_count)
         is_bad = ~(is_finite & (norm <= bound)) | is_large | is_lost
         is_skipped = is_bad | is_chosen
-        threshold, norm_window, loss_window = _leaves.choose(
+        threshold, norm_window, loss_window = _choice.choose(
             is_finite & ~is_chosen,
             (threshold, norm_window, loss_window),
             (state.threshold, state.norm_window, state.loss_window),
@@ -193,7 +193,7 @@ def skip_step(
         in_a_row = jnp.where(is_bad, optax.safe_increment(state.consecutive_count), 0)
 
         def leave_out(leaf: Any) -> Any:
-            return _leaves.choose(is_skipped, _neutral(leaf), leaf)
+            return _choice.choose(is_skipped, _neutral(leaf), leaf)
 
         # Leaf by leaf: a class that checks the shape of what it holds sees no zero alone.
         return jax.tree.map(leave_out, new_updates), SkipState(
@@ -205,7 +205,7 @@ def skip_step(
             threshold,
             norm_window,
             loss_window,
-            _leaves.choose(is_skipped, state.inner_state, inner_state),
+            _choice.choose(is_skipped, state.inner_state, inner_state),
         )
 
     return transformation(init_fn, update_fn, SkipState)

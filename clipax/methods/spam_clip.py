@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _mapped, _moments
+from clipax._core import _checks, _choice, _leaves, _mapped, _moments, _placement
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Norms, Updates
@@ -121,7 +121,7 @@ def spam_clip(
     def init_fn(params: Updates) -> SpamClipState:
         rms = _moments.zero_moduli(params)
         names = _mapped.bound_here(axis_name)
-        zero = _leaves.zero_norms(functools.partial(global_norm, axis_name=names), rms)
+        zero = _placement.zero_norms(functools.partial(global_norm, axis_name=names), rms)
         return SpamClipState(record.init(rms), rms, zero.astype(jnp.int32))
 
     def update_fn(
@@ -134,7 +134,7 @@ def spam_clip(
         rms, step = state.rms, optax.safe_increment(state.step_count)
         if reset_every is not None:
             step = jnp.where(step >= reset_every, 0, step)
-            rms = _leaves.choose(step == 0, jax.tree.map(jnp.zeros_like, rms), rms)
+            rms = _choice.choose(step == 0, jax.tree.map(jnp.zeros_like, rms), rms)
         wide = _moments.widened(updates, rms)
         is_on = step >= warmup_steps
         usual = jax.tree.map(lambda size: jnp.where(is_on & (size > 0), size, jnp.inf), rms)
@@ -148,7 +148,7 @@ def spam_clip(
         learned = jax.tree.map(learn, rms, clipped), step, clip.threshold
         is_finite = _moments.all_finite(wide, axis_name=axis_name)
         before = state.rms, state.step_count, state.clip.threshold
-        rms, count, threshold = _leaves.choose(is_finite, learned, before)
+        rms, count, threshold = _choice.choose(is_finite, learned, before)
         clip = clip._replace(threshold=threshold)
         return _moments.narrowed(clipped, updates), SpamClipState(clip, rms, count)
 

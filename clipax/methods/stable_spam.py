@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _moments
+from clipax._core import _checks, _choice, _leaves, _moments, _rules
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Norms, Updates
@@ -143,7 +143,7 @@ def stable_spam(
         del params
         count = optax.safe_increment(state.norm_count)
         mean = _moments.mean(state.mean, norm, _moments.debiased(decay_bound, count, norm.dtype))
-        state = _leaves.choose(norm > 0, BoundState(mean, count), state)
+        state = _choice.choose(norm > 0, BoundState(mean, count), state)
         return state.mean, state
 
     def size(norm: Array, state: NormState, params: Any = None) -> tuple[Array, NormState]:
@@ -154,8 +154,8 @@ def stable_spam(
         root = _moments.power_mean(state.root_mean_square, norm, weight)
         is_given_up = mean < _LEAST_SHARE * root
         first = NormState(norm, norm, jnp.ones_like(count))
-        learned = _leaves.choose(is_given_up, first, NormState(mean, root, count))
-        state = _leaves.choose(norm > 0, learned, state)
+        learned = _choice.choose(is_given_up, first, NormState(mean, root, count))
+        state = _choice.choose(norm > 0, learned, state)
         divisor = state.root_mean_square + _leaves.in_dtype_of(norm, eps)[0]
         return state.mean / jnp.where(divisor > 0, divisor, 1), state
 
@@ -176,7 +176,7 @@ def stable_spam(
     ) -> tuple[Updates, StableSpamState]:
         del params, extra_args
         wide = jax.tree.map(
-            lambda leaf: _leaves.widened(jnp.asarray(leaf)), _leaves.only_measured(updates)
+            lambda leaf: _leaves.widened(jnp.asarray(leaf)), _rules.only_measured(updates)
         )
         _, clip = entries.update(wide, state.clip)
         factors = in_two(hard, clip.norm, clip.max_norm)
@@ -204,7 +204,7 @@ def _learned(rule: Callable[..., Any], kind: type, *, is_mapped: bool) -> Thresh
         results, learned = lifted.update(norms, state, params, **extra_args)
         # Leaf norms are complete: no mapped axis is summed over again.
         total = global_norm(norms, math.inf, axis_name=() if is_mapped else None)
-        return results, _leaves.choose(jnp.isfinite(total), learned, state)
+        return results, _choice.choose(jnp.isfinite(total), learned, state)
 
     return Threshold(lifted.init, update_fn)
 

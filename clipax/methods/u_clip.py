@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _mapped, _moments
+from clipax._core import _checks, _choice, _leaves, _mapped, _moments, _placement
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
 from clipax.coefficients import hard, in_two
@@ -102,7 +102,7 @@ def u_clip(
         norm = functools.partial(global_norm, axis_name=_mapped.bound_here(axis_name))
         carry = _moments.zeros(params)
         inner_state = inner.init(_moments.zeros(params))
-        return UClipState(carry, _leaves.zero_norms(norm, carry), inner_state)
+        return UClipState(carry, _placement.zero_norms(norm, carry), inner_state)
 
     def update_fn(
         updates: Updates,
@@ -123,7 +123,7 @@ def u_clip(
             (bound,) = _leaves.in_dtype_of(norm, max_carry)
             carry, norm = in_two(hard, norm, bound).scale(carry), jnp.minimum(norm, bound)
         new_state = UClipState(carry, norm, inner_state)
-        return _moments.narrowed(clipped, updates), _leaves.choose(is_finite, new_state, state)
+        return _moments.narrowed(clipped, updates), _choice.choose(is_finite, new_state, state)
 
     return transformation(init_fn, update_fn, UClipState)
 

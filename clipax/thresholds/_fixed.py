@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _paths
+from clipax._core import _checks, _paths, _placement
 from clipax._core._typing import Array, Bound, Norms
 from clipax.thresholds._threshold import Threshold
 
@@ -85,7 +85,7 @@ def _bound_like(norm: Array, value: Any, name: str) -> Array:
     bound = jnp.asarray(value).astype(norm.dtype)
     if jnp.broadcast_shapes(bound.shape, norm.shape) != norm.shape:
         raise ValueError(f"{name} of shape {bound.shape} does not fit norms of {norm.shape}.")
-    return _leaves.filled_like(norm, not_negative(bound))
+    return _placement.filled_like(norm, not_negative(bound))
 
 
 def not_negative(bound: Array) -> Array:

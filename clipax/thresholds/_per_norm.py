@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves
+from clipax._core import _alike, _checks, _choice, _placement
 from clipax._core._typing import Array, Bound, Norms
 from clipax.thresholds._fixed import fixed, not_negative
 from clipax.thresholds._threshold import Threshold
@@ -39,9 +39,9 @@ def per_norm(rule: optax.GradientTransformation) -> Threshold:
     rule = _checks.transformation(rule=rule)
 
     def init_fn(norms: Norms) -> Any:
-        alike = _leaves.Alike(norms)
+        alike = _alike.Alike(norms)
         return tuple(
-            _leaves.beside(stack, _first_states(rule, stack)) for stack in alike.stack(norms)
+            _placement.beside(stack, _first_states(rule, stack)) for stack in alike.stack(norms)
         )
 
     def update_fn(
@@ -53,7 +53,7 @@ def per_norm(rule: optax.GradientTransformation) -> Threshold:
         **extra_args: Any,
     ) -> Any:
         del extra_args
-        alike = _leaves.Alike(norms)
+        alike = _alike.Alike(norms)
         stacks = alike.stack(norms)
         absent = [None] * len(stacks)
         param_stacks = absent if params is None else alike.stack(params)
@@ -69,7 +69,7 @@ def per_norm(rule: optax.GradientTransformation) -> Threshold:
         with jax.numpy_dtype_promotion("standard"):
             max_norm, new_state = rule.update(norm, state, param_norm)
         bound = not_negative(jnp.asarray(max_norm, norm.dtype))
-        return _leaves.choose(jnp.isfinite(norm), (bound, new_state), (last, state))
+        return _choice.choose(jnp.isfinite(norm), (bound, new_state), (last, state))
 
     return Threshold(init_fn, update_fn)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipax._core import _checks, _leaves, _patience
+from clipax._core import _checks, _choice, _leaves, _patience
 from clipax._core._typing import Array
 from clipax.thresholds._per_norm import per_norm
 from clipax.thresholds._threshold import Threshold
@@ -69,6 +69,6 @@ def quantile_tracker(
         learned = QuantileState(
             jnp.where(is_first | is_given_up, norm, moved), jnp.where(is_given_up, 0, count)
         )
-        return limit, _leaves.choose(norm > 0, learned, state)
+        return limit, _choice.choose(norm > 0, learned, state)
 
     return per_norm(optax.GradientTransformation(init_fn, update_fn))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _moments, _patience
+from clipax._core import _checks, _choice, _leaves, _moments, _patience
 from clipax._core._typing import Array
 from clipax.thresholds._per_norm import per_norm
 from clipax.thresholds._threshold import Threshold
@@ -125,7 +125,7 @@ def z_score(
         seen = norm if raw_history else jnp.where(is_trusted, jnp.minimum(norm, shrunk), norm)
         learned = learn(state, jnp.where(is_spike, seen, norm))
         if not learn_from_spikes:
-            learned = _leaves.choose(is_spike & is_trusted, state, learned)
+            learned = _choice.choose(is_spike & is_trusted, state, learned)
         return max_norm, learned
 
     def learn(state: ZClipState, value: Array) -> ZClipState:

@@ -1,0 +1,94 @@
+"""Where the state of a norm lies: on the devices, and in the sharding, of what is measured."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from clipax._core import _compat, _leaves, _paths
+from clipax._core._typing import Array
+
+
+def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:
+    """Zeros in the type and sharding of the norms of `params`, flat by path."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+        # Only the norm itself lies, and varies, as norms do in the program around us.
+        return jax.tree.map(lambda size: filled_like(size, 0.0), _paths.flat(norm(params)))
+    shapes = jax.tree.map(_shape_in_place, params)
+    sharded = {
+        path: leaf.sharding
+        for path, leaf in zip(_paths.of_leaves(shapes), jax.tree.leaves(shapes), strict=True)
+        if getattr(leaf, "sharding", None) is not None
+    }
+    whole = next(iter(sharded.values()), None)
+
+    def zero(path: str, norm: Any) -> Any:
+        sharding = sharded.get(path, whole)
+        if isinstance(sharding, NamedSharding):
+            # What is summed has one entry left, on every device.
+            kept = zip(norm.shape, tuple(sharding.spec), strict=False)
+            spec = [part if size != 1 else None for size, part in kept]
+            sharding = NamedSharding(sharding.mesh, _compat.partition_spec(*spec))
+        return jnp.zeros(norm.shape, norm.dtype, device=sharding)
+
+    norms = _paths.flat(jax.eval_shape(norm, shapes))
+    if not isinstance(norms, dict):
+        return zero("", norms)
+    return {path: None if size is None else zero(path, size) for path, size in norms.items()}
+
+
+def filled_like(norm: Array, value: Any) -> Array:
+    """An array of a value in the shape, dtype and sharding of a norm."""
+    # Chosen by the norm: a constant would not have its sharding. And what XLA knows to be one
+    # value, it computes elsewhere and copies, in a kernel for each norm.
+    filled = _compat.optimization_barrier(jnp.asarray(value).astype(norm.dtype))
+    return jnp.where(jnp.isnan(norm), value, filled)
+
+
+def zeros_like(leaf: Any) -> Array:
+    """Zeros as wide as moments of a leaf are, which lie where it does."""
+    wide = _leaves.widened(jnp.zeros_like(leaf))
+    # In jit, nothing but a value of the program itself tells it where that runs.
+    is_on_mesh = isinstance(leaf, jax.core.Tracer) and _sharding_of(leaf) is not None
+    return jnp.where(jnp.isnan(leaf), wide, wide) if is_on_mesh else wide
+
+
+def beside(norm: Array, state: Any) -> Any:
+    """The state laid on the mesh of a norm; what has its shape, as for each unit, like it."""
+    sharding = _sharding_of(norm)
+    if sharding is None:
+        return state
+    whole = NamedSharding(sharding.mesh, _compat.partition_spec())
+
+    def lay(leaf: Any) -> Any:
+        is_alike = jnp.shape(leaf) == norm.shape
+        if not isinstance(leaf, jax.Array) or (_sharding_of(leaf) and not is_alike):
+            return leaf
+        put = _compat.reshard if isinstance(leaf, jax.core.Tracer) else jax.device_put
+        return put(leaf, sharding if is_alike else whole)
+
+    return jax.tree.map(lay, state)
+
+
+def _shape_in_place(leaf: Any) -> Any:
+    """The type of an array, with its sharding where the array is bound to it."""
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return leaf
+    sharding = leaf.sharding
+    is_bound = sharding is not None and getattr(leaf, "committed", True)
+    if is_bound and sharding.memory_kind is not None:
+        device = next(iter(sharding.device_set))
+        sharding = sharding.with_memory_kind(device.default_memory().kind)
+    return _compat.shape_dtype_struct(
+        leaf.shape, leaf.dtype, sharding=sharding if is_bound else None
+    )
+
+
+def _sharding_of(array: Array) -> NamedSharding | None:
+    """How an array is sharded over a mesh, as far as it is known here."""
+    if not isinstance(array, jax.core.Tracer):
+        return array.sharding if isinstance(array.sharding, NamedSharding) else None
+    sharding = jax.typeof(array).sharding
+    return None if sharding.mesh.empty else sharding
