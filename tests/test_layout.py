@@ -27,7 +27,7 @@ FLOORS = [
         "_core/_window",
         "units",
     },
-    {"_core/_range", "_core/_reduction"},
+    {"_core/_operations", "_core/_powers", "_core/_range", "_core/_reduction", "_core/_stacks"},
     {"_core/_moments", "_spectral", "coefficients", "norms"},
     {"thresholds"},
     {"_core/_clip_by", "per_example"},

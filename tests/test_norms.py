@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import clipax
-from clipax._core import _compat, _range
+from clipax._core import _compat, _range, _stacks
 
 ORDERS = [0.5, 1, 2, 3, math.inf]
 
@@ -307,14 +307,8 @@ _WAYS = [
 )
 def test_the_way_of_accelerators_is_as_safe_as_that_of_cpus(way: Any, entries: Any) -> None:
     def norm(x: Any) -> Any:
-        def reduce(arrays: Any, operation: Any, power: float, scales: Any = (None,)) -> Any:
-            powers = _range.powers(arrays[0], arrays[0].dtype, scales[0], power)
-            return [jnp.sum(powers)]
-
-        def roots(sums: Any) -> Any:
-            return [_range._root(part, 2) for part in sums]
-
-        (root,) = way(reduce, roots, [x])
+        reduction = _stacks.Separate(_stacks.one_by_one([_stacks.Layout((0,), ())]), 2)
+        (root,) = way(reduction, [x])
         return root
 
     x = np.array(entries, np.float32)
