@@ -15,6 +15,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import clipax
 from clipax.per_example import _plans, _walk
+from clipax.per_example._rules import _recipes
 
 BOUND = 0.05
 
@@ -396,7 +397,7 @@ def test_a_long_sum_is_walked_once(length: int, seen: Seen) -> None:
 
 def test_a_sum_of_more_products_than_are_moved_one_by_one(seen: Seen) -> None:
     def loss_fn(w: jax.Array, x: jax.Array) -> jax.Array:
-        return sums(w.T, x, _walk._MOST_CHANGED + 1)
+        return sums(w.T, x, _recipes.MOST_CHANGED + 1)
 
     clipax.explain_clipped_grad(loss_fn, normal(8, 8), CHAIN_BATCH[0])
     assert seen.plans[0].why == "comes from transpose"
