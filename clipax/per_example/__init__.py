@@ -1,26 +1,28 @@
 """Clips the gradient of each example, at about the price of one gradient of the batch.
 
-A loss becomes a sum of clipped gradients in steps. Data goes down this map, one room after
-another, and every room is a module:
+The way from a loss to a sum of clipped gradients. Data goes down, one room after another:
 
-    loss          `Call`: a loss of arrays, with its arguments             `_calls`
-    program       `ExampleProgram`: the gradient of one example            `_tracing`
-    terms         `tuple[Product | Whole, ...]` that add up to a leaf      `_walk`, by `_rules`
-    plan          `Plan`: the cheapest exact way to the norms of a leaf    `_plans`
-    factors       `LeafGradients`: products of `Factors`, all examples     `_gradients`
-    norms         `[examples]` for each leaf, by Gram matrices or not      `_norms`
-    coefficients  `[examples]` for each bound                              `_clipping`
-    sums          arrays in the shapes of the parameters                   `_sums`
+    loss          call_of(...) -> Call                                        `_calls`
+    program       trace(Call) -> ExampleProgram                               `_tracing`
+    terms         terms_of(Scope, variable) -> tuple[Product | Whole, ...]    `_walk`, `_rules`
+    plan          plans_of(ExampleProgram) -> list[Plan], one for each leaf   `_plans`
+    factors       leaf_gradients(Plan, Values, ...) -> LeafGradients          `_gradients`
+    norms         norms_of_leaves(list[LeafGradients]) -> list[Array]         `_norms`
+    coefficients  clip(Call, mask, bound, ...) -> sums, OfExamples            `_clipping`
+    sums          weighted_sum(LeafGradients, Weights, ...) -> Array          `_sums`
 
-`_measured` runs the rooms from the loss to the norms, `_clipping` those that follow. Below them:
+`_measured` runs the rooms from the loss to the norms, and `_clipping` those below. They stand on
 
-    of a call     `_arguments`, `_bounds`, and `_mapped`, with a table of what devices may share
-    of programs   `_programs` and `_scopes` to read them, `_evaluation` to run them
-    of terms      `_terms`, with `_preparations` of their operands
-    of numbers    `_roles` of axes, `_factors`, `_grams`
+    `_arguments`, `_bounds`    checks of what the user gives
+    `_mapped`                  which mapped axes shard a gradient, and what is refused there
+    `_programs`, `_scopes`     how to read a program of JAX
+    `_evaluation`              how to run the parts of it that are needed
+    `_terms`, `_preparations`  what a gradient is a sum of
+    `_roles`, `_factors`       arrays for the products, in one form for all
+    `_grams`                   norms from Gram matrices
 
-`_microbatches` takes some examples after others, `_meshes` takes care of explicit mesh axes,
-`_info` has the record of what happened. Each public function is in a module of its name.
+and round them are `_microbatches` (some examples after others), `_meshes` (explicit mesh axes) and
+`_info` (`PerExampleInfo`). Each public function has a module of its name.
 """
 
 from clipax.per_example._clipped_grad import clipped_grad as clipped_grad

@@ -13,7 +13,7 @@ from clipax.per_example import _mapped
 from clipax.per_example._calls import Call
 from clipax.per_example._info import OfExamples
 from clipax.per_example._measured import measure
-from clipax.per_example._sums import weighted_sum
+from clipax.per_example._sums import Weights, weighted_sum
 
 
 class Options(NamedTuple):
@@ -26,7 +26,7 @@ class Options(NamedTuple):
 
 
 def clip(call: Call, mask: Array | None, bound: Any, options: Options) -> tuple[Any, OfExamples]:
-    """The sums of the clipped gradients, in the width of norms."""
+    """The sums of the clipped gradients, in the width of norms, with a record of each example."""
     measured = measure(call)
     _mapped.refuse_different_weights(measured.shards, mask=mask, max_norm=bound)
     values, structure = jax.tree.flatten(bound)
@@ -35,29 +35,35 @@ def clip(call: Call, mask: Array | None, bound: Any, options: Options) -> tuple[
     is_counted = jnp.ones(call.examples, bool) if mask is None else mask
     if options.skip_nonfinite:
         is_counted = jnp.all(jnp.stack([is_counted, *map(jnp.isfinite, norms)]), 0)
-
-    rows = zip(norms, values, strict=True)
-    bounds = [jnp.broadcast_to(as_bound(value, norm), norm.shape) for norm, value in rows]
-    weights = in_two(options.coefficient, norms, bounds)
-    weights = weights._replace(second=[jnp.where(is_counted, each, 0) for each in weights.second])
-    of_leaves = {
-        place: pair
-        for places, *pair in zip(covered, weights.first, weights.second, strict=True)
-        for place in places
-    }
+    weights, coefficients = _weighed(norms, values, is_counted, options.coefficient)
     is_left_out = None if mask is None and not options.skip_nonfinite else ~is_counted
+    of_leaves = {
+        place: pair for places, pair in zip(covered, weights, strict=True) for place in places
+    }
     sums = [
-        weighted_sum(leaf, tuple(of_leaves[place]), is_left_out)
+        weighted_sum(leaf, of_leaves[place], is_left_out)
         for place, leaf in enumerate(measured.leaves)
     ]
     like_bound = functools.partial(jax.tree.unflatten, structure)
     return jax.tree.unflatten(jax.tree.structure(measured.gradient), sums), OfExamples(
         losses=measured.losses,
         norms=like_bound(norms),
-        coefficients=like_bound(weights.product),
+        coefficients=like_bound(coefficients),
         is_counted=is_counted,
         aux=measured.aux,
     )
+
+
+def _weighed(
+    norms: list[Array], values: list[Any], is_counted: Array, coefficient: Coefficient
+) -> tuple[list[Weights], list[Array]]:
+    """The weights and coefficients under each bound, which are zero for what is not counted."""
+    rows = zip(norms, values, strict=True)
+    bounds = [jnp.broadcast_to(as_bound(value, norm), norm.shape) for norm, value in rows]
+    pair = in_two(coefficient, norms, bounds)
+    second = [jnp.where(is_counted, each, 0) for each in pair.second]
+    coefficients = pair._replace(second=second).product
+    return list(zip(pair.first, second, strict=True)), coefficients
 
 
 def as_bound(value: Any, norms: Array) -> Array:

@@ -51,12 +51,12 @@ def _factor_norms(array: Array) -> Array:
 _LEAST_SHARE = 2.0**-10
 
 
-def gram_norms(terms: Sequence[Factors], constant: Array | None) -> tuple[Array, Array]:
+def gram_norms(factors: Sequence[Factors], constant: Array | None) -> tuple[Array, Array]:
     """The norm of each example's sum of products, to which a constant may be added.
 
     Also returns which of them are exact enough: not those whose products nearly cancel.
     """
-    scaled: list[tuple[Any, Array]] = [_scaled(part) for part in _joined(terms)]
+    scaled: list[tuple[Any, Array]] = [_scaled(part) for part in _joined(factors)]
     if constant is not None:
         constant, unit = _in_units(constant[None])
         scaled.append((constant[0], jnp.broadcast_to(unit, scaled[0][1].shape)))
@@ -71,9 +71,9 @@ def gram_norms(terms: Sequence[Factors], constant: Array | None) -> tuple[Array,
     return norms, ~(total < _LEAST_SHARE * parts)
 
 
-def _joined(terms: Sequence[Factors]) -> list[Factors]:
-    """Joins terms of one kind along their summed axes."""
-    kinds = [[term for term in terms if term.is_one_hot is kind] for kind in (True, False)]
+def _joined(factors: Sequence[Factors]) -> list[Factors]:
+    """Joins the factors of products of one kind along their summed axes."""
+    kinds = [[part for part in factors if part.is_one_hot is kind] for kind in (True, False)]
 
     def join(parts: list[Factors]) -> Factors:
         lhs = jnp.concatenate(of_one_dtype(*(part.lhs for part in parts)), 2)
@@ -104,7 +104,7 @@ _einsum: Callable[..., Array] = functools.partial(jnp.einsum, precision="highest
 
 
 def _inner(one: Any, other: Any) -> tuple[Array, Array]:
-    """The inner product of two terms for each example, with the sum of its parts' moduli."""
+    """The inner product of two gradients for each example, with the sum of its parts' moduli."""
     if not isinstance(other, Factors):
         return _inner_with_constant(one, other)
     between_columns = _einsum("bnto,bnso->bnts", one.rhs, other.rhs)
@@ -139,15 +139,15 @@ def _summed(products: Array) -> tuple[Array, Array]:
     return jnp.sum(products, axes), jnp.sum(jnp.abs(products), axes)
 
 
-def made_norms(terms: Sequence[Factors], constant: Array | None) -> Array:
+def made_norms(factors: Sequence[Factors], constant: Array | None) -> Array:
     """The same norms as `gram_norms`, from gradients that are made one example at a time."""
 
     def norm_of_one(pairs: list[tuple[Array, Array]]) -> Array:
         blocks = [
             _leaves.widened(each_product(part._replace(lhs=lhs[None], rhs=rhs[None])))
-            for part, (lhs, rhs) in zip(terms, pairs, strict=True)
+            for part, (lhs, rhs) in zip(factors, pairs, strict=True)
         ]
         blocks += [] if constant is None else [_leaves.widened(constant)[None]]
         return row_norms(functools.reduce(jnp.add, blocks))[0]
 
-    return jax.lax.map(norm_of_one, [(part.lhs, part.rhs) for part in terms])
+    return jax.lax.map(norm_of_one, [(part.lhs, part.rhs) for part in factors])

@@ -9,17 +9,17 @@ from jax.sharding import AxisType, NamedSharding
 from clipax._core import _compat
 from clipax.per_example._calls import Call
 
-Layout: TypeAlias = Literal["params", "examples", "replicated"]
-"""How a result is laid out: as the parameters, along the examples, or whole on each device."""
+Placement: TypeAlias = Literal["params", "examples", "replicated"]
+"""How a result is placed: like the parameters, along the examples, or whole on each device."""
 
 # JAX gives it no type.
 _automatic: Callable[..., Any] = jax.sharding.auto_axes
 
 
 def with_automatic_axes(
-    function: Callable[..., Any], call: Call, *others: Any, out: tuple[Layout, ...]
+    function: Callable[..., Any], call: Call, *others: Any, out: tuple[Placement, ...]
 ) -> Any:
-    """Calls `function(call, *others)`, which returns a tuple with these layouts.
+    """Calls `function(call, *others)`, which returns a tuple placed like this.
 
     On explicit axes, every sum and shape of the program would have to say how it is sharded.
     """
@@ -32,7 +32,7 @@ def with_automatic_axes(
         return NamedSharding(mesh, _compat.partition_spec(*axes))
 
     spread = {_spec_on(mesh, leaf)[:1] for leaf in jax.tree.leaves(call.batch)} - {(None,), ()}
-    shardings: dict[Layout, Any] = {
+    shardings: dict[Placement, Any] = {
         "params": jax.tree.map(lambda leaf: on_mesh(*_spec_on(mesh, leaf)), call.params),
         "examples": on_mesh(*next(iter(spread), ())),
         "replicated": on_mesh(),
@@ -45,7 +45,7 @@ def with_automatic_axes(
         return function(call._replace(args=args), *others)
 
     run = _automatic(
-        of_arrays, axes=explicit, out_sharding=tuple(shardings[layout] for layout in out)
+        of_arrays, axes=explicit, out_sharding=tuple(shardings[placement] for placement in out)
     )
     return jax.jit(run)(call.args, *others)
 
