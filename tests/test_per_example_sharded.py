@@ -1,4 +1,4 @@
-"""Examples clipped in mapped programs: as on one device, or refused with advice that is right."""
+"""Examples in mapped programs are clipped as on one device, or refused with advice."""
 
 import functools
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import pytest
 import trees
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from per_example_cases import total
 
 import clipax
 from clipax._core import _compat
@@ -108,11 +109,6 @@ def examples(*shape: int) -> jax.Array:
 of_every_size = pytest.mark.parametrize(
     "build", [small, pytest.param(large, marks=pytest.mark.slow)]
 )
-
-
-def total(w: jax.Array, x: jax.Array) -> jax.Array:
-    """Its gradient is the example."""
-    return jnp.sum(w * x)
 
 
 # In halves they have the norms (5, 0), (5, 12), (4, 3) and (0, 12), and other sums in quarters.
