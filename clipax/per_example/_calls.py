@@ -60,7 +60,7 @@ class Call(NamedTuple):
 
     @property
     def params(self) -> Any:
-        """The parameters: a tuple if `argnums` is one."""
+        """The parameters. They are a tuple if `argnums` is a tuple."""
         if isinstance(self.loss.argnums, int):
             return self.args[self.loss.argnums]
         return tuple(self.args[position] for position in self.loss.argnums)

@@ -57,7 +57,7 @@ def clip(call: Call, mask: Array | None, bound: Any, options: Options) -> tuple[
 def _weighed(
     norms: list[Array], values: list[Any], is_counted: Array, coefficient: Coefficient
 ) -> tuple[list[Weights], list[Array]]:
-    """The weights and coefficients under each bound, which are zero for what is not counted."""
+    """The weights and coefficients under each bound. They are zero for uncounted examples."""
     rows = zip(norms, values, strict=True)
     bounds = [jnp.broadcast_to(as_bound(value, norm), norm.shape) for norm, value in rows]
     pair = in_two(coefficient, norms, bounds)

@@ -66,7 +66,7 @@ class _Step(NamedTuple):
 
 
 def _schedule(program: Program, wanted: Sequence[Ref]) -> tuple[list[_Step], set[Variable]]:
-    """The steps that produce what is wanted, in order, and all variables that they need."""
+    """The steps that lead to the wanted variables, in order, with all variables they need."""
     needed: set[Variable] = set()
     inside: dict[int, list[Ref]] = {}
     for path, variable in wanted:

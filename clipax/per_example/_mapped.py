@@ -131,7 +131,7 @@ def _refuse_communication(axis: Hashable, by: str, examples_vary: bool, loss_var
 def _crossing(
     program: Program, depends: Sequence[bool], wanted: set[Any]
 ) -> Mapping[Hashable, str]:
-    """The axes over which devices communicate on the way to what is wanted, each with a primitive.
+    """The axes over which devices communicate to make the wanted variables, with a primitive each.
 
     Values that depend neither on parameters nor on examples are constants, even if they have
     been communicated.

@@ -115,7 +115,7 @@ def body_of(equation: Equation) -> Body | None:
 
 
 class ScanLayout(NamedTuple):
-    """The order of a scan's operands: constants, then carries, then what is scanned over."""
+    """The order of a scan's operands: constants, then carries, then stacks of its inputs."""
 
     consts: int
     carries: int
@@ -126,7 +126,7 @@ class ScanLayout(NamedTuple):
 
 
 def scan_layout(equation: Equation, body: Body) -> ScanLayout:
-    """Reads the layout off the ranks: inside, what is scanned over has one axis less."""
+    """Reads the layout off the ranks: a stack has one axis less inside the scan."""
 
     def unscanned(outer: Sequence[Any], inner: Sequence[Any]) -> int:
         pairs = zip(outer, inner, strict=True)

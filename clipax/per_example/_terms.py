@@ -57,7 +57,7 @@ class Product(NamedTuple):
     """If given, `lhs` has integers: each is the position of a one among zeros on this axis."""
     scale: float = 1.0
     scalars: tuple[Operand, ...] = ()
-    """Numbers that it is also multiplied by: each is one, or one for each step of a scan."""
+    """Numbers that also multiply it: one for all steps of a scan, or one for each step."""
     precision: Any = None
 
 

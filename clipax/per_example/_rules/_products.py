@@ -47,6 +47,8 @@ def _dot_general(site: Site) -> Recipe | None:
 
 
 def _product(lhs: Operand, rhs: Operand, out: Sequence[Axis], **options: Any) -> Terms | None:
+    # A product of values that all examples share is made once. Norms of complex products would
+    # need conjugates.
     depends = lhs.depends or rhs.depends
     is_real = not any(
         jnp.issubdtype(operand.ref.variable.aval.dtype, np.complexfloating)

@@ -44,7 +44,7 @@ def _summands(origin: Origin) -> dict[Origin, float]:
             seen.add(here)
             pending.append((here, True))
             pending += [(part, False) for part in _parts(here)]
-    # Floats, because the number doubles with each doubling: it may have to become infinite.
+    # Floats, because each `w + w` doubles the number, which can have to become infinite.
     times = dict.fromkeys(order, 0.0) | {origin: 1.0}
     for here in reversed(order):
         for part in _parts(here):
