@@ -5,26 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import per_example_oracle as oracle
 import per_example_zoo as zoo
 import pytest
 import trees
 
 import clipax
-
-
-def leaf_norms(each: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf: np.sqrt(np.sum(np.abs(leaf.reshape(len(leaf), -1)) ** 2, 1)), each
-    )
-
-
-def hard(norms: np.ndarray, bound: Any) -> np.ndarray:
-    return np.minimum(1, bound / np.maximum(norms, 1e-300))
-
-
-def weighted_sum(each: Any, weights: np.ndarray) -> Any:
-    return jax.tree.map(lambda leaf: np.einsum("b,b...->...", weights, leaf), each)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +20,7 @@ def weighted_sum(each: Any, weights: np.ndarray) -> Any:
         for name, entry in zoo.ZOO.items()
     ],
 )
-def test_equals_the_plain_way(name: str) -> None:
+def test_clipped_gradients_equal_those_made_one_by_one(name: str) -> None:
     entry = zoo.ZOO[name]
     loss_fn, params, batch = entry.build()
 
@@ -51,10 +37,9 @@ def test_equals_the_plain_way(name: str) -> None:
 
     (losses, each), norms, (grads, info), by_leaf, bounds = run(params, batch)
     each = jax.tree.map(zoo.wide, each)
-    separate = leaf_norms(each)
-    total = np.sqrt(sum(norm**2 for norm in jax.tree.leaves(separate)))
+    separate, total = oracle.norms_of_leaves(each), oracle.norms(each)
     clipped = jax.tree.map(
-        lambda leaf, norm, bound: weighted_sum(leaf, hard(norm, float(bound))),
+        lambda leaf, norm, bound: oracle.weighted_sum(leaf, oracle.hard(norm, float(bound))),
         each,
         separate,
         bounds,
@@ -64,13 +49,13 @@ def test_equals_the_plain_way(name: str) -> None:
     near(norms, separate)
     near(info.norms, total)
     near(info.losses, losses)
-    near(grads, weighted_sum(each, hard(total, float(info.max_norm)) / zoo.EXAMPLES))
+    near(grads, oracle.weighted_sum(each, oracle.hard(total, float(info.max_norm)) / zoo.EXAMPLES))
     near(by_leaf, clipped)
     trees.assert_same_type(grads, params)
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
-def test_finds_the_norms_the_cheap_way(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_norms_are_found_the_cheapest_way(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     loss_fn, params, batch = zoo.ZOO[name].build()
     wanted = zoo.ZOO[name].ways
     clipax.explain_clipped_grad(loss_fn, params, batch)

@@ -1,4 +1,4 @@
-"""What functions of examples are called with: whatever `jax.grad` takes, as it takes it."""
+"""The loss can have whatever arguments `jax.grad` takes."""
 
 import functools
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def assert_clipped(
     clipax.explain_clipped_grad(loss_fn, PARAMS, BATCH, *args, **keywords)
 
 
-# -- What is no array ----------------------------------------------------------------------------
+# -- Arguments that are no arrays ----------------------------------------------------------------
 
 
 class Settings:
@@ -109,7 +109,7 @@ AS_IT_IS: dict[str, tuple[Callable[..., Any], Any, float]] = {
 
 @pytest.mark.parametrize("name", AS_IT_IS)
 @pytest.mark.parametrize("is_keyword", [False, True])
-def test_what_is_no_array_reaches_the_loss_as_it_is(name: str, is_keyword: bool) -> None:
+def test_arguments_that_are_no_arrays_reach_the_loss_as_is(name: str, is_keyword: bool) -> None:
     loss_fn, value, factor = AS_IT_IS[name]
     if is_keyword:
 
@@ -130,14 +130,14 @@ def test_static_arguments_of_jit_stay_static() -> None:
     zoo.assert_near(by_keyword(PARAMS, BATCH, is_doubled=True), 2 * NORMS)
 
 
-def test_what_is_no_array_is_one_for_all_parts_of_the_batch() -> None:
+def test_arguments_that_are_no_arrays_reach_every_microbatch() -> None:
     grad_fn = clipax.clipped_grad(by_tree, 2.0, mean=False, microbatch_size=1)
     grads, info = jax.jit(lambda params, batch: grad_fn(params, batch, TREE))(PARAMS, BATCH)
     zoo.assert_near(grads["w"], 2 * CLIPPED)
     zoo.assert_near(info.norms, 2 * NORMS)
 
 
-def test_what_is_no_array_may_stand_before_all_others() -> None:
+def test_an_argument_that_is_no_array_can_come_first() -> None:
     def loss_fn(name: Any, x: jax.Array, scale: jax.Array, params: Any) -> jax.Array:
         return scale * by_name(params, x, name)
 
@@ -147,7 +147,7 @@ def test_what_is_no_array_may_stand_before_all_others() -> None:
     clipax.explain_clipped_grad(loss_fn, *args, **options)
 
 
-def test_the_static_part_of_a_model_is_an_argument() -> None:
+def test_the_static_part_of_a_model_can_be_an_argument() -> None:
     equinox = pytest.importorskip("equinox", reason="this library is not installed")
     model = equinox.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
     params, static = equinox.partition(model, equinox.is_inexact_array)
@@ -172,7 +172,7 @@ def test_the_static_part_of_a_model_is_an_argument() -> None:
     clipax.explain_clipped_grad(loss_fn, params, batch, static)
 
 
-def test_a_part_without_parameters_may_have_a_bound() -> None:
+def test_a_part_without_parameters_can_have_a_bound() -> None:
     params = {"w": PARAMS["w"], "frozen": None}
     grad_fn = clipax.clipped_grad(total, {"w": 1.0, "frozen": 1.0}, mean=False)
     grads, info = grad_fn(params, BATCH)
@@ -183,7 +183,7 @@ def test_a_part_without_parameters_may_have_a_bound() -> None:
 # -- Keywords ------------------------------------------------------------------------------------
 
 
-def test_what_is_passed_by_keyword_is_one_for_all_examples() -> None:
+def test_keyword_arguments_are_the_same_for_all_examples() -> None:
     """And not differentiated, even if it has as many rows as there are examples."""
 
     def loss_fn(params: Any, x: jax.Array, *, factors: jax.Array) -> jax.Array:
@@ -193,7 +193,7 @@ def test_what_is_passed_by_keyword_is_one_for_all_examples() -> None:
     assert_clipped(loss_fn, factor=3.0, factors=jnp.array([1.0, 2.0]))
 
 
-def test_keywords_may_be_anything_the_loss_takes() -> None:
+def test_keywords_can_be_any_that_the_loss_takes() -> None:
     def loss_fn(params: Any, x: jax.Array, **options: Any) -> jax.Array:
         return options["args"] * options["self"] * total(params, x)
 
@@ -202,7 +202,7 @@ def test_keywords_may_be_anything_the_loss_takes() -> None:
 
 @pytest.mark.parametrize("function", ["clipped_grad", "per_example_norms", "explain"])
 @pytest.mark.parametrize(("name", "args"), [("x", (PARAMS,)), ("params", ())])
-def test_parameters_and_examples_are_passed_by_position(
+def test_parameters_and_examples_must_be_passed_by_position(
     function: str, name: str, args: Any
 ) -> None:
     rest = {"params": PARAMS, "x": BATCH} if name == "params" else {"x": BATCH}
@@ -251,7 +251,7 @@ def test_a_keyword_with_two_meanings_is_refused(loss_fn: Any) -> None:
     assert grads["w"].tolist() == [0.0, 0.0]
 
 
-def test_an_argument_with_two_meanings_may_be_passed_by_position() -> None:
+def test_an_argument_with_two_meanings_can_be_passed_by_position() -> None:
     grads, info = clipax.clipped_grad(masked, 1.0, mean=False)(
         PARAMS, BATCH, MASK, mask=jnp.array([True, False])
     )
@@ -265,7 +265,7 @@ def test_an_argument_with_two_meanings_may_be_passed_by_position() -> None:
         grad_fn(PARAMS, BATCH, max_norm=4.0)
 
 
-def test_arguments_of_explain_have_one_meaning() -> None:
+def test_a_keyword_of_explain_with_two_meanings_is_refused() -> None:
     def loss_fn(params: Any, x: jax.Array, *, has_aux: bool = False) -> Any:
         return (total(params, x), x) if has_aux else total(params, x)
 
@@ -290,7 +290,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_every_batch_that_is_no_array(name: str) -> None:
+def test_every_batch_that_is_no_array_is_refused(name: str) -> None:
     batch, message = REFUSED[name]
     loss_fn = lambda params, x: jnp.sum(params["w"])  # noqa: E731
     for call in (clipax.clipped_grad(loss_fn, 1.0), clipax.per_example_norms(loss_fn)):
@@ -301,7 +301,7 @@ def test_every_batch_that_is_no_array(name: str) -> None:
 
 
 @pytest.mark.parametrize("batch", [np.asarray(BATCH), [BATCH[:, 0], np.asarray(BATCH[:, 1])]])
-def test_batches_of_any_arrays(batch: Any) -> None:
+def test_batches_can_be_arrays_of_numpy(batch: Any) -> None:
     def loss_fn(params: Any, x: Any) -> jax.Array:
         return total(params, jnp.stack(x) if isinstance(x, list) else x)
 
@@ -309,12 +309,12 @@ def test_batches_of_any_arrays(batch: Any) -> None:
 
 
 @pytest.mark.parametrize("mask", ["yes", {"a": MASK}, [True, "no"], object()])
-def test_every_mask_that_is_no_array(mask: Any) -> None:
+def test_every_mask_that_is_no_array_is_refused(mask: Any) -> None:
     with pytest.raises(ValueError, match="mask must be 2 booleans, one an example, got"):
         clipax.clipped_grad(total, 1.0)(PARAMS, BATCH, mask=mask)
 
 
-def test_what_is_returned_besides_is_arrays() -> None:
+def test_aux_that_is_no_array_is_refused() -> None:
     def loss_fn(params: Any, x: jax.Array, aux: Any) -> Any:
         return total(params, x), aux
 

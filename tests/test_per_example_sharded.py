@@ -1,4 +1,4 @@
-"""Examples clipped in mapped programs: as on one device, or refused with advice that is right."""
+"""Examples in mapped programs are clipped as on one device, or refused with advice."""
 
 import functools
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import pytest
 import trees
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from per_example_cases import total
 
 import clipax
 from clipax._core import _compat
@@ -110,11 +111,6 @@ of_every_size = pytest.mark.parametrize(
 )
 
 
-def total(w: jax.Array, x: jax.Array) -> jax.Array:
-    """Its gradient is the example."""
-    return jnp.sum(w * x)
-
-
 # In halves they have the norms (5, 0), (5, 12), (4, 3) and (0, 12), and other sums in quarters.
 ZEROS = jnp.zeros(4)
 VECTORS = jnp.array([[3.0, 4, 0, 0], [0, 5, 12, 0], [0, 4, 0, 3], [0, 0, 0, 12]] * 2)
@@ -135,7 +131,7 @@ DATA_PARALLEL: dict[str, tuple[dict[str, Any], bool]] = {
 @in_every_mapping
 @pytest.mark.parametrize("name", trees.mostly_slow(DATA_PARALLEL, ["one bound"]))
 @of_every_size
-def test_examples_on_several_devices_are_no_shards(
+def test_each_device_clips_its_own_examples(
     kind: str, name: str, build: Callable[[], Model]
 ) -> None:
     loss_fn, params, batch = build()
@@ -160,7 +156,7 @@ def test_examples_on_several_devices_are_no_shards(
 
 
 @in_every_mapping
-def test_each_example_has_its_key_on_several_devices(kind: str) -> None:
+def test_each_example_can_have_its_key_on_several_devices(kind: str) -> None:
     def loss_fn(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
         noisy = x + (jax.random.key_data(key)[1] % 8).astype(x.dtype)
         return total(params["a"], noisy) + total(params["b"], x)
@@ -177,7 +173,7 @@ def test_each_example_has_its_key_on_several_devices(kind: str) -> None:
 @in_every_mapping
 @pytest.mark.parametrize("per_leaf", [False, True])
 @of_every_size
-def test_norms_of_examples_on_several_devices(
+def test_each_device_measures_its_own_examples(
     kind: str, per_leaf: bool, build: Callable[[], Model]
 ) -> None:
     loss_fn, params, batch = build()
@@ -187,7 +183,7 @@ def test_norms_of_examples_on_several_devices(
 
 
 @in_every_mapping
-def test_explains_in_a_mapped_program(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_works_in_a_mapped_program(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     loss_fn, params, batch = small()
 
     def step(params: Any, batch: Any) -> Any:
@@ -204,7 +200,7 @@ def test_explains_in_a_mapped_program(kind: str, capsys: pytest.CaptureFixture[s
 @in_every_mapping
 @pytest.mark.parametrize("is_shared", [False, True])
 @of_every_size
-def test_each_device_may_have_a_model_of_its_own(
+def test_each_device_can_have_a_model_of_its_own(
     kind: str, is_shared: bool, build: Callable[[], Model]
 ) -> None:
     """With examples of its own, or with those that all have."""
@@ -246,7 +242,7 @@ def test_parameters_that_do_not_vary_as_the_examples_do_are_refused() -> None:
 
 @pytest.mark.parametrize("other", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("size", [None, 1])
-def test_other_mesh_axes_may_shard_the_model(other: AxisType, size: int | None) -> None:
+def test_other_mesh_axes_can_shard_the_model(other: AxisType, size: int | None) -> None:
     """One axis of examples is mapped, and one of the model is not: automatic or explicit."""
     loss_fn, params, batch = small()
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(other, other))
@@ -378,7 +374,7 @@ def test_one_leaf_in_shards_makes_one_norm() -> None:
     assert_clipped(shards_of_vectors(clip_halves(in_shards)))
 
 
-def test_parameters_that_are_gathered_over_devices_with_the_same_examples() -> None:
+def test_parameters_can_be_gathered_over_devices_with_the_same_examples() -> None:
     def loss_fn(w: jax.Array, x: jax.Array) -> jax.Array:
         return lax.pmean(total(lax.all_gather(w, "model", tiled=True), x), "model")
 
@@ -386,7 +382,7 @@ def test_parameters_that_are_gathered_over_devices_with_the_same_examples() -> N
 
 
 @pytest.mark.parametrize("name", ["mask", "max_norm"])
-def test_shards_of_one_gradient_have_one_weight(name: str) -> None:
+def test_shards_of_one_gradient_must_have_one_weight(name: str) -> None:
     def step(w: Any, batch: Any, *, reduce: Callable[[Any], Any]) -> Any:
         place = lax.axis_index("model")
         bound = 0.5 + 0.5 * place.astype(jnp.float32)
@@ -454,7 +450,7 @@ def test_a_loss_that_mixes_examples_of_several_devices_is_refused(kind: str, nam
 
 
 @in_every_mapping
-def test_what_no_gradient_crosses_is_not_refused(kind: str) -> None:
+def test_communication_that_no_gradient_crosses_is_not_refused(kind: str) -> None:
     """Constants that are gathered, numbers of devices, and what is returned besides."""
 
     def loss_fn(w: jax.Array, x: jax.Array, frozen: jax.Array) -> Any:
@@ -479,7 +475,7 @@ def test_what_no_gradient_crosses_is_not_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [TYPED, "shard_map(check_vma=False)", "vmap"])
-def test_gathered_before_the_call_parameters_may_be_sharded(kind: str) -> None:
+def test_sharded_parameters_can_be_gathered_before_the_call(kind: str) -> None:
     def as_advised(_: Any, w: jax.Array, batch: Any) -> Any:
         gathered = lax.all_gather(w, "data", tiled=True)
         grads, info = clipax.clipped_grad(total, 1.0, mean=False)(gathered, batch)
@@ -490,7 +486,7 @@ def test_gathered_before_the_call_parameters_may_be_sharded(kind: str) -> None:
 
 
 @in_every_mapping
-def test_a_mean_may_be_taken_after_the_call(kind: str) -> None:
+def test_a_mean_over_devices_can_be_taken_after_the_call(kind: str) -> None:
     def as_advised(w: jax.Array, batch: Any) -> Any:
         grads, info = clipax.clipped_grad(total, 1.0, mean=False)(w, batch)
         number = lax.psum(jnp.sum(info.is_counted).astype(jnp.float32), "data")
@@ -500,7 +496,7 @@ def test_a_mean_may_be_taken_after_the_call(kind: str) -> None:
     assert_clipped((EXAMPLES * grads[0], joined(norms)))
 
 
-def test_sharded_examples_may_be_sliced_in_the_loss() -> None:
+def test_sharded_examples_can_be_sliced_in_the_loss() -> None:
     with pytest.raises(ValueError, match=r"examples vary.*slice them in loss_fn.*axis_index"):
         shards_of_vectors(
             clip_halves(lambda w, x: lax.psum(total(w, x), "model")), (None, "model")
@@ -547,7 +543,7 @@ def test_without_types_shards_are_refused_and_with_types_right() -> None:
 
 @pytest.mark.parametrize("spec", [P("data"), P()])
 @pytest.mark.parametrize("of_examples", [P("data"), P()])
-def test_outside_of_mapped_programs_sharded_arrays_are_right(spec: P, of_examples: P) -> None:
+def test_sharded_arrays_outside_mapped_programs_are_clipped(spec: P, of_examples: P) -> None:
     mesh = mesh_of(DEVICES)
     w = jax.device_put(ZEROS, NamedSharding(mesh, spec))
     batch = jax.device_put(VECTORS, NamedSharding(mesh, of_examples))
@@ -555,7 +551,7 @@ def test_outside_of_mapped_programs_sharded_arrays_are_right(spec: P, of_example
     assert_clipped((grads, info.norms))
 
 
-def test_a_loss_may_be_mapped_itself() -> None:
+def test_a_loss_can_be_mapped_itself() -> None:
     """Its own mapped axes are none of those round the call."""
 
     def mapped(w: jax.Array, x: jax.Array) -> jax.Array:

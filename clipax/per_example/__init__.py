@@ -1,27 +1,32 @@
 """Clips the gradient of each example, at about the price of one gradient of the batch.
 
-The way from a loss to a sum of clipped gradients, room by room:
+The way from a loss to a sum of clipped gradients. Data goes down, one room after another:
 
-    loss          `(params, example) -> scalar`, with whatever else it is called with
-      | _arguments    arrays apart from what is no array
-      | _programs     the equations of `grad(loss)` for one example, and their evaluation
-    program       `Program`
-      | _walk         one walk back from the gradient of a leaf
-      | _products     one rule for each primitive of JAX
-      | _mapped       over which mapped axes a gradient lies in shards
-    terms         `tuple[Product | Whole, ...]` (`_terms`), each operand with its `_preparations`
-      | _plans        the cheapest exact way, by the numbers of operations
-    plan          `Plan`
-      | _grams        factors of all examples; norms and weighted sums from them
-    norms         `[examples]` for each leaf, then over leaves that share a bound
-      | _examples     coefficients, and the sums that they weight
-    sums          the structure of the parameters, with a `PerExampleInfo`
+    loss          call_of(...) -> Call                                        `_calls`
+    program       trace(Call) -> ExampleProgram                               `_tracing`
+    terms         terms_of(Scope, variable) -> tuple[Product | Whole, ...]    `_walk`, `_rules`
+    plan          plans_of(ExampleProgram) -> list[Plan], one for each leaf   `_plans`
+    factors       leaf_gradients(Plan, Values, ...) -> LeafGradients          `_gradients`
+    norms         norms_of_leaves(list[LeafGradients]) -> list[Array]         `_norms`
+    coefficients  clip(Call, mask, bound, ...) -> sums, OfExamples            `_clipping`
+    sums          weighted_sum(LeafGradients, Weights, ...) -> Array          `_sums`
 
-`_functions` has what users call.
+`_measured` runs the rooms from the loss to the norms, and `_clipping` those below. They stand on
+
+    `_arguments`, `_bounds`    checks of what the user gives
+    `_mapped`                  which mapped axes shard a gradient, and what is refused there
+    `_programs`, `_scopes`     how to read a program of JAX
+    `_evaluation`              how to run the parts of it that are needed
+    `_terms`, `_preparations`  what a gradient is a sum of
+    `_roles`, `_factors`       arrays for the products, in one form for all
+    `_grams`                   norms from Gram matrices
+
+and round them are `_microbatches` (some examples after others), `_meshes` (explicit mesh axes) and
+`_info` (`PerExampleInfo`). Each public function has a module of its name.
 """
 
-from clipax.per_example._functions import PerExampleInfo as PerExampleInfo
-from clipax.per_example._functions import clipped_grad as clipped_grad
-from clipax.per_example._functions import explain_clipped_grad as explain_clipped_grad
-from clipax.per_example._functions import per_example_norms as per_example_norms
-from clipax.per_example._functions import track_quantile as track_quantile
+from clipax.per_example._clipped_grad import clipped_grad as clipped_grad
+from clipax.per_example._explain_clipped_grad import explain_clipped_grad as explain_clipped_grad
+from clipax.per_example._info import PerExampleInfo as PerExampleInfo
+from clipax.per_example._per_example_norms import per_example_norms as per_example_norms
+from clipax.per_example._track_quantile import track_quantile as track_quantile

@@ -1,4 +1,4 @@
-"""What a loss function is called with: arrays, and whatever else `jax.grad` takes."""
+"""The arguments of a loss function, which may be whatever `jax.grad` takes."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,10 +14,17 @@ def arrays_apart(
     args: Sequence[Any],
     shared: Mapping[str, Any],
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """The loss of the chosen arguments, at their places, and of all other arrays, at the end.
+    """Separates arrays from everything that is no array.
 
-    What is no array, of the others and of what is passed by keyword, reaches `loss_fn` as it is,
-    as it does under `jax.grad`: a flag stays a flag.
+    Args:
+      loss_fn: The loss function.
+      chosen: The positions of parameters and examples, which stay where they are.
+      args: All arguments that are passed by position.
+      shared: All arguments that are passed by keyword.
+
+    Returns:
+      A function, and its arguments: the chosen ones at their positions, then a list of all other
+      arrays. Anything else reaches `loss_fn` as it is, as under `jax.grad`: a flag stays a flag.
     """
     others = {place: value for place, value in enumerate(args) if place not in chosen}
     leaves, structure = jax.tree.flatten((others, dict(shared)))
@@ -49,10 +56,16 @@ def is_value(leaf: Any) -> bool:
 
 
 def refuse_two_meanings(loss_fn: Any, count: int, own: Mapping[str, Any]) -> None:
-    """Of keywords that both clipax and the loss could take; `count` are given by position."""
+    """Refuses keywords of clipax's own that are also arguments of the loss function.
+
+    Args:
+      loss_fn: The loss function.
+      count: How many arguments it gets by position.
+      own: The keywords of clipax, with None for those that are not given.
+    """
     try:
         parameters = list(inspect.signature(loss_fn).parameters.values())
-    except (TypeError, ValueError):  # It has none that can be read.
+    except (TypeError, ValueError):  # Some callables have no signature.
         return
     for place, parameter in enumerate(parameters):
         is_named = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
@@ -60,13 +73,15 @@ def refuse_two_meanings(loss_fn: Any, count: int, own: Mapping[str, Any]) -> Non
         name = parameter.name
         if is_named and not is_given and own.get(name) is not None:
             raise ValueError(
-                f"{name} is an argument of this function and one of loss_fn, and which is meant"
-                " cannot be known. Give loss_fn in a function that has no argument of that name:"
-                f" lambda *args, loss_{name}=None: loss_fn(*args, {name}=loss_{name})."
+                f"{name} is an argument of this function and one of loss_fn, so it is not clear"
+                " which of them is meant. Wrap loss_fn in a function that calls its argument"
+                f" something else: lambda *args, loss_{name}=None: loss_fn(*args,"
+                f" {name}=loss_{name})."
             )
 
 
 def positions(**argument: Any) -> tuple[int, ...]:
+    """Checks an argument that gives one position or several."""
     ((name, value),) = argument.items()
     positions = (
         (value,)

@@ -1,4 +1,7 @@
-"""What is done to an operand before it is a factor: each knows the value of one example."""
+"""Functions that prepare the value of one example to be an operand of a product.
+
+They are classes because two of them must be equal if they do the same: see `_rules._sums`.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,12 +14,12 @@ from clipax._core._typing import Array
 
 
 def padded(value: Array, config: Sequence[tuple[int, int, int]]) -> Array:
-    """With zeros before, after and between the entries along each axis."""
+    """Adds zeros before, after and between the entries along each axis."""
     return jax.lax.pad(value, jnp.zeros((), value.dtype), config)
 
 
 class Place(NamedTuple):
-    """The place that an index tells; the size itself, which no place has, for one outside."""
+    """Turns indices into rows. An index outside becomes `size`, which is no row."""
 
     size: int
     is_clipped: bool
@@ -28,7 +31,7 @@ class Place(NamedTuple):
 
 
 class Squeezed(NamedTuple):
-    """Without an axis of size one."""
+    """Drops an axis of size one."""
 
     axis: int
 
@@ -37,7 +40,7 @@ class Squeezed(NamedTuple):
 
 
 class Grouped(NamedTuple):
-    """Puts the first axis of a convolution's operand first, split into its groups."""
+    """Moves the first axis of a convolution's operand to the front, split into groups."""
 
     spec: tuple[int, ...]
     groups: int
@@ -48,7 +51,10 @@ class Grouped(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Entry `[n, *p, *k, ...]` is what a convolution multiplies entry `p` with for result `k`."""
+    """Lays out the windows of a convolution.
+
+    Entry `[n, *p, *k, ...]` is what the convolution multiplies by entry `p` to make result `k`.
+    """
 
     spec: tuple[int, ...]
     groups: int
@@ -61,7 +67,7 @@ class Windows(NamedTuple):
 
     def __call__(self, value: Array) -> Array:
         first, *others = self.spec
-        # The channels last, as they usually are: windows are then runs that stay together.
+        # Channels are usually last. If they stay there, windows are contiguous in memory.
         value = jnp.transpose(value, (*others, first))
         edges = [
             (low, high, step - 1)
@@ -86,7 +92,7 @@ class Windows(NamedTuple):
         return windows.reshape(count, *self.places, *self.results, *grouped)
 
 
-class Pad(NamedTuple):
+class Padded(NamedTuple):
     """Adds zeros along an axis."""
 
     axis: int
@@ -98,8 +104,8 @@ class Pad(NamedTuple):
         return padded(value, config)
 
 
-class Cut(NamedTuple):
-    """Takes a part along an axis."""
+class Sliced(NamedTuple):
+    """Takes a slice along an axis."""
 
     axis: int
     part: tuple[int, int, int]

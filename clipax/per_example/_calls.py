@@ -1,0 +1,158 @@
+"""A loss function with the arrays that it is called with."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipax._core import _leaves, _paths
+from clipax.per_example import _arguments, _mapped
+
+ArgNums: TypeAlias = int | Sequence[int]
+
+
+class Loss(NamedTuple):
+    """A loss function with the positions of its parameters and examples."""
+
+    function: Callable[..., Any]
+    argnums: int | tuple[int, ...]
+    """Which arguments are differentiated, as `jax.grad` takes it."""
+    batch_argnums: tuple[int, ...]
+    """Which arguments have the examples along the first axis of every leaf."""
+    has_aux: bool
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The positions of the parameters."""
+        return (self.argnums,) if isinstance(self.argnums, int) else self.argnums
+
+    def is_batched(self, position: int) -> bool:
+        return position in self.batch_argnums
+
+    def is_of_gradient(self, position: int) -> bool:
+        """Whether an argument has parameters or examples."""
+        return position in (*self.positions, *self.batch_argnums)
+
+
+def loss_of(
+    loss_fn: Callable[..., Any], argnums: ArgNums, batch_argnums: ArgNums, has_aux: bool
+) -> Loss:
+    """Checks the positions."""
+    positions = _arguments.positions(argnums=argnums)
+    is_one = isinstance(argnums, int | np.integer)
+    batched = _arguments.positions(batch_argnums=batch_argnums)
+    both = set(positions) & set(batched)
+    if both:
+        raise ValueError(
+            f"argnums and batch_argnums must differ, and both have {sorted(both)}. An argument is"
+            " either differentiated or has the examples."
+        )
+    return Loss(loss_fn, positions[0] if is_one else positions, batched, has_aux)
+
+
+class Call(NamedTuple):
+    """A loss function of arrays, with its arguments."""
+
+    loss: Loss
+    args: list[Any]
+
+    @property
+    def params(self) -> Any:
+        """The parameters. They are a tuple if `argnums` is a tuple."""
+        if isinstance(self.loss.argnums, int):
+            return self.args[self.loss.argnums]
+        return tuple(self.args[position] for position in self.loss.argnums)
+
+    @property
+    def batch(self) -> list[Any]:
+        """The arguments that have the examples."""
+        return [self.args[position] for position in self.loss.batch_argnums]
+
+    @property
+    def examples(self) -> int:
+        """The number of examples."""
+        return int(jax.tree.leaves(self.batch)[0].shape[0])
+
+    @property
+    def in_axes(self) -> tuple[int | None, ...]:
+        """Each argument's axis of examples, as `jax.vmap` takes it."""
+        each = range(len(self.args))
+        return tuple(0 if self.loss.is_batched(position) else None for position in each)
+
+    def for_each_leaf(self, holds: Callable[[int], bool]) -> list[bool]:
+        """What holds for the position of each leaf of the arguments."""
+        rows = enumerate(self.args)
+        return [holds(position) for position, arg in rows for _ in jax.tree.leaves(arg)]
+
+    def with_batch(self, batch: Sequence[Any]) -> "Call":
+        """The same call with other examples."""
+        args = list(self.args)
+        for position, value in zip(self.loss.batch_argnums, batch, strict=True):
+            args[position] = value
+        return self._replace(args=args)
+
+
+def call_of(loss: Loss, args: Sequence[Any], shared: Mapping[str, Any], **own: Any) -> Call:
+    """Makes a call of arrays alone, and refuses whatever cannot be clipped.
+
+    Args:
+      loss: The loss function.
+      args: What it gets by position.
+      shared: What it gets by keyword.
+      **own: Keywords of clipax's own, with None for those that are not given.
+    """
+    _arguments.refuse_two_meanings(loss.function, len(args), own)
+    for name, positions in (("argnums", loss.positions), ("batch_argnums", loss.batch_argnums)):
+        for position in positions:
+            if position >= len(args):
+                raise ValueError(
+                    f"{name} has {position}, and there are {len(args)} arguments that are passed"
+                    " by position. Arguments that are passed by keyword are not differentiated,"
+                    " and they are the same for all examples."
+                )
+    chosen = {*loss.positions, *loss.batch_argnums}
+    function, arrays = _arguments.arrays_apart(loss.function, chosen, args, shared)
+    call = Call(loss._replace(function=function), arrays)
+    _check_params(call)
+    _check_batch(call)
+    _mapped.refuse_summed_gradients(call.params, call.batch)
+    return call
+
+
+def _check_params(call: Call) -> None:
+    leaves = jax.tree.leaves(call.params)
+    if not leaves:
+        raise ValueError(
+            "argnums must select arguments with parameters, and there is no array in those at"
+            f" {call.loss.positions}."
+        )
+    for path, leaf in zip(_paths.of_leaves(call.params), leaves, strict=True):
+        if not _leaves.is_measured(leaf) or not hasattr(leaf, "dtype"):
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            raise ValueError(
+                f"The parameter {path or 'itself'} must be an array of floats, got {kind}."
+                " Pass what is not differentiated as another argument."
+            )
+
+
+def _check_batch(call: Call) -> None:
+    sizes: dict[int, str] = {}
+    for position, arg in zip(call.loss.batch_argnums, call.batch, strict=True):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arg):
+            name = f"argument {position}" + jax.tree_util.keystr(path)
+            if not _arguments.is_value(leaf):
+                raise ValueError(
+                    f"{name} must be an array with the examples along its first axis, got"
+                    f" {leaf!r}. Pass what all examples share as another argument."
+                )
+            if not jnp.ndim(leaf):
+                raise ValueError(f"{name} has no axis of examples: its shape is ().")
+            sizes.setdefault(leaf.shape[0], name)
+    if len(sizes) != 1 or not next(iter(sizes)):
+        found = ", ".join(f"{size} in {name}" for size, name in sizes.items()) or "no array"
+        raise ValueError(
+            "All leaves of the batch must have one leading axis of at least one example,"
+            f" got {found}."
+        )

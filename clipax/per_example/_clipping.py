@@ -1,0 +1,71 @@
+"""Clips measured gradients."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipax._core import _paths
+from clipax._core._typing import Array, Coefficient
+from clipax.coefficients import in_two
+from clipax.per_example import _mapped
+from clipax.per_example._calls import Call
+from clipax.per_example._info import OfExamples
+from clipax.per_example._measured import measure
+from clipax.per_example._sums import Weights, weighted_sum
+
+
+class Options(NamedTuple):
+    """The options of `clipped_grad`."""
+
+    coefficient: Coefficient
+    mean: bool
+    skip_nonfinite: bool
+    microbatch_size: int | None
+
+
+def clip(call: Call, mask: Array | None, bound: Any, options: Options) -> tuple[Any, OfExamples]:
+    """The sums of the clipped gradients, in the width of norms, with a record of each example."""
+    measured = measure(call)
+    _mapped.refuse_different_weights(measured.shards, mask=mask, max_norm=bound)
+    values, structure = jax.tree.flatten(bound)
+    covered = _paths.covered(bound, measured.gradient, name="max_norm")
+    norms = [measured.norms_over(places) for places in covered]
+    is_counted = jnp.ones(call.examples, bool) if mask is None else mask
+    if options.skip_nonfinite:
+        is_counted = jnp.all(jnp.stack([is_counted, *map(jnp.isfinite, norms)]), 0)
+    weights, coefficients = _weighed(norms, values, is_counted, options.coefficient)
+    is_left_out = None if mask is None and not options.skip_nonfinite else ~is_counted
+    of_leaves = {
+        place: pair for places, pair in zip(covered, weights, strict=True) for place in places
+    }
+    sums = [
+        weighted_sum(leaf, of_leaves[place], is_left_out)
+        for place, leaf in enumerate(measured.leaves)
+    ]
+    like_bound = functools.partial(jax.tree.unflatten, structure)
+    return jax.tree.unflatten(jax.tree.structure(measured.gradient), sums), OfExamples(
+        losses=measured.losses,
+        norms=like_bound(norms),
+        coefficients=like_bound(coefficients),
+        is_counted=is_counted,
+        aux=measured.aux,
+    )
+
+
+def _weighed(
+    norms: list[Array], values: list[Any], is_counted: Array, coefficient: Coefficient
+) -> tuple[list[Weights], list[Array]]:
+    """The weights and coefficients under each bound. They are zero for uncounted examples."""
+    rows = zip(norms, values, strict=True)
+    bounds = [jnp.broadcast_to(as_bound(value, norm), norm.shape) for norm, value in rows]
+    pair = in_two(coefficient, norms, bounds)
+    second = [jnp.where(is_counted, each, 0) for each in pair.second]
+    coefficients = pair._replace(second=second).product
+    return list(zip(pair.first, second, strict=True)), coefficients
+
+
+def as_bound(value: Any, norms: Array) -> Array:
+    """A bound in the dtype of the norms that it applies to."""
+    return jnp.asarray(value).astype(norms.dtype)

@@ -1,0 +1,82 @@
+"""Printing the plan for each leaf."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from clipax._core import _compat
+from clipax.per_example._calls import ArgNums, call_of, loss_of
+from clipax.per_example._plans import Plan, plans_of
+from clipax.per_example._tracing import trace
+
+_HEAD = ("leaf", "shape", "norm of one example", "why", "products", "kept")
+_NUMBERS = {"products", "kept"}
+
+
+def explain_clipped_grad(
+    loss_fn: Callable[..., Any],
+    *args: Any,
+    argnums: ArgNums = 0,
+    batch_argnums: ArgNums = 1,
+    has_aux: bool = False,
+    **shared: Any,
+) -> None:
+    """Prints how the norm of each leaf is found, and what that costs for one example.
+
+    Args:
+      loss_fn: As in `clipped_grad`, like the other arguments.
+      *args: The arguments of the gradient function, of which only shapes matter:
+        `jax.ShapeDtypeStruct`s will do.
+      argnums: The position or positions of the parameters.
+      batch_argnums: The position or positions of the arguments with the examples.
+      has_aux: Whether `loss_fn` returns `(loss, aux)`.
+      **shared: The arguments of the gradient function that are passed by keyword.
+
+    The last columns are the number of multiplications for the norm, and how many numbers are
+    kept for the sum, as a share of the leaf's size.
+
+    Example:
+      >>> def loss_fn(params, x):
+      ...     return jnp.sum(jnp.tanh(x @ params["w"] + params["b"]))
+      >>> params = {"w": jnp.zeros((8, 4)), "b": jnp.zeros(4)}
+      >>> explain_clipped_grad(loss_fn, params, jnp.zeros((32, 8)))
+      leaf  shape   norm of one example   why                              products   kept
+      b     (4,)    made for each example comes from mul                          4   100%
+      w     (8, 4)  norms of two vectors  a product that sums over nothing       12    38%
+    """
+    own = {"argnums": argnums, "batch_argnums": batch_argnums, "has_aux": has_aux}
+    usual = {"argnums": 0, "batch_argnums": 1, "has_aux": False}
+    given = {name: value for name, value in own.items() if value != usual[name]}
+    call = call_of(loss_of(loss_fn, argnums, batch_argnums, has_aux), args, shared, **given)
+    if not _compat.bound_axes():
+        # The way to a norm does not depend on how arrays are sharded. In a mapped program, types
+        # say what the loss may do, so there the arrays stay.
+        call = call._replace(args=jax.tree.map(_shape, call.args))
+    rows = [_HEAD, *map(_row, plans_of(trace(call)))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = zip(_HEAD, row, widths, strict=True)
+        print(  # noqa: T201
+            " ".join(
+                text.rjust(width + 2) if name in _NUMBERS else text.ljust(width)
+                for name, text, width in cells
+            )
+        )
+
+
+def _shape(leaf: Any) -> Any:
+    return _compat.shape_dtype_struct(leaf.shape, leaf.dtype)
+
+
+def _row(plan: Plan) -> tuple[str, ...]:
+    share = plan.entries / max(1, math.prod(plan.shape))
+    return (
+        plan.name,
+        str(plan.shape),
+        plan.way.value,
+        plan.why,
+        f"{plan.cost:,}",
+        f"{share:.0%}",
+    )

@@ -1,0 +1,144 @@
+"""The two factors of a product, for all examples."""
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipax._core import _compat, _leaves
+from clipax._core._typing import Array
+from clipax.per_example._programs import Values
+from clipax.per_example._roles import roles
+from clipax.per_example._terms import Axis, Operand, Product
+
+
+class Factors(NamedTuple):
+    """Arrays `lhs` and `rhs`: (examples, shared, summed, rows or columns)."""
+
+    lhs: Array
+    """If `is_one_hot`, the rows of its ones instead: (examples, shared, summed)."""
+    rhs: Array
+    rows: int
+    is_one_hot: bool
+    precision: Any
+
+    def widened(self, dtype: Any) -> "Factors":
+        lhs = self.lhs if self.is_one_hot else self.lhs.astype(dtype)
+        return self._replace(lhs=lhs, rhs=self.rhs.astype(dtype))
+
+
+def factors_of(term: Product, values: Values, examples: int) -> Factors:
+    """Arranges the operands of a product for all examples."""
+    found = roles(term)
+    sizes = found.sizes
+    lead = (examples, sizes.shared, sizes.summed)
+    inner = (*found.shared, *found.summed)
+    rhs = _arranged(term.rhs, values, examples, (*inner, *found.columns))
+    if term.scalars or term.scale != 1:
+        # A number that scales a gradient in float32 can be out of range for operands in float16.
+        rhs = _scaled_by(term.scale, _leaves.widened(rhs))
+    for scalar in term.scalars:
+        by = _arranged(scalar, values, examples, inner)
+        rhs = rhs * by.reshape(by.shape + (1,) * (rhs.ndim - by.ndim)).astype(rhs.dtype)
+    columns = rhs.reshape(*lead, sizes.columns)
+    if term.one_hot is not None:
+        places = _arranged(term.lhs, values, examples, inner).reshape(lead)
+        return Factors(places, columns, term.one_hot.size, True, None)
+    lhs = _arranged(term.lhs, values, examples, (*inner, *found.rows))
+    columns, lhs = of_one_dtype(columns, lhs)
+    return Factors(lhs.reshape(*lead, sizes.rows), columns, sizes.rows, False, term.precision)
+
+
+def _scaled_by(scale: float, array: Array) -> Array:
+    """Multiplies an array by a number that can be out of the range of its dtype."""
+    step = 2.0**96
+    while abs(scale) > step or 0 < abs(scale) < 1 / step:
+        by = step if abs(scale) > step else 1 / step
+        # Without a barrier, XLA would multiply the numbers by each other first.
+        array = _compat.optimization_barrier(array * jnp.asarray(by, array.dtype))
+        scale = np.clip(scale, -sys.float_info.max, sys.float_info.max) / by
+    return array * jnp.asarray(scale, array.dtype)
+
+
+def of_one_dtype(*arrays: Array) -> list[Array]:
+    dtypes = {array.dtype for array in arrays}
+    if len(dtypes) == 1:
+        return list(arrays)
+    wide = _leaves.wide_dtype(*dtypes)
+    return [array.astype(wide) for array in arrays]
+
+
+def _arranged(operand: Operand, values: Values, examples: int, wanted: Sequence[Axis]) -> Array:
+    """An operand with an axis of examples, then the wanted axes.
+
+    It is summed over axes that are not wanted, and repeated along wanted axes that it lacks.
+    """
+    value = values[operand.ref]
+    prepared = (
+        jax.vmap(operand.prepared)(value)
+        if operand.depends
+        else operand.prepared(jnp.asarray(value))[None]
+    )
+    axes = list(operand.all_axes)
+    dropped = [index + 1 for index, axis in enumerate(axes) if axis not in wanted]
+    if dropped:
+        prepared = jnp.sum(prepared, axis=tuple(dropped))
+        axes = [axis for axis in axes if axis in wanted]
+    present = [axis for axis in wanted if axis in axes]
+    order = [0, *(axes.index(axis) + 1 for axis in present)]
+    prepared = jnp.transpose(prepared, order)
+    shape = [axis.size if axis in axes else 1 for axis in wanted]
+    prepared = prepared.reshape(prepared.shape[0], *shape)
+    return jnp.broadcast_to(prepared, (examples, *(axis.size for axis in wanted)))
+
+
+def each_product(parts: Factors) -> Array:
+    """The block of each example: (examples, shared, rows, columns)."""
+    if parts.is_one_hot:
+        return jax.vmap(functools.partial(_placed, parts.rows))(parts.lhs, parts.rhs)
+    return jnp.einsum("bnti,bnto->bnio", parts.lhs, parts.rhs, precision=parts.precision)
+
+
+def weighted_product(parts: Factors, weights: Sequence[Array]) -> Array:
+    """The weighted sum of the blocks of all examples, none of which is made.
+
+    Each weight is the product of several numbers, because one float cannot hold a very small one.
+    """
+    wide = _leaves.wide_dtype(parts.rhs.dtype)
+    # bfloat16 has the range of float32, and its products are fast.
+    narrow = parts.rhs.dtype if parts.rhs.dtype == jnp.bfloat16 else wide
+    rhs = parts.rhs.astype(wide)
+    for weight in weights:
+        rhs = rhs * weight.astype(wide)[:, None, None, None]
+    rhs = rhs.astype(narrow)
+    if parts.is_one_hot:
+        return _placed(
+            parts.rows, _one_after_the_other(parts.lhs), _one_after_the_other(rhs.astype(wide))
+        )
+    subscripts = "bnti,bnto->nio"
+    lhs = parts.lhs.astype(narrow)
+    if lhs.shape[1] == 1:
+        # One product of two matrices, as for the gradient of the whole batch.
+        lhs, rhs = (array.reshape(-1, array.shape[-1]) for array in (lhs, rhs))
+        subscripts = "ti,to->io"
+    return jnp.einsum(subscripts, lhs, rhs, precision=parts.precision, preferred_element_type=wide)
+
+
+def _one_after_the_other(array: Array) -> Array:
+    """Reshapes (examples, shared, summed, ...) to (shared, examples * summed, ...)."""
+    array = jnp.swapaxes(array, 0, 1)
+    return array.reshape(array.shape[0], -1, *array.shape[3:])
+
+
+def _placed(rows: int, places: Array, updates: Array) -> Array:
+    """Adds updates (shared, summed, columns) to rows. Those outside all rows are dropped."""
+
+    def one(places: Array, updates: Array) -> Array:
+        zeros = jnp.zeros((rows, updates.shape[-1]), updates.dtype)
+        return zeros.at[places].add(updates, mode="drop")
+
+    return jax.vmap(one)(places, updates)

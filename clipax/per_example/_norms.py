@@ -1,0 +1,83 @@
+"""The norms of each leaf's gradients."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipax._core import _leaves
+from clipax._core._typing import Array
+from clipax.per_example import _grams
+from clipax.per_example._factors import Factors
+from clipax.per_example._gradients import LeafGradients
+from clipax.per_example._plans import Way
+from clipax.per_example._roles import rest_of, taken_apart
+
+
+def norms_of_leaves(leaves: Sequence[LeafGradients]) -> list[Array]:
+    """One norm an example, for each leaf.
+
+    Norms by Gram matrices lose their digits where products nearly cancel. If that happens to one
+    example, all of these norms are found again from gradients, made one example at a time.
+    """
+    sums = [_gram_sum(leaf) if leaf.plan.way is Way.GRAM else None for leaf in leaves]
+    norms, exact = [], []
+    for leaf, gram_sum in zip(leaves, sums, strict=True):
+        if gram_sum is None:
+            norms.append(_direct_norms(leaf))
+        else:
+            found, is_exact = gram_sum.norms()
+            norms.append(found)
+            exact.append(jnp.all(is_exact))
+    if not exact:
+        return norms
+
+    def again() -> list[Array]:
+        rows = zip(norms, sums, strict=True)
+        return [norm if each is None else each.norms_of_made() for norm, each in rows]
+
+    return list(jax.lax.cond(jnp.all(jnp.stack(exact)), lambda: norms, again))
+
+
+def _direct_norms(leaf: LeafGradients) -> Array:
+    dtype = _leaves.wide_dtype(leaf.plan.dtype)
+    if leaf.plan.way is Way.OUTER:
+        return _grams.outer_norms(leaf.products[0][1]).astype(dtype)
+    if leaf.each is not None:
+        return _grams.row_norms(leaf.each)
+    return jnp.zeros((leaf.examples,), dtype)
+
+
+class _GramSum(NamedTuple):
+    """A leaf's gradients as sums of products and of a constant."""
+
+    factors: list[Factors]
+    block: Array | None
+    """The part of the constant in the block that the products fill."""
+    rest: Array | None
+    """The rest of the constant."""
+    dtype: Any
+
+    def norms(self) -> tuple[Array, Array]:
+        """The norms, and which of them are exact enough."""
+        norms, is_exact = _grams.gram_norms(self.factors, self.block)
+        return self._complete(norms), is_exact
+
+    def norms_of_made(self) -> Array:
+        return self._complete(_grams.made_norms(self.factors, self.block))
+
+    def _complete(self, norms: Array) -> Array:
+        return _grams.with_rest(norms, self.rest).astype(self.dtype)
+
+
+def _gram_sum(leaf: LeafGradients) -> _GramSum:
+    factors = [parts for _, parts in leaf.products]
+    dtype = leaf.plan.dtype
+    if leaf.constant is None:
+        return _GramSum(factors, None, None, _leaves.wide_dtype(dtype))
+    width = _leaves.wide_dtype(dtype, *(part.rhs.dtype for part in factors))
+    constant = leaf.constant.astype(width)
+    term = leaf.products[0][0]
+    block = taken_apart(term, constant)
+    return _GramSum(factors, block, rest_of(term, constant, block), _leaves.wide_dtype(dtype))

@@ -1,0 +1,47 @@
+"""The weighted sums of gradients, over all examples."""
+
+from typing import TypeAlias
+
+import jax.numpy as jnp
+
+from clipax._core import _compat, _leaves
+from clipax._core._typing import Array
+from clipax.per_example._factors import weighted_product
+from clipax.per_example._gradients import LeafGradients
+from clipax.per_example._roles import assembled
+
+Weights: TypeAlias = tuple[Array, Array]
+"""The weight of each example as a product, because one float cannot hold a very small one."""
+
+
+def weighted_sum(leaf: LeafGradients, weights: Weights, is_left_out: Array | None) -> Array:
+    """The weighted sum of one leaf's gradients, in the width of norms.
+
+    An example that is left out can be NaN, so a weight of zero would not be enough.
+    """
+    plan = leaf.plan
+    wide = _leaves.widened(jnp.zeros((), plan.dtype)).dtype
+
+    def without(array: Array) -> Array:
+        if is_left_out is None:
+            return array
+        return jnp.where(is_left_out.reshape(-1, *[1] * (array.ndim - 1)), 0, array)
+
+    first, second = (weight.astype(wide) for weight in weights)
+    total = _compat.varying_like(jnp.zeros(plan.shape, wide), second)
+    if leaf.each is not None:
+        each = without(leaf.each).astype(wide)
+        each *= first.reshape(-1, *[1] * (each.ndim - 1))
+        total += jnp.tensordot(second, each, 1)
+    for term, parts in leaf.products:
+        lhs = parts.lhs if parts.is_one_hot else without(parts.lhs)
+        parts = parts._replace(lhs=lhs, rhs=without(parts.rhs))
+        total += assembled(term, weighted_product(parts, weights)).astype(wide)
+    if leaf.constant is not None:
+        constant = leaf.constant.astype(wide)
+        if is_left_out is not None:
+            constant = jnp.where(jnp.all(is_left_out), 0, constant)
+        # A large constant gives every example a small weight, so the sum could underflow.
+        largest = jnp.max(first)
+        total += jnp.sum(first / largest * second) * (largest * constant)
+    return total

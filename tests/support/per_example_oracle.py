@@ -1,0 +1,61 @@
+"""What clipping of each example gives, from every gradient in NumPy, in float64."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import per_example_zoo as zoo
+import trees
+
+import clipax
+
+BOUND = 0.05
+
+
+def gradients(loss_fn: Any, *args: Any, argnums: Any = 0, batch_argnums: Any = (1,)) -> Any:
+    """The gradient of each example, by `vmap` and `grad`."""
+    in_axes = [0 if position in batch_argnums else None for position in range(len(args))]
+    each = trees.quick_jit(jax.vmap(jax.grad(loss_fn, argnums), in_axes))(*args)
+    return jax.tree.map(zoo.wide, each)
+
+
+def norms_of_leaves(each: Any) -> Any:
+    """One norm an example for each leaf."""
+    return jax.tree.map(
+        lambda leaf: np.sqrt(np.sum(np.abs(leaf.reshape(len(leaf), -1)) ** 2, 1)), each
+    )
+
+
+def norms(each: Any) -> np.ndarray:
+    """One norm an example over all leaves."""
+    return np.sqrt(sum(norm**2 for norm in jax.tree.leaves(norms_of_leaves(each))))
+
+
+def hard(norm: np.ndarray, bound: Any) -> np.ndarray:
+    return np.minimum(1, bound / np.maximum(norm, 1e-300))
+
+
+def weighted_sum(each: Any, weights: np.ndarray) -> Any:
+    return jax.tree.map(lambda leaf: np.einsum("b,b...->...", weights, leaf), each)
+
+
+def clipped_leaf_by_leaf(loss_fn: Any, params: Any, batch: Any) -> Any:
+    """The norms, and the sums of the clipped gradients, with the same bound for each leaf."""
+    each = gradients(loss_fn, params, batch)
+    separate = norms_of_leaves(each)
+    sums = jax.tree.map(lambda leaf, norm: weighted_sum(leaf, hard(norm, BOUND)), each, separate)
+    return separate, sums
+
+
+def clip_leaf_by_leaf(loss_fn: Any, params: Any, batch: Any) -> Any:
+    """The same by clipax."""
+    bounds = jax.tree.map(lambda _: BOUND, params)
+    grads, info = clipax.clipped_grad(loss_fn, bounds, mean=False)(params, batch)
+    return info.norms, grads
+
+
+def assert_clipped(loss_fn: Any, params: Any, batch: Any, tolerance: float = 2e-5) -> None:
+    """Compares clipax with the plain way, leaf by leaf."""
+    found = trees.quick_jit(functools.partial(clip_leaf_by_leaf, loss_fn))(params, batch)
+    zoo.assert_near(found, clipped_leaf_by_leaf(loss_fn, params, batch), tolerance)
