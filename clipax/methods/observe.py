@@ -28,20 +28,20 @@ class ObserveState(NamedTuple):
 def observe(
     inner: optax.GradientTransformation, *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Records how much a transformation takes away and how far it turns the step.
+    """Records how a transformation changes the length and direction of updates.
 
-    `cosine = <u, v> / (|u|_2 |v|_2)` for the updates `u` that go in and `v` that come out.
+    `cosine = <u, v> / (|u|_2 |v|_2)` for updates `u` that go in and `v` that come out.
 
     Args:
-      inner: Any transformation, a whole chain too, or an `optax.MultiSteps`.
+      inner: Any transformation, a whole chain, or an `optax.MultiSteps`.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      `inner` with an `ObserveState` round its state: scalars, float32 or float64 (where a
-      parameter is).
+      `inner` with its state inside an `ObserveState`, whose `norm_in`, `norm_out` and `cosine` are
+      scalars in float32, or float64 where a parameter is.
 
     Raises:
-      ValueError: `inner` is no transformation.
+      ValueError: `inner` is not a transformation.
 
     | updates | cosine |
     |---|---|

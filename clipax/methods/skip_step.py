@@ -56,77 +56,67 @@ def skip_step(
     skip_ranges: Sequence[tuple[int, int]] = (),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips a whole step of an optimizer whose gradient is not finite, or a spike.
+    """Skips an optimizer's step where the gradient is not finite or is a spike.
 
-    A step is skipped if `norm`, the global L2 norm of the updates that come in, is NaN or
-    inf, if `norm > skip_above`, or if `norm - mean > z_max * max(std, 1e-6 * |mean|)` over the
-    window of the last finite norms; `std` is the sample's, over `n - 1`. `loss_z_max` is the
-    same rule for losses. A skipped step gives zeros and keeps the inner state.
+    A step is skipped if `norm`, the global L2 norm of the incoming updates, is NaN or inf, if
+    `norm > skip_above`, or if `norm - mean > z_max * max(std, 1e-6 * |mean|)` over a window of the
+    last finite norms, with `std` over `n - 1`. `loss_z_max` is the same rule for losses. A skipped
+    step returns zeros and keeps the inner state.
 
-    It goes round the whole optimizer, the clip too, since behind a clip there are no spikes:
-    `skip_step(optax.chain(clip_by_global_norm(1.0), optax.adam(1e-3)), z_max=6.0)`. It goes
-    round `optax.MultiSteps`, whose sum never gets rid of a NaN.
+    Wrap the whole optimizer, clip included, because there are no spikes behind a clip:
+    `skip_step(optax.chain(clip_by_global_norm(1.0), optax.adam(1e-3)), z_max=6.0)`.
+
+    The windows learn the raw values of skipped steps too, so a new level becomes the usual one
+    after a few steps. After any finite norms, half of a usual norm passes within 5 steps for
+    `z_max=6`, and within `window_size + 1` for the smallest `z_max`.
 
     Args:
-      inner: A whole optimizer, or any transformation.
-      skip_above: Above it a step is skipped, > 0: a number, a scalar array or a schedule
-        `count -> value` that counts the steps with a finite norm, skipped or not. None is
+      inner: A whole optimizer, an `optax.MultiSteps`, or any transformation.
+      skip_above: The norm above which a step is skipped, > 0: a number, a scalar array or a
+        schedule `count -> value` that counts the steps with a finite norm, skipped or not. None is
         never.
-      z_max: How many standard deviations above the mean a norm may lie, > 0. None leaves
-        out this rule and its window. OLMo-core has 6.
-      loss_z_max: The same for the loss, which then is the extra argument `loss=` of every
-        `update`, one number, the same on all devices.
-      window_size: How many of the last values are remembered, >= 2; one float each.
-        OLMo-core has 128.
-      warmup_steps: From which value on, the current one counted, the rules with a window
-        apply, >= 1, but never before the third. None is half the window.
-      skip_ranges: Steps to skip whatever they are, as pairs `(start, stop)` with
-        `0 <= start < stop`: the steps `start, ..., stop - 1`, where the first call of
-        `update` is step 0 and every call counts. Pairs may overlap.
+      z_max: How many standard deviations above the mean a norm may lie, > 0. None turns off this
+        rule and its window. OLMo-core has 6.
+      loss_z_max: The same for the loss, which every `update` then takes as the extra argument
+        `loss=`: one number, the same on all devices.
+      window_size: How many values are remembered, >= 2, at one float each. OLMo-core has 128.
+      warmup_steps: From which value on, counting the current one, the rules with a window apply,
+        >= 1; never before the third value. None is half the window.
+      skip_ranges: Steps to skip in any case, as pairs `(start, stop)` with `0 <= start < stop`:
+        the steps `start, ..., stop - 1`, where every call of `update` counts and the first is step
+        0. Pairs may overlap.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is a `SkipState` round the inner state; its norms are
-      float32 or float64 (where a parameter is). `update` passes extra arguments on, `loss`
-      too.
+      A transformation whose state is a `SkipState` around the inner state; its norms are float32,
+      or float64 where a parameter is. `update` passes extra arguments on to `inner`, `loss` too.
 
     Raises:
-      ValueError: `inner` is no transformation; `skip_above`, `z_max` or `loss_z_max` is not
+      ValueError: `inner` is not a transformation; `skip_above`, `z_max` or `loss_z_max` is not
         > 0, `window_size` not an integer >= 2, `warmup_steps` not an integer >= 1, or
-        `skip_ranges` not such pairs; at `update`, there is no `loss` and a `loss_z_max`, or
-        it is no scalar.
-
-    The windows learn every value of a step whose norm and, with `loss_z_max`, loss are
-    finite, also of a skipped step: a new level becomes the usual one after a few steps, and
-    nothing is skipped for ever. Whatever finite norms came before, under `z_max=6` half of a
-    usual norm passes within 5 steps, and under the smallest `z_max` within `window_size + 1`.
+        `skip_ranges` not such pairs; at `update`, `loss_z_max` needs a `loss` that is missing or
+        not a scalar.
 
     | step | result |
     |---|---|
-    | not skipped | what `inner` gives, bit for bit; compiled alone, it may round otherwise |
-    | skipped | -0.0 everywhere, which leaves a parameter as it is, -0.0 too |
+    | not skipped | what `inner` gives, bit for bit; compiled alone, it may round differently |
+    | skipped | -0.0 everywhere, which leaves a parameter unchanged, -0.0 too |
     | skipped, an integer or bool leaf | 0 or False |
-    | skipped, a None, MaskedNode, float0, PRNG-key leaf, or no array at all | as it is |
+    | skipped, a None, MaskedNode, float0 or PRNG-key leaf, or not an array | unchanged |
     | a norm or watched loss of NaN or inf, however many in a row | skipped; not learned |
     | in a pair of `skip_ranges` | skipped; not learned, nor counted by a schedule |
-    | in a pair, between skipped steps | neither counts as one in a row nor ends the row |
+    | in a pair, between skipped steps | does not count in a row of skipped steps, nor ends it |
     | the first, whatever its finite norm | taken, if it is not above `skip_above` |
     | one above a window of equal norms | skipped, if by more than a share of `1e-6 * z_max` |
     | one below the mean | taken |
     | a bound that turns out NaN | skipped |
 
-    The steps are counted in the state, so that a run goes on from a checkpoint with other
-    `skip_ranges`, and leaves out a batch that is known by then to be bad.
-    `check_not_stuck` stops a run that skips step after step.
+    Derivatives exist where no watched value equals its bound, and are zero through a skipped step.
+    Where that step held a NaN, reverse-mode derivatives are NaN.
 
-    Derivatives exist where no watched value equals its bound, and are zero through a skipped
-    step. Where that step held a NaN, those in reverse mode are NaN.
-
-    Differences from OLMo-core's `SkipStepOptimizer`: values that are not finite stay out of
-    the windows, where they would have all steps skipped; the state is kept by a choice, not
-    by a product with zero, which NaN survives; the spread of equal values has a floor; one
-    past value judges nothing; norms can be watched without the loss. And unlike
-    `optax.apply_if_finite`, it never lets a NaN through.
+    Differences from OLMo-core's `SkipStepOptimizer`: values that are not finite stay out of the
+    windows; a skipped state is kept by selection, because NaN survives a product with zero; equal
+    values have a least spread; norms can be watched without the loss.
 
     Example:
       >>> optimizer = skip_step(optax.sgd(1.0), z_max=3.0, window_size=4)
