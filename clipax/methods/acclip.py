@@ -1,4 +1,4 @@
-"""ACClip: momentum, each entry of it against a running mean of its moduli."""
+"""ACClip: momentum whose entries are bounded by a running mean of their moduli."""
 
 import functools
 import math
@@ -111,7 +111,7 @@ def acclip(
         factors = jax.tree.map(functools.partial(hard, eps=eps), sizes, bounds)
         relative = jax.tree.map(functools.partial(_relative, eps=eps), sizes, bounds)
         _, clip = record.update(relative, state.clip)
-        # A mean that overflows is no history either.
+        # Finite updates can have a mean that overflows, which must not be learned either.
         is_finite = _moments.all_finite(momentum, axis_name=axis_name)
         before = state.momentum, state.max_value
         learned = _leaves.choose(is_finite, (momentum, bounds), before)
@@ -122,6 +122,6 @@ def acclip(
 
 
 def _relative(size: Array, bound: Array, eps: jax.typing.ArrayLike) -> Array:
-    """How often the bound goes into the size and eps; 0 for a size of zero."""
+    """`(size + eps) / bound`, or 0 for a size of zero."""
     divisor = jnp.where(size > 0, bound, 1.0)
     return jnp.where(size == 0, 0.0, (size + jnp.asarray(eps).astype(size.dtype)) / divisor)

@@ -1,4 +1,4 @@
-"""AdaGC: each leaf against an average of its own norms."""
+"""AdaGC: bounds each leaf by an average of its own norms."""
 
 import functools
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from clipax.thresholds import Threshold
 
 class AdaGCState(NamedTuple):
     average: Norms
-    """The running average of each leaf's norm; 0 where there has been none."""
+    """The running average of each leaf's norm; 0 before its first nonzero norm."""
     step_count: Array
     """The number of steps with a finite global norm; int32."""
     halved_count: Norms
@@ -104,7 +104,7 @@ def adagc(
     _checks.axes(stack_axis=stack_axis)
     _checks.static(mask=mask)
 
-    # Leaf norms are complete: no mapped axis is summed over again.
+    # The leaf norms already cover all shards, so their sum must not be reduced again.
     norm_of_all = functools.partial(global_norm, axis_name=None if axis_name is None else ())
 
     def init_fn(norms: Norms) -> AdaGCState:
@@ -124,7 +124,7 @@ def adagc(
 
         def bound(norm: Array, average: Array) -> Array:
             first, second = _leaves.in_dtype_of(norm, *start)
-            # An infinite norm times zero is no bound.
+            # The `where` keeps inf * 0 = NaN out of the bound.
             at_start = jnp.where(second == 0, 0, norm) * first * second
             (share,) = _leaves.in_dtype_of(norm, ratio)
             return jnp.where(follows_itself(average), share * average, at_start)

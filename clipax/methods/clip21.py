@@ -1,4 +1,4 @@
-"""Clip21: the clip of how far the updates have moved away."""
+"""Clip21: clips the distance of the updates from a running estimate."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from clipax.norms import global_norm
 
 class Clip21State(NamedTuple):
     estimate: Updates
-    """What came out last; float32 or float64, or complex."""
+    """The running estimate, which came out last; float32, float64 or complex."""
     inner_state: Any
 
 
@@ -102,6 +102,7 @@ def _within_range(update: Array, estimate: Array) -> Array:
 
 
 def _moved(estimate: Array, update: Array, move: Array, clipped: Array) -> Array:
-    # A whole move arrives exactly, which the rounded sum need not, nor at -0.0.
+    # A move that was not clipped arrives at the update exactly, -0.0 included; the rounded sum
+    # need not.
     moved = estimate + clipped
     return _moments.with_derivative_of(jnp.where(clipped == move, update, moved), moved)

@@ -1,4 +1,4 @@
-"""Clipping each leaf by its L2 norm over its number of entries."""
+"""Clipping each leaf by its L2 norm divided by its number of entries."""
 
 import optax
 

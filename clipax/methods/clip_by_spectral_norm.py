@@ -110,7 +110,7 @@ def clip_by_spectral_norm(
     _checks.axes(unit_axis=unit_axis, stack_axis=stack_axis)
     _checks.static(mask=mask)
     norm = functools.partial(leaf_norm, stack_axis=stack_axis)
-    # It remembers what happened, and scales the vectors.
+    # This one records norms, bounds and factors of all leaves, and scales the vectors.
     recorder = clip_by(
         functools.partial(norm, mask=mask),
         max_norm,
@@ -144,7 +144,7 @@ def clip_by_spectral_norm(
         for row, view in views.items():
             bound = view.per_matrix(bounds[row])
             x = _spectral.clip(matrices[row], measured[row], bound, coefficient, iterations)
-            # Chosen in the shape of the leaf, so that what comes out is sharded as it is.
+            # The selection has the shape of the leaf, so the result is sharded as the leaf is.
             clipped[row] = jnp.where(factors[row] == 1, leaves[row], view.leaf(x, leaves[row]))
         return jax.tree.unflatten(treedef, clipped), state
 
@@ -152,7 +152,7 @@ def clip_by_spectral_norm(
 
 
 def _by_leaf(norms: Norms, updates: Updates) -> list[Any]:
-    """What norms that are flat by path, or in a tree, have for each leaf; None where nothing."""
+    """The norm of each leaf, from norms in a flat dict or a tree; None where there is no norm."""
     by_path = _paths.flat(norms)
     return [
         by_path.get(path) if isinstance(by_path, dict) else by_path

@@ -85,7 +85,7 @@ def clip_by_value(
         updates: Updates, state: ClipState, params: Updates | None = None, **extra_args: Any
     ) -> tuple[Updates, ClipState]:
         del params, extra_args
-        # The sides say what happened; the updates they scale are never computed in jit.
+        # The sides only record: under jit, the updates that they scale are never computed.
         pairs = zip(sides, each(state), strict=True)
         states = [side.update(updates, side_state)[1] for side, side_state in pairs]
         tops, bottoms = states[0].max_norm, states[-1].max_norm

@@ -70,7 +70,7 @@ def clippy(
         size = jnp.abs(_leaves.widened(jnp.asarray(update)))
         share, least = _leaves.in_dtype_of(size, ratio, eps)
         bound = share * jnp.abs(jnp.asarray(param)).astype(size.dtype) + least
-        # An update of zero is within a bound of zero.
+        # An update of zero is within a bound of zero, where the quotient would be 0 / 0.
         is_zero = size == 0
         return jnp.where(is_zero, size, size / jnp.where(is_zero, 1, bound))
 

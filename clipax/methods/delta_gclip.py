@@ -1,4 +1,4 @@
-"""Clipping that never shrinks beyond a floor (delta-GClip)."""
+"""Clipping by the global norm with a least factor (delta-GClip)."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""StableAdamW's step: Adam's, shortened where its second moment is out of date."""
+"""StableAdamW's step: Adam's step, shortened where its second moment is out of date."""
 
 import functools
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ class StableAdamState(NamedTuple):
     root_nu: Updates
     """The root of the mean of their squares, bias-corrected."""
     step_count: Array
-    """The number of steps that they have learned from; int32."""
+    """The number of steps in both means; int32."""
 
 
 def scale_by_stable_adam(
@@ -127,7 +127,7 @@ def scale_by_stable_adam(
         _, clip = record.update(relative, state.clip)
         steps = jax.tree.map(lambda m, root: _moments.divided(m, root + like(root)), mu, root_nu)
         clipped = scale_updates(steps, clip.coefficient)
-        # A mean that overflows is no history either.
+        # Finite updates can have a mean that overflows, which must not be learned either.
         is_finite = _moments.all_finite(mu, axis_name=axis_name)
         before = (state.mu, state.root_nu, state.step_count)
         learned = _leaves.choose(is_finite, (mu, root_nu, count), before)

@@ -1,4 +1,4 @@
-"""Steps of a whole optimizer that are left out where a norm or a loss is too large."""
+"""Skipping an optimizer's step where a norm or a loss is too large."""
 
 import functools
 import math
@@ -18,29 +18,29 @@ from clipax.thresholds import bounded
 
 
 class SkipState(NamedTuple):
-    """What was skipped, and what the next steps are held against."""
+    """Which steps were skipped, and the history that the next ones are compared with."""
 
     norm: Array
-    """The global L2 norm of the last updates as they came in; it may be NaN or inf."""
+    """The global L2 norm of the last incoming updates, NaN or inf included."""
     is_skipped: Array
     """Whether the last step was skipped; bool."""
     skipped_count: Array
     """How many steps were skipped in all; int32."""
     consecutive_count: Array
-    """How many in a row up to the last one, without those of `skip_ranges`; int32."""
+    """How many steps in a row were skipped, up to the last, not counting `skip_ranges`; int32."""
     taken_count: Array
     """How many steps were not skipped; int32."""
     threshold: Any
     """The state of the rule that gives `skip_above`."""
     norm_window: Any
-    """The last finite norms, where there is a `z_max`."""
+    """The last finite norms, if `z_max` is set."""
     loss_window: Any
-    """The last losses, where there is a `loss_z_max`."""
+    """The last losses, if `loss_z_max` is set."""
     inner_state: Any
 
     @property
     def step_count(self) -> Array:
-        """How many steps there were in all: the number of the next one."""
+        """How many steps there were in all, which is the number of the next step."""
         return self.taken_count + self.skipped_count
 
 
@@ -154,7 +154,7 @@ def skip_step(
         def window(z: jax.typing.ArrayLike | None) -> Any:
             return optax.EmptyState() if z is None else _window.empty(window_size, zero)
 
-        # Arrays of their own, since a buffer can be donated only once.
+        # Separate arrays, because a buffer can be donated only once.
         counts = zero.astype(jnp.int32), zero.astype(jnp.int32), zero.astype(jnp.int32)
         windows = window(z_max), window(loss_z_max)
         return SkipState(zero, zero != 0, *counts, limit.init(zero), *windows, inner.init(params))
@@ -185,7 +185,8 @@ def skip_step(
         def leave_out(leaf: Any) -> Any:
             return _leaves.choose(is_skipped, _neutral(leaf), leaf)
 
-        # Leaf by leaf: a class that checks the shape of what it holds sees no zero alone.
+        # Leaf by leaf, because a class that checks the shapes of its leaves must never hold a
+        # scalar zero.
         return jax.tree.map(leave_out, new_updates), SkipState(
             norm,
             is_skipped,
@@ -206,7 +207,7 @@ def _counted(happened: Array, count: Array) -> Array:
 
 
 def _checked_ranges(skip_ranges: Any) -> np.ndarray:
-    """The pairs as two rows of an array: where ranges start, and where they stop."""
+    """The pairs as an array of two rows, the starts and the stops."""
     _checks.static(skip_ranges=skip_ranges)
     is_iterable = isinstance(skip_ranges, Iterable) and getattr(skip_ranges, "ndim", 1) > 0
     pairs = [_pair(item) for item in skip_ranges] if is_iterable else [None]
@@ -221,7 +222,7 @@ def _checked_ranges(skip_ranges: Any) -> np.ndarray:
 
 
 def _pair(item: Any) -> tuple[int, int] | None:
-    """A range of steps, or None where this is none."""
+    """The item as a range of steps, or None if it is not one."""
     if not isinstance(item, Sequence | np.ndarray) or isinstance(item, range) or len(item) != 2:
         return None
     start, stop = item
@@ -254,7 +255,7 @@ def _given_loss(norm: Array, loss: Any) -> Array:
 def _watch(
     window: Any, value: Array | None, z_max: jax.typing.ArrayLike | None, first: int
 ) -> tuple[Array | bool, Any]:
-    """Whether a value is a spike over those in the window, and the window with it."""
+    """Whether a value is a spike against the window, and the window with the value added."""
     if value is None or z_max is None:
         return False, window
     mean, std = _window.mean_and_std(window, ddof=1)
@@ -264,9 +265,9 @@ def _watch(
 
 
 def _neutral(leaf: Any) -> Any:
-    """What leaves a parameter as it is when it is added."""
+    """The update that leaves a parameter unchanged when it is added."""
     if not _leaves.holds_numbers(leaf):
         return leaf
     zero = np.zeros((), jnp.asarray(leaf).dtype)
-    # Of -0.0, adding 0.0 would make 0.0.
+    # -0.0 + 0.0 is 0.0, and -0.0 + -0.0 is -0.0.
     return -zero if _leaves.is_measured(leaf) else zero

@@ -1,4 +1,4 @@
-"""Clipping by the global norm without a kink."""
+"""Smooth clipping by the global norm."""
 
 import optax
 

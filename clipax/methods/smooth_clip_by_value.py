@@ -1,4 +1,4 @@
-"""Clipping each entry without a kink."""
+"""Smooth clipping of each entry."""
 
 import functools
 import math
@@ -16,8 +16,8 @@ from clipax.coefficients import in_two, scale_updates, tanh
 from clipax.norms import leaf_norm
 from clipax.thresholds import bounded
 
-# An entry so many times as large as its bound, and all beyond it, count as that many times:
-# their own factor would be subnormal, and is flushed to zero.
+# Entries further above their bound count as this many times the bound, because their own factor
+# would be subnormal and flushed to zero.
 _FARTHEST = 2.0**64
 
 
@@ -84,7 +84,7 @@ def smooth_clip_by_value(
         updates: Updates, state: ClipState, params: Updates | None = None, **extra_args: Any
     ) -> tuple[Updates, ClipState]:
         del params, extra_args
-        # It says what happened; the updates it scales are never computed in jit.
+        # This one only records: under jit, the updates that it scales are never computed.
         _, state = whole_leaves.update(updates, state)
         return _leaves.map_measured(draw, updates, state.max_norm), state
 
@@ -95,7 +95,7 @@ def _draw_leaf(leaf: Any, top: Array, coefficient: Coefficient) -> Array:
     leaf = jnp.asarray(leaf)
     wide = _leaves.wide_dtype(leaf.dtype, top.dtype)
     top = top.astype(wide)
-    # As the leaf is sharded, which a broadcast would not be.
+    # The sum is sharded as the leaf is; a broadcast would not be.
     bounds = top + jnp.zeros_like(leaf, wide)
     if jnp.iscomplexobj(leaf):
         return in_two(coefficient, jnp.abs(leaf).astype(wide), bounds).scale(leaf)

@@ -1,4 +1,4 @@
-"""SPAM's clipping: each entry against its own second moment."""
+"""SPAM's clip: bounds each entry by its own second moment."""
 
 import functools
 import math
@@ -20,9 +20,9 @@ from clipax.thresholds import Threshold, bounded
 class SpamClipState(NamedTuple):
     clip: ClipState
     rms: Updates
-    """The root of each entry's running mean square, after clipping; 0 is no history."""
+    """The root of each entry's running mean square, after clipping; 0 without a history."""
     step_count: Array
-    """The number of the last step that it has learned from, 0 for that of a reset; int32."""
+    """The number of the last step that was learned, which is 0 at a reset; int32."""
 
 
 @injectable
@@ -158,11 +158,11 @@ def _relative(x: Array, usual: Array) -> Array:
 
 
 def _clip_leaf(x: Array, usual: Array, root: Array) -> Array:
-    # An infinite bound would be infinite in the derivative by the ratio too.
+    # The inner `where` keeps an infinite bound out of the derivative with respect to the ratio.
     is_bounded = jnp.isfinite(usual)
     bound = jnp.where(is_bounded, root * jnp.where(is_bounded, usual, 1.0), jnp.inf)
     modulus = jnp.abs(x)
     exceeds = modulus > bound
-    # The direction first: the one factor to the bound can be too small for a float.
+    # Two factors, direction and bound, because their product can be too small for a float.
     direction = _moments.divided(x, jnp.where(exceeds, modulus, 1.0))
     return jnp.where(exceeds, scale_updates(direction, jnp.where(exceeds, bound, 1.0)), x)

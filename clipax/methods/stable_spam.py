@@ -1,4 +1,4 @@
-"""Stable-SPAM: a clip of spiking entries, then a norm for each leaf."""
+"""Stable-SPAM: clips spiking entries, then normalizes each leaf."""
 
 import functools
 import math
@@ -17,14 +17,14 @@ from clipax.coefficients import Factors, hard, in_two, normalized
 from clipax.norms import global_norm, leaf_norm
 from clipax.thresholds import Threshold, fixed, per_norm
 
-# The mean forgets a spike sooner than the root of the squares does, which then divides the
-# usual norms by it. At this share of the root, the spike was some ten million norms or more.
+# The mean forgets a spike sooner than the root mean square does, and meanwhile the quotient is
+# far below one. It falls to this share only after a spike of some ten million norms or more.
 _LEAST_SHARE = 1e-6
 
 
 class StableSpamState(NamedTuple):
     clip: ClipState
-    """What the clip of the entries did, with a scalar a leaf."""
+    """The record of the clip of entries, with a scalar per leaf."""
     moments: Any
     """The moments of the leaves' norms, stacked as by `per_norm`."""
 
@@ -33,7 +33,7 @@ class BoundState(NamedTuple):
     mean: Array
     """The bias-corrected average of the largest modulus."""
     norm_count: Array
-    """How many steps it has seen; int32."""
+    """The number of norms in the average; int32."""
 
 
 class NormState(NamedTuple):
@@ -42,7 +42,7 @@ class NormState(NamedTuple):
     root_mean_square: Array
     """The root of the bias-corrected average of its square."""
     norm_count: Array
-    """How many steps they have seen; int32."""
+    """The number of norms in both averages; int32."""
 
 
 def stable_spam(
@@ -170,7 +170,7 @@ def stable_spam(
         clipped = _leaves.map_measured(_clip_leaf, wide, clip.max_norm, *factors)
         moments = state.moments
         if normalize:
-            # Both halves have a scalar a leaf, and one record of them is enough.
+            # The record of this half is dropped: metrics read that of the first half alone.
             clipped, after = leaves.update(clipped, clip._replace(threshold=moments))
             moments = after.threshold
         return _moments.narrowed(clipped, updates), StableSpamState(clip, moments)
@@ -179,7 +179,7 @@ def stable_spam(
 
 
 def _learned(rule: Callable[..., Any], kind: type, *, is_mapped: bool) -> Threshold:
-    """The rule for each norm, which learns from no step that is not finite in all of them."""
+    """The rule for each norm, learning only from steps in which all norms are finite."""
 
     def start(zero: Array) -> Any:
         averages = [zero + 0 for _ in kind._fields[:-1]]  # type: ignore[attr-defined]
@@ -189,7 +189,7 @@ def _learned(rule: Callable[..., Any], kind: type, *, is_mapped: bool) -> Thresh
 
     def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
         results, learned = lifted.update(norms, state, params, **extra_args)
-        # Leaf norms are complete: no mapped axis is summed over again.
+        # The leaf norms already cover all shards, so their maximum must not be reduced again.
         total = global_norm(norms, math.inf, axis_name=() if is_mapped else None)
         return results, _leaves.choose(jnp.isfinite(total), learned, state)
 
@@ -197,7 +197,7 @@ def _learned(rule: Callable[..., Any], kind: type, *, is_mapped: bool) -> Thresh
 
 
 def _normalized(norm: Array, max_norm: Array) -> Array:
-    # Of a leaf that has no norm, nothing may pass for normalized.
+    # A leaf without a finite norm has no normalized form, so its factor is NaN.
     return jnp.where(jnp.isfinite(norm), normalized(norm, max_norm), jnp.nan)
 
 

@@ -1,4 +1,4 @@
-"""U-Clip: what was clipped off is added to the next update."""
+"""U-Clip: adds what was clipped off to the next update."""
 
 import functools
 from typing import Any, NamedTuple
@@ -13,14 +13,14 @@ from clipax._core._typing import Array, AxisName, Updates
 from clipax.coefficients import hard, in_two
 from clipax.norms import global_norm
 
-# In so many steps, a carry has come out. In float32 one of 2^24 times what comes out would never
-# fall at all: the difference is lost to rounding.
+# A carry comes out within this many steps. Without a limit, a float32 carry of 2^24 times the
+# output would never shrink, because rounding loses the difference.
 _MOST_STEPS = 10_000
 
 
 class UClipState(NamedTuple):
     carry: Updates
-    """What was clipped off so far and is still to come; float32 or float64, or complex."""
+    """What was clipped off and has not come out yet; float32, float64 or complex."""
     carry_norm: Array
     """The global L2 norm of the carry."""
     inner_state: Any
@@ -111,7 +111,7 @@ def u_clip(
         rest = _rest_in_reach if max_carry is None else jnp.subtract
         carry = jax.tree.map(rest, totals, clipped)
         norm = global_norm(carry, axis_name=axis_name)
-        # An entry that is not finite cannot leave a finite remainder.
+        # An update with an entry that is not finite never leaves a finite carry.
         is_finite = jnp.isfinite(norm)
         if max_carry is not None:
             (bound,) = _leaves.in_dtype_of(norm, max_carry)
@@ -123,11 +123,11 @@ def u_clip(
 
 
 def _rest_in_reach(total: Array, clipped: Array) -> Array:
-    """What was clipped off, but no more than can come out in the steps there are."""
+    """What was clipped off, but no more than can come out in `_MOST_STEPS` steps."""
     if jnp.iscomplexobj(total):
         parts = (total.real, clipped.real), (total.imag, clipped.imag)
         return jax.lax.complex(*(_rest_in_reach(*part) for part in parts))
     rest = total - clipped
-    # Where nothing comes out now, as under a bound of zero, nothing says how much may later.
+    # Where nothing comes out now, as under a bound of zero, there is no measure for later steps.
     most = jnp.where(clipped == 0, jnp.inf, _MOST_STEPS * jnp.abs(clipped))
     return jnp.where(jnp.isfinite(rest), jnp.clip(rest, -most, most), rest)
