@@ -42,7 +42,7 @@ def clip_by_global_norm(
     Returns:
       A transformation whose state is a `ClipState` of scalars. Its `update` accepts a known norm
       of the updates as the extra argument `norm=` instead of measuring it; in a chain, every
-      global clip receives it.
+      method with one norm takes it.
 
     Raises:
       ValueError: `max_norm` or `eps` is not a number >= 0; `ord` <= 0; `axis_name` repeats a name.
