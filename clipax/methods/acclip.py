@@ -38,9 +38,9 @@ def acclip(
         max_value_i^p <- decay_bound * max_value_i^p + (1 - decay_bound) * |u_i|^p    (p = ord)
         u_i           <- momentum_i * min(1, max_value_i / (|momentum_i| + eps))
 
-    Both averages start at zero without bias correction, so the first updates are short. The result
-    is already momentum: put `acclip` before `optax.scale_by_learning_rate`, not before Adam. After
-    any finite updates, half of a usual norm passes within 850 steps.
+    Both averages start at zero without bias correction. The result is momentum already, so put it
+    before `optax.scale_by_learning_rate`, not before Adam. After any finite updates, half of a
+    usual norm passes within 850 steps.
 
     Args:
       decay: The weight of the past in the momentum, in [0, 1). The defaults are the paper's.

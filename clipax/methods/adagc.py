@@ -45,17 +45,17 @@ def adagc(
     For the first `warmup_steps`, one factor `h = min(1, warmup_max_norm / global_norm)` scales all
     leaves instead, and `average_l <- min(average_l, h * norm_l)`.
 
-    The current norm does not count in its own bound. Clipped norms pull the average down: where
-    norms scatter much, as with small batches, most steps are clipped unless `raw_history` is set.
-    After any finite norms, half of a usual norm passes within 300 steps: the warm-up, and 200
-    norms in a row above twice their bounds, after which a leaf forgets its average.
+    The current norm does not count in its own bound. After any finite norms, half of a usual norm
+    passes within 300 steps: the warm-up, and 200 norms in a row above twice their bounds, after
+    which a leaf forgets its average.
 
     Args:
       ratio: The bound over the average, > 0. The paper has 1.03 to 1.05.
       decay: The weight of the past in the average, in [0, 1). The paper has 0.98 to 0.99.
       warmup_max_norm: The bound on the global norm during warm-up, > 0. The paper has 1.0.
       warmup_steps: How many steps are clipped by their global norm, >= 1. The paper has 100.
-      raw_history: Whether the averages learn norms before clipping instead of after it.
+      raw_history: Whether the averages learn norms before clipping. By default they learn clipped
+        norms, as in the paper, and sink where norms scatter much, until most steps are clipped.
       stack_axis: The axis along which layers are stacked, as in `clip_by_leaf_norm`.
       mask: Which leaves are clipped and count in the global norm, as in `clip_by_global_norm`.
       axis_name: As in `clip_by_global_norm`.
@@ -83,7 +83,7 @@ def adagc(
     Derivatives are finite, and exist where no norm equals its bound.
 
     Differences from the paper: zero norms are not learned, and an average far below its leaf's
-    norms is forgotten. By the paper's rule, both would hold the leaf at zero or near it for ever.
+    norms is forgotten. Either would hold the leaf near zero for ever.
 
     Example:
       >>> clip = adagc(1.5, warmup_max_norm=100.0, warmup_steps=1)

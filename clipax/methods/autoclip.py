@@ -61,8 +61,8 @@ def autoclip(
 
     Derivatives are finite, and exist where no norm equals its bound or another norm in the window.
 
-    Differences from the paper's code: there is a window; nothing is added to the norm, so a
-    clipped norm ends at the bound; and norms that are not finite are left out.
+    Differences from the paper's code: there is a window, nothing is added to the norm, and norms
+    that are not finite are left out.
 
     Example:
       >>> clip = autoclip(0.5)

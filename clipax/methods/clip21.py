@@ -23,10 +23,10 @@ def clip21(
 ) -> optax.GradientTransformationExtraArgs:
     """Moves a running estimate of the updates by clipped steps and returns it.
 
-    `v <- v + clip(u - v)` from `v = 0`, and `v` comes out. The clip bounds how far the estimate
-    moves in a step. If the updates settle, the estimate reaches them and the clip leaves no bias.
-    After n steps of any finite updates, half of a usual norm passes within n + 1 steps if it is no
-    longer than the bound, because each step moves the estimate by one bound at most.
+    `v <- v + clip(u - v)` from `v = 0`, and `v` comes out. If the updates settle, the estimate
+    reaches them and the clip leaves no bias. After n steps of any finite updates, half of a usual
+    norm passes within n + 1 steps if it is no longer than the bound, because each step moves the
+    estimate by at most one bound.
 
     With several workers, as in the paper, each has its own state and the optimizer takes the mean:
 

@@ -26,10 +26,9 @@ def clip_by_mean_std(
     `max_norm_t = mean + z_max * max(std, 1e-6 * mean)` over the window of
     `norm_{t-W}, ..., norm_{t-1}` with `W = window_size` and the population's `std`.
 
-    The history learns raw norms, before clipping, and the current norm does not count. So a new
-    level becomes the usual one within a window, and a spike raises the bound until it leaves the
-    window. After any finite norms, half of a usual norm passes within 5 steps, or for a smaller
-    `z_max` within half a window and two steps.
+    The history learns raw norms, before clipping, and the current norm does not count. After any
+    finite norms, half of a usual norm passes within 5 steps, or for a smaller `z_max` within half
+    a window and two steps.
 
     Args:
       z_max: How many standard deviations above the mean a norm may lie, > 0. Levanter has 3.

@@ -63,8 +63,8 @@ def clip_by_quantile(
     Derivatives are finite, and exist where no norm equals its bound. Past norms are only counted,
     so only the norm that started the estimate has a derivative.
 
-    Differences from the paper: there is one norm per step, without noise; the estimate starts at
-    the first norm; zero norms do not count; and an estimate that is far too low starts again.
+    Differences from the paper: one norm per step, without noise; the estimate starts at the first
+    norm and again where it is far too low; zero norms do not count.
 
     Example:
       >>> clip = clip_by_quantile(0.5)

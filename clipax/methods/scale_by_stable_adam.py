@@ -38,12 +38,9 @@ def scale_by_stable_adam(
         rms_l = sqrt(mean(|u|^2 / max(nu, eps^2)))
         u_l <- mu / (sqrt(nu) + eps) * min(1, 1 / rms_l)
 
-    with `w = (1 - b) / (1 - b^count)`, which is Adam's bias correction, and `l` for a leaf. After
-    any finite updates, half of a usual norm passes within 17,500 steps: as with Adam, the second
-    moment remembers a spike. In a chain it replaces `optax.scale_by_adam`:
-
-        optax.chain(scale_by_stable_adam(), optax.add_decayed_weights(0.01),
-                    optax.scale_by_learning_rate(1e-3))
+    with `w = (1 - b) / (1 - b^count)`, which is Adam's bias correction, for each leaf `l`. It
+    replaces `optax.scale_by_adam` in a chain. After any finite updates, half of a usual norm
+    passes within 17,500 steps, because the second moment remembers a spike, as in Adam.
 
     Args:
       b1: The weight of the past in the mean, in [0, 1). The defaults are those of optimi.
@@ -74,8 +71,8 @@ def scale_by_stable_adam(
     Derivatives exist where no `rms_l` is 1 and no entry has been zero in every step. There they
     are finite.
 
-    Differences from the paper: weights decay by the full learning rate in the chain above, where
-    the paper's rule shortens that decay too. The step is the same.
+    Differences from the paper: the factor does not shorten the decay of the weights when
+    `optax.add_decayed_weights` follows.
 
     Example:
       >>> adam = scale_by_stable_adam(0.5, 0.75, eps=1e-12)

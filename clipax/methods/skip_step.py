@@ -73,18 +73,17 @@ def skip_step(
     Args:
       inner: A whole optimizer, an `optax.MultiSteps`, or any transformation.
       skip_above: The norm above which a step is skipped, > 0: a number, a scalar array or a
-        schedule `count -> value` that counts the steps with a finite norm, skipped or not. None is
-        never.
-      z_max: How many standard deviations above the mean a norm may lie, > 0. None turns off this
-        rule and its window. OLMo-core has 6.
-      loss_z_max: The same for the loss, which every `update` then takes as the extra argument
-        `loss=`: one number, the same on all devices.
+        schedule `count -> value` over the steps with a finite norm. None is never.
+      z_max: How many standard deviations above the mean a norm may lie, > 0; OLMo-core has 6. None
+        turns this rule off.
+      loss_z_max: The same for the loss, which `update` then takes as `loss=`: one number, the same
+        on all devices.
       window_size: How many values are remembered, >= 2, at one float each. OLMo-core has 128.
-      warmup_steps: From which value on, counting the current one, the rules with a window apply,
-        >= 1; never before the third value. None is half the window.
-      skip_ranges: Steps to skip in any case, as pairs `(start, stop)` with `0 <= start < stop`:
-        the steps `start, ..., stop - 1`, where every call of `update` counts and the first is step
-        0. Pairs may overlap.
+      warmup_steps: The first value, counting the current one, to which a window applies, >= 1, but
+        the third at the earliest. None is half the window.
+      skip_ranges: Steps to skip in any case, as pairs `(start, stop)` with `0 <= start < stop`;
+        step `stop` is not skipped. Every call of `update` is a step, and the first is step 0.
+        Pairs may overlap.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -113,10 +112,6 @@ def skip_step(
 
     Derivatives exist where no watched value equals its bound, and are zero through a skipped step.
     Where that step held a NaN, reverse-mode derivatives are NaN.
-
-    Differences from OLMo-core's `SkipStepOptimizer`: values that are not finite stay out of the
-    windows; a skipped state is kept by selection, because NaN survives a product with zero; equal
-    values have a least spread; norms can be watched without the loss.
 
     Example:
       >>> optimizer = skip_step(optax.sgd(1.0), z_max=3.0, window_size=4)

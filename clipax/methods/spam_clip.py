@@ -39,10 +39,9 @@ def spam_clip(
         u_i <- u_i * min(1, sqrt(square_ratio * v_i) / |u_i|)
         v_i <- decay * v_i + (1 - decay) * |u_i|^2    with the clipped u_i
 
-    `v_i` starts at zero without bias correction, as in Adam, and the current entry does not count
-    in its own bound. A complex entry keeps its phase. Put `spam_clip` before the optimizer: it
-    keeps its own second moments, and the resets of momentum in SPAM are not part of it. After any
-    finite updates, half of a usual norm passes within 100 steps.
+    `v_i` starts at zero without bias correction. The current entry does not count in its own
+    bound. A complex entry keeps its phase. Put `spam_clip` before the optimizer, whose momentum it
+    never resets. After any finite updates, half of a usual norm passes within 100 steps.
 
     Args:
       square_ratio: The bound on an entry's square over the mean of its squares, > 0: a number, a
@@ -60,8 +59,7 @@ def spam_clip(
       A transformation with a `SpamClipState`. `rms`, the root of `v`, has the shapes of the
       parameters, in float32 (float64 for float64 leaves). `clip` is a `ClipState` with a scalar
       per leaf: `norm` is the largest `|u_i| / sqrt(v_i)` of an entry that can be clipped now,
-      `max_norm` is `sqrt(square_ratio)`, and `coefficient` is the smallest factor of an entry, so
-      that `clip_fraction` in `metrics` is the share of leaves with a clipped entry.
+      `max_norm` is `sqrt(square_ratio)`, and `coefficient` is the smallest factor of an entry.
 
     Raises:
       ValueError: An argument is out of its range or not a number, or `reset_every` is not
@@ -80,9 +78,8 @@ def spam_clip(
 
     Derivatives are finite, and exist where no entry equals its bound.
 
-    Differences from the paper: an entry with only zero gradients so far is not clipped, where the
-    paper's bound of zero clips it to zero until the next reset; an infinite entry does not become
-    the bound; the reset is off by default.
+    Differences from the paper: an entry with only zeros so far is not clipped to zero; an infinite
+    entry does not become the bound; the reset is off by default.
 
     Example:
       >>> clip = spam_clip(9.0, decay=0.75, warmup_steps=1)

@@ -63,10 +63,10 @@ def stable_spam(
        `u_i * max_norm / max_i |u_i|`.
     2. AdaGN: `u <- u / |u|_2 * average(|u|_2) / (sqrt(average(|u|_2^2)) + eps)`.
 
-    Put it before Adam. The output forgets how large the gradients are: a leaf's norm is about one
-    where gradients are steady, smaller after a spike, and below 1.41 with the default decays.
-    Plain SGD behind it takes steps that do not shrink towards a minimum. After any finite updates,
-    half of a usual norm passes within 325 steps (693 steps without `normalize`).
+    Put it before Adam, not before plain SGD, because the output forgets how large the gradients
+    are: a leaf's norm is about one where they are steady, smaller after a spike, and below 1.41
+    with these decays. After any finite updates, half of a usual norm passes within 325 steps (693
+    without `normalize`).
 
     Args:
       decay_bound: The weight of the past in the bound on entries, in [0, 1). The defaults are the
@@ -75,8 +75,7 @@ def stable_spam(
       decay_square: The weight of the past in the average squared norm, in [0, 1).
       eps: Added to the root, >= 0, in the unit of the norms.
       clip_entries: Whether the first half acts.
-      normalize: Whether the second half acts. Without it, the method is a clip and keeps the size
-        of entries that are not clipped.
+      normalize: Whether the second half acts; the first alone is a clip.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -104,8 +103,8 @@ def stable_spam(
     Derivatives are finite, and exist where no entry equals the bound and no leaf is zero.
 
     Differences from the paper: a zero leaf is not learned; the averages of the norms start again
-    once `average(|u|_2)` is below 1e-6 of its divisor, after a spike of some ten million norms;
-    and only the part before Adam is here, with step counts of its own.
+    after a spike of some ten million norms; only the part before Adam is here, with its own step
+    counts.
 
     Example:
       >>> clip = stable_spam(decay_bound=0.5, normalize=False)

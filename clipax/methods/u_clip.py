@@ -34,20 +34,18 @@ def u_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds what a clip takes off to the next update.
 
-    `u <- clip(u + carry)` and `carry <- u + carry - clip(u + carry)`, from a carry of zero. Over
-    all steps, the sum of the outputs is the sum of the inputs less the last carry, so while the
-    carry stays bounded, the clipped updates have no bias on average.
-
-    Put it before the optimizer. A carry needs as many steps to come out as it is longer than the
-    bound, and keeps its direction until then. After any finite updates, half of a usual norm
-    passes within 10,000 steps, besides those that `inner` needs, because a longer carry is cut.
+    `u <- clip(u + carry)` and `carry <- u + carry - clip(u + carry)`, from a carry of zero. The
+    sum of the outputs is the sum of the inputs less the last carry, so while the carry stays
+    bounded, the updates have no bias on average. Put it before the optimizer. After any finite
+    updates, half of a usual norm passes within 10,000 steps, besides those of `inner`, because a
+    longer carry is cut.
 
     Args:
       inner: The clip: `clip_by_global_norm(1.0)`, `clip_by_value(1.0)` (the two of the paper) or
         another. It measures the updates with the carry added.
-      max_carry: The bound on the carry's global L2 norm, > 0, in the unit of the updates; a longer
-        carry is scaled to it, and the rest is lost. None bounds each entry by 10,000 times its
-        output. inf is no bound, as in the paper: such a carry may never come out.
+      max_carry: The bound on the carry's global L2 norm, > 0; what is above it is lost. None
+        bounds each entry by 10,000 times its output. inf, as in the paper, is no bound; the carry
+        may then never come out.
       axis_name: As in `clip_by_global_norm`, for the norm of the carry.
 
     Returns:

@@ -37,11 +37,10 @@ def zclip(
         mean  <- decay * mean + (1 - decay) * x
         std^2 <- decay * std^2 + (1 - decay) * (x - mean)^2
 
-    The current norm does not count in its own bound, every norm ends at or under `max_norm`, and
-    the first `warmup_steps` norms give the mean and (population) variance directly. After any
-    finite norms, half of a usual norm passes within 210 steps, because from the 200th spike in a
-    row that is more than twice its bound, spikes enter the history raw. For another `z_max`, it
-    takes about `log(2) / -log(decay)` steps after the 200th.
+    The current norm does not count in its own bound, and the first `warmup_steps` norms give the
+    mean and (population) variance directly. After any finite norms, half of a usual norm passes
+    within 210 steps: from the 200th spike in a row above twice its bound, the history learns raw
+    norms. Another `z_max` needs about `log(2) / -log(decay)` steps after the 200th.
 
     Args:
       z_max: How many standard deviations above the mean a norm may lie, > 0. The defaults are
@@ -54,13 +53,12 @@ def zclip(
         leaf), `block_rms`, ..., or your own.
       spike_bound: The bound of a spike, `(z, mean, std, z_max) -> bound`: `reciprocal_bound`,
         `mean_bound` (the reference's "mean") or `limit_bound` (its "percentile") in
-        `clipax.thresholds`. With `limit_bound`, a norm above `mean + z_max * std` is a spike,
-        without `eps`, as in the reference.
-      factor: Multiplies the bound of a spike, > 0. It is the reference's `clip_factor`, which
-        multiplies `reciprocal_bound` only.
-      raw_history: Whether spikes enter the history raw. Then a new level soon becomes the usual
-        one. From clipped spikes, above all with `mean_bound`, the history learns it late or, if it
-        is less than twice the old level, never.
+        `clipax.thresholds`. The last ignores `eps`, as in the reference.
+      factor: Multiplies the bound of a spike, > 0. The reference's `clip_factor` acts with
+        `reciprocal_bound` only.
+      raw_history: Whether spikes enter the history raw, so that a new level soon becomes the usual
+        one. From clipped spikes, the history learns a new level late, or never if it is less than
+        twice the old one.
       learn_from_spikes: Whether spikes enter the history at all.
       min_std: The share of the mean that counts as no spread, in [0, 1).
       eps: Added to the standard deviation, finite and > 0, in the unit of the norms.
@@ -69,8 +67,8 @@ def zclip(
 
     Returns:
       A transformation whose state is a `ClipState` in the structure of the norms. Its threshold
-      holds the mean, standard deviation and count of each. Without a spike, its `max_norm` is the
-      norm from which one would be.
+      holds the mean, standard deviation and count of each. Without a spike, `max_norm` is the norm
+      that would be one.
 
     Raises:
       ValueError: An argument is out of its range or not a number, or `spike_bound` is not a
@@ -89,10 +87,9 @@ def zclip(
     Derivatives are finite. They exist where no norm is just a spike or just bounded by `max_norm`
     and the history has spread, but not with respect to a `decay` of zero.
 
-    Differences from the paper's code: `min_std` and the raw norms after 200 spikes, without which
-    a history without spread or of tiny norms clips usual norms for ever; a bound that `factor`
-    lifts above the norm is not learned; norms that are not finite are left out; nothing is added
-    to the norm, so a clipped norm ends at the bound.
+    Differences from the paper's code: `min_std`, and raw norms after 200 spikes, without which a
+    history of equal or tiny norms can clip usual norms for ever; norms that are not finite are
+    left out; nothing is added to the norm.
 
     Example:
       >>> clip = zclip(2.0, warmup_steps=2, max_norm=None)
