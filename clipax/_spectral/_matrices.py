@@ -12,7 +12,7 @@ from clipax._core import _compat, _leaves, _mapped
 from clipax._core._typing import Array, Axes, AxisName, LeafRule, Updates
 from clipax.units import output_last
 
-# JAX gives these two no types.
+# JAX gives `PartitionSpec` no types.
 _spec: Callable[..., PartitionSpec] = PartitionSpec
 
 

@@ -60,8 +60,8 @@ def clip_by_global_norm(
     | finite, but the norm overflows its dtype | finite | zeros |
     | masked out, None, integer, bool, float0 leaf | any | unchanged, not measured |
 
-    XLA's CPU and TPU backends flush subnormal numbers to zero, and with them a factor below the
-    smallest normal number (1.2e-38). "Bit for bit" holds for normal numbers.
+    "Bit for bit" holds for normal numbers; XLA's CPU and TPU backends flush subnormal ones (below
+    1.2e-38) to zero. A coefficient below that is applied as two factors and may be recorded as 0.
 
     Example:
       >>> clip = clip_by_global_norm(6.5)
