@@ -100,8 +100,8 @@ def clip_by_spectral_norm(
         _checks.positive_integer(iterations=iterations)
         if coefficient not in (hard, square_root):
             raise ValueError(
-                f"coefficient must be hard or square_root with iterations={iterations}, since"
-                f" matrix products give no other, got {coefficient!r}."
+                f"coefficient must be hard or square_root with iterations={iterations}, because"
+                f" matrix products compute only these two, got {coefficient!r}."
             )
     _checks.axes(unit_axis=unit_axis, stack_axis=stack_axis)
     _checks.static(mask=mask)
