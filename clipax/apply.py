@@ -1,4 +1,4 @@
-"""Clipping without an optimizer, and checks between steps."""
+"""Clipping without an optimizer, and checks to call between steps."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -28,16 +28,16 @@ def clip_tree(
 
     Args:
       updates: Any pytree: gradients, a sum of them, a model's difference, ...
-      transformation: Any method without a history; with one, it has seen nothing yet.
-      params: What `adaptive_grad_clip` measures against.
-      per_leaf: Whether what happened is told leaf by leaf too.
-      **extra_args: What its `update` takes, as `norm=`.
+      transformation: Any method. A history, if it has one, is empty.
+      params: The parameters, for methods whose `update` needs them.
+      per_leaf: Whether the metrics have the values of each leaf too.
+      **extra_args: Extra arguments of the method's `update`, such as `norm=`.
 
     Returns:
-      The clipped tree, and what happened: `clipax.metrics` of the state.
+      The clipped tree, and the `clipax.metrics` of the state.
 
     Raises:
-      ValueError: `transformation` is no transformation.
+      ValueError: `transformation` is not a transformation.
 
     Example:
       >>> clipped, info = clip_tree(jnp.array([3.0, 4.0]), clip_by_global_norm(1.0))
@@ -51,31 +51,33 @@ def clip_tree(
 
 
 def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> Updates:
-    """Passes a tree on unchanged, and clips what flows back through it.
+    """Returns a tree unchanged and clips the gradient that flows back through it.
 
-    Forwards `y = x`; backwards `dx = clip(dy)`. Round the carry of a `lax.scan` it bounds
-    the gradient at every step of back-propagation through time, before it can explode.
-    What it clips is the cotangent of the whole tree: of a batch together, unless it stands
-    inside a `vmap`, and divided by the batch's size already if the loss is a mean. In a
-    `vmap` whose axis has a name, the method needs `axis_name=()` to clip each by itself.
+    The forward pass is `y = x` and the backward pass is `dx = clip(dy)`. Around the carry of a
+    `lax.scan`, it bounds the gradient at every step of back-propagation through time, before it
+    can explode.
+
+    It clips the cotangent of the whole tree. For a batch, that is one cotangent of all examples,
+    already divided by the batch size if the loss is a mean; inside a `vmap`, it is one cotangent
+    per example. If the axis of that `vmap` has a name, the method needs `axis_name=()`.
 
     Args:
       x: Any pytree. Leaves without a tangent (integers) pass through.
-      transformation: Any method without a history or parameters. What it closes over may be
-        traced: a bound, the number of a step, a key.
+      transformation: Any method without a history or parameters. Values that it closes over may
+        be traced: a bound, a step count, a key.
 
     Returns:
-      `x`. Reverse-mode derivatives are clipped; forward-mode ones are not defined. What
-      `transformation` closes over has no gradient.
+      `x`. Reverse-mode derivatives are clipped; forward-mode derivatives are not defined. Values
+      that `transformation` closes over have no gradient.
 
     Raises:
-      ValueError: `transformation` is no transformation.
+      ValueError: `transformation` is not a transformation.
 
     | cotangent | result |
     |---|---|
-    | within the bound | as it was |
+    | within the bound | unchanged |
     | zero | zero |
-    | NaN, inf | as the transformation has it |
+    | NaN, inf | what the transformation makes of it |
 
     Example:
       >>> def loss(x):
@@ -105,23 +107,23 @@ def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> 
 def check_finite(tree: Any, name: str = "tree") -> None:
     """Raises an error that names every leaf with a NaN or inf.
 
-    It is called between steps, on arrays that hold values: gradients, parameters, an
-    optimizer state. `torch.nn.utils.clip_grad_norm_` does this with `error_if_nonfinite`.
+    Call it between steps, on arrays with values: gradients, parameters or an optimizer state.
+    `torch.nn.utils.clip_grad_norm_` does the same with `error_if_nonfinite`.
 
     Args:
-      tree: Any pytree, sharded too.
-      name: What the message calls the tree.
+      tree: Any pytree; it may be sharded.
+      name: The name of the tree in the message.
 
     Raises:
-      FloatingPointError: Some entry is NaN or inf: the message has the path, dtype and shape
-        of each such leaf, and how many entries are which.
+      FloatingPointError: An entry is NaN or inf. The message gives the path, dtype and shape of
+        each such leaf and counts its NaN and inf entries.
       ValueError: A leaf has no value, as under `jit`.
 
     | leaf | result |
     |---|---|
     | finite, empty | passes |
-    | complex, a NaN in either part | a NaN; otherwise an inf in either part is an inf |
-    | None, integer, bool, float0, PRNG key, no array | passes |
+    | complex, a NaN in either part | counts as NaN; otherwise an inf in either part as inf |
+    | None, integer, bool, float0, PRNG key, not an array | passes |
     | traced, or a `jax.ShapeDtypeStruct` | `ValueError` |
 
     Example:
@@ -138,10 +140,10 @@ def check_finite(tree: Any, name: str = "tree") -> None:
         "check_finite",
         name,
         measured,
-        "`jax.debug.callback(clipax.check_finite, tree)` checks in it, and `clipax.skip_step`"
-        " leaves such steps out.",
+        "`jax.debug.callback(clipax.check_finite, tree)` checks inside of jit, and"
+        " `clipax.skip_step` skips such steps.",
     )
-    # All counts are on their way before the first is waited for.
+    # All counts are dispatched before the first is waited for.
     counts = jax.device_get([_count_not_finite(leaf) for _, leaf in measured])
     lines = [
         f"\n  {path or name}: {nans} NaN and {infs} inf of {np.size(leaf)}"
@@ -157,27 +159,27 @@ def check_finite(tree: Any, name: str = "tree") -> None:
 
 
 def check_not_stuck(opt_state: Any, max_consecutive: int) -> None:
-    """Raises an error once `skip_step` has skipped more than so many steps in a row.
+    """Raises an error if `skip_step` has skipped too many steps in a row.
 
-    It is called between steps, every step or now and then. `skip_step` itself skips for as
-    long as it takes, since a compiled step cannot raise.
+    Call it between steps, after every step or from time to time. `skip_step` itself never stops
+    a run, because a compiled step cannot raise an error.
 
     Args:
-      opt_state: An optimizer state with a `SkipState` in it, however deeply nested.
-      max_consecutive: How many skipped steps in a row are still all right, an integer >= 1.
-        Steps in `skip_ranges` do not count.
+      opt_state: An optimizer state that holds a `SkipState`, however deeply nested.
+      max_consecutive: How many skipped steps in a row are allowed, an integer >= 1. Steps in
+        `skip_ranges` do not count.
 
     Raises:
-      RuntimeError: More steps were skipped in a row: the message says how many, where, with
-        which norm, and how to look further.
+      RuntimeError: More steps than that were skipped in a row. The message says how many, in
+        which state, with which norm, and what to check next.
       ValueError: `opt_state` holds no `SkipState`, or has no values, as under `jit`;
         `max_consecutive` is not an integer >= 1.
 
     | opt_state | result |
     |---|---|
     | at most `max_consecutive` skipped up to the last step | passes |
-    | several `SkipState`s, also one in another | each is held against the number |
-    | states of `jax.vmap` | the one with the longest row counts |
+    | several `SkipState`s, also one inside another | each is checked |
+    | states of `jax.vmap` | the member with the most skipped steps in a row is checked |
 
     Example:
       >>> optimizer = skip_step(optax.sgd(1.0))
@@ -192,10 +194,10 @@ def check_not_stuck(opt_state: Any, max_consecutive: int) -> None:
     _checks.positive_integer(max_consecutive=max_consecutive)
     states = list(_skip_states(opt_state, ()))
     if not states:
-        raise ValueError("opt_state must hold a state of skip_step, got one without.")
+        raise ValueError("opt_state must hold a state of skip_step, got a state without one.")
     counts = [(jax.tree_util.keystr(path), state.consecutive_count) for path, state in states]
     check = f"functools.partial(clipax.check_not_stuck, {max_consecutive=})"
-    advice = f"`jax.debug.callback({check}, opt_state)` checks in it."
+    advice = f"`jax.debug.callback({check}, opt_state)` checks inside of jit."
     _require_values("check_not_stuck", "opt_state", counts, advice)
     for path, state in states:
         worst = np.argmax(np.asarray(state.consecutive_count))
@@ -214,8 +216,9 @@ def check_not_stuck(opt_state: Any, max_consecutive: int) -> None:
 _ADVICE = {
     False: "`clipax.check_finite(grads)` names the leaves that are not finite; check the"
     " parameters too, which may come from a bad checkpoint.",
-    True: "It is above `max_norm` or a spike, or the loss is: log `clipax.metrics(opt_state)`,"
-    " whose `raw_norm` shows whether there is a new level, and raise the bound if there is.",
+    True: "The norm is above `skip_above` or is a spike, or the loss is a spike. Log"
+    " `clipax.metrics(opt_state)`, whose `raw_norm` shows whether there is a new level, and raise"
+    " the bound if there is.",
 }
 
 
@@ -235,7 +238,7 @@ def _require_values(function: str, name: str, leaves: list[tuple[str, Any]], adv
         if isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)):
             raise ValueError(
                 f"{function} needs values, got {leaf!r} at {path!r} of {name}."
-                f" Call it outside of jit, on what comes out; {advice}"
+                f" Call it outside of jit, on the results; {advice}"
             )
 
 
@@ -243,7 +246,7 @@ def _count_not_finite(leaf: Any) -> tuple[Any, Any]:
     """How many entries are NaN, and how many are inf."""
     if isinstance(leaf, jax.Array):
         return _counts(leaf)
-    # Without JAX, which would round doubles.
+    # NumPy, because JAX would round doubles to float32.
     return np.isnan(leaf).sum(), (~np.isfinite(leaf) & ~np.isnan(leaf)).sum()
 
 
@@ -256,11 +259,11 @@ def _counts(leaf: Array) -> tuple[Array, Array]:
 def _opened(
     function: Callable[..., Any], leaves: list[Array]
 ) -> tuple[Callable[..., list[Array]], list[Array]]:
-    """A function `(closed_over, leaves) -> leaves`, and what the given one closes over.
+    """Converts a closure into a function `(closed_over, leaves) -> leaves` and its values.
 
-    The backward pass runs in another trace, which no traced value of this one may enter but
-    through the residuals. `jax.closure_convert` finds floats alone; the constants of a
-    program are all that there are.
+    The backward pass is another trace, and traced values of this trace can enter it only as
+    residuals. `jax.closure_convert` finds only floats; the constants of the traced program are
+    all values that the closure holds.
     """
     program = jax.make_jaxpr(function)(leaves)
     implementations = [
@@ -277,7 +280,7 @@ def _opened(
         values = list(map(rewrapped, closed_over, implementations))
         return list(core.jaxpr_as_fun(core.ClosedJaxpr(program.jaxpr, values))(*leaves))
 
-    # As their data, since keys cannot leave a branch of `cond` as residuals (jax 0.7).
+    # Keys become their data, because in jax 0.7 keys cannot leave a branch of `cond` as residuals.
     closed_over = [
         value if implementation is None else jax.random.key_data(value)
         for value, implementation in zip(program.consts, implementations, strict=True)

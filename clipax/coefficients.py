@@ -1,4 +1,4 @@
-"""The coefficient axis, and the one place where updates are scaled."""
+"""The coefficient axis: factors that scale updates to their bounds."""
 
 from typing import Any, NamedTuple
 
@@ -13,13 +13,13 @@ from clipax._core._typing import Array, Coefficient, Norms, Updates
 def hard(norm: Array, max_norm: Array, *, eps: jax.typing.ArrayLike = 0.0) -> Array:
     """Computes `coefficient = min(1, max_norm / (norm + eps))`.
 
-    It never divides by zero, nor does its derivative.
+    Neither the coefficient nor its derivative divides by zero.
 
     Args:
       norm: Norms, of any shape.
       max_norm: Bounds in the same shape, >= 0.
-      eps: Added to the norm; 1e-6 is torch's rule, to the last bit, under which a clipped
-        norm ends just below the bound.
+      eps: Added to the norm, >= 0. With 1e-6 this is torch's rule to the last bit, under which a
+        clipped norm ends just below the bound.
 
     Returns:
       Factors in [0, 1] in the shape of `norm`.
@@ -42,15 +42,15 @@ def hard(norm: Array, max_norm: Array, *, eps: jax.typing.ArrayLike = 0.0) -> Ar
     # The inner `where` keeps 0 / 0 out of the derivative.
     divisor = jnp.where(within, 1.0, norm)
     quotient = max_norm / divisor
-    # With an eps, torch multiplies by the inverse, which is not the quotient to the last bit.
-    # The inverse of the largest norms is subnormal, and would be flushed to zero.
+    # With an eps, torch multiplies by the inverse, which differs from the quotient in the last
+    # bit. The largest norms take the quotient: their inverse is subnormal and flushed to zero.
     by_inverse = (eps != 0) & (divisor < np.finfo(norm.dtype).max / 8)
     product = jnp.minimum(1.0, max_norm * (1.0 / divisor))
     return jnp.where(within, 1.0, jnp.where(by_inverse, product, quotient))
 
 
 def unclipped(norm: Array, max_norm: Array) -> Array:
-    """Computes `coefficient = 1`: everything passes, NaN and inf too.
+    """Computes `coefficient = 1`, so that everything passes, NaN and inf included.
 
     Example:
       >>> unclipped(jnp.array([5.0]), jnp.array([1.0]))
@@ -61,11 +61,13 @@ def unclipped(norm: Array, max_norm: Array) -> Array:
 
 
 def rational(norm: Array, max_norm: Array) -> Array:
-    """Computes `coefficient = 1 / (1 + norm / max_norm)`: a smooth bound, soon felt.
+    """Computes `coefficient = 1 / (1 + norm / max_norm)`, a smooth bound.
+
+    Of the smooth coefficients, it shortens small updates the most.
 
     Args:
       norm: Norms, of any shape.
-      max_norm: Bounds in the same shape, >= 0; scaled norms come close to them.
+      max_norm: Bounds in the same shape, >= 0, which scaled norms approach from below.
 
     Returns:
       Factors in [0, 1] in the shape of `norm`, with finite derivatives.
@@ -88,13 +90,14 @@ def rational(norm: Array, max_norm: Array) -> Array:
 
 
 def square_root(norm: Array, max_norm: Array) -> Array:
-    """Computes `coefficient = 1 / sqrt(1 + (norm / max_norm)^2)`: a smooth bound.
-
-    Args and edge cases are those of `rational`.
+    """Computes `coefficient = 1 / sqrt(1 + (norm / max_norm)^2)`, a smooth bound.
 
     Args:
       norm: Norms, of any shape.
-      max_norm: Bounds in the same shape, >= 0; scaled norms come close to them.
+      max_norm: Bounds in the same shape, >= 0, which scaled norms approach from below.
+
+    Returns:
+      Factors in [0, 1] with the edge cases of `rational`.
 
     Example:
       >>> square_root(jnp.array([0.0, 0.75]), jnp.ones(2))
@@ -107,13 +110,15 @@ def square_root(norm: Array, max_norm: Array) -> Array:
 def tanh(norm: Array, max_norm: Array) -> Array:
     """Computes a smooth bound from the hyperbolic tangent.
 
-    `coefficient = tanh(x) / x` of `x = norm / max_norm`.
-
-    Args and edge cases are those of `rational`. Of the three, it is nearest to `hard`.
+    `coefficient = tanh(x) / x` for `x = norm / max_norm`. Of the smooth coefficients, it is
+    nearest to `hard`.
 
     Args:
       norm: Norms, of any shape.
-      max_norm: Bounds in the same shape, >= 0; scaled norms come close to them.
+      max_norm: Bounds in the same shape, >= 0, which scaled norms approach from below.
+
+    Returns:
+      Factors in [0, 1] with the edge cases of `rational`.
 
     Example:
       >>> tanh(jnp.array([0.0, 20.0]), jnp.ones(2))
@@ -121,12 +126,13 @@ def tanh(norm: Array, max_norm: Array) -> Array:
     """
     quotient, numerator = _smaller_over_larger(norm, max_norm)
     is_small = numerator == 1
-    # Near zero the derivative of a quotient would cancel, and divide by a square that vanishes.
+    # Near zero a series, because the derivative of the quotient cancels there and divides by a
+    # square that underflows.
     x = jnp.where(quotient > 0.01, quotient, 1.0)
     square = jnp.square(jnp.where(quotient > 0.01, 0.0, quotient))
     series = 1 - square / 3 * (1 - square * 2 / 5 * (1 - square * 17 / 42))
     above_zero = jnp.where(quotient > 0.01, jnp.tanh(x) / x, series)
-    # Of 50 and of all beyond, tanh is one.
+    # Beyond 50, tanh is one. The floor keeps the inverse finite.
     beyond = quotient * jnp.tanh(1 / jnp.maximum(quotient, 0.02))
     return jnp.where(is_small, above_zero, beyond)
 
@@ -134,23 +140,23 @@ def tanh(norm: Array, max_norm: Array) -> Array:
 def normalized(norm: Array, max_norm: Array) -> Array:
     """Computes `coefficient = max_norm / norm`, which lengthens short updates too.
 
-    It sets a norm where the others bound it: `clip_by(global_norm, 1.0, normalized)` is
-    normalized descent, whose steps all have one length.
+    It sets the norm to `max_norm` instead of bounding it: `clip_by(global_norm, 1.0, normalized)`
+    is normalized descent, whose steps all have the same length.
 
     Args:
       norm: Norms, of any shape.
-      max_norm: What they become, in the same shape, >= 0.
+      max_norm: The norms after scaling, in the same shape, >= 0.
 
     Returns:
-      Factors >= 0 in the shape of `norm`, more than one for norms below `max_norm`. They
-      stay finite: the largest number of their dtype stands for all beyond it.
+      Factors >= 0 in the shape of `norm`, above one for norms below `max_norm` and at most the
+      largest number of their dtype.
 
     | norm | max_norm | coefficient |
     |---|---|---|
     | 0 | any | 1: zero stays zero |
     | > 0 | 0 | 0 |
     | inf | finite | 0 |
-    | any, inf too | inf | 1: there is no norm to give |
+    | any, inf too | inf | 1: no finite norm can be set |
     | NaN | any | NaN |
 
     Example:
@@ -158,33 +164,33 @@ def normalized(norm: Array, max_norm: Array) -> Array:
       Array([0.2, 2. ], dtype=float32)
     """
     is_kept = (norm == 0) | (jnp.isposinf(max_norm) & ~jnp.isnan(norm))
-    # The inner `where`s keep what is not taken out of the derivative.
+    # The inner `where`s keep the quotient out of the derivative where it is not used.
     quotient = jnp.where(is_kept, 1.0, max_norm) / jnp.where(is_kept, 1.0, norm)
     return jnp.minimum(quotient, np.finfo(norm.dtype).max)
 
 
 def auto_s(eps: jax.typing.ArrayLike = 0.01) -> Coefficient:
-    """Makes `coefficient = max_norm / (norm + eps)`: AUTO-S.
+    """Makes the coefficient `max_norm / (norm + eps)` of AUTO-S.
 
-    For the gradients of examples (`clipped_grad`): all become about `max_norm` long, but for
-    those that are hardly longer than `eps`. With `eps=0` it is `normalized`.
+    It is meant for the gradients of single examples (`clipped_grad`): all of them get a norm of
+    about `max_norm`, except those that are not much longer than `eps`. `eps=0` gives `normalized`.
 
     Args:
-      eps: What is added to the norm, >= 0.
+      eps: Added to the norm, >= 0, in the unit of the norms. The paper has 0.01.
 
     Returns:
-      A coefficient, with the edge cases of `normalized`; it may be more than one.
+      A coefficient with the edge cases of `normalized`; it may exceed one.
 
     Raises:
-      ValueError: `eps` is no number >= 0.
+      ValueError: `eps` is not a number >= 0.
 
     Example:
       >>> auto_s(eps=1.0)(jnp.array([4.0, 0.0]), jnp.ones(2))
       Array([0.2, 1. ], dtype=float32)
 
     References:
-      Bu et al., Automatic Clipping: Differentially Private Deep Learning Made Easier and
-      Stronger, 2022, arXiv:2206.07136.
+      Bu, Wang, Zha, Karypis, "Automatic clipping: differentially private deep learning made
+      easier and stronger", 2022, https://arxiv.org/abs/2206.07136
     """
     _checks.scalar(_checks.non_negative, eps=eps)
 
@@ -196,29 +202,29 @@ def auto_s(eps: jax.typing.ArrayLike = 0.01) -> Coefficient:
 
 
 def psac(eps: jax.typing.ArrayLike = 0.1) -> Coefficient:
-    """Makes `coefficient = max_norm / (norm + eps / (norm + eps))`.
+    """Makes the coefficient `max_norm / (norm + eps / (norm + eps))` of DP-PSAC.
 
-    As `auto_s`, but the factor does not grow without end towards a norm of zero. There it is
-    `max_norm`; it is largest at a norm of `sqrt(eps) - eps`, where it is
-    `max_norm / (2 * sqrt(eps) - eps)`, and falls from there. So small gradients are
-    lengthened too: with an `eps` of 0.1 and a bound of 1, a norm of 0.2 becomes 0.375.
+    Unlike that of `auto_s`, this factor stays bounded as the norm goes to zero. It is `max_norm`
+    at zero, rises to `max_norm / (2 * sqrt(eps) - eps)` at a norm of `sqrt(eps) - eps`, and falls
+    from there. Small gradients are lengthened too: with an `eps` of 0.1 and a bound of 1, a norm
+    of 0.2 becomes 0.375.
 
     Args:
-      eps: > 0; 0.1 and 0.01 are usual.
+      eps: The strength of that correction, > 0; 0.1 and 0.01 are usual.
 
     Returns:
-      A coefficient, with the edge cases of `normalized`; it may be more than one.
+      A coefficient with the edge cases of `normalized`; it may exceed one.
 
     Raises:
-      ValueError: `eps` is no number > 0.
+      ValueError: `eps` is not a number > 0.
 
     Example:
       >>> psac(eps=1.0)(jnp.array([1.0, 0.0]), jnp.ones(2))
       Array([0.6666667, 1.       ], dtype=float32)
 
     References:
-      Xia et al., Differentially Private Learning with Per-Sample Adaptive Clipping, 2022,
-      arXiv:2212.00328. The formula is that of public implementations.
+      Xia et al., "Differentially private learning with per-sample adaptive clipping", 2022,
+      https://arxiv.org/abs/2212.00328 (the formula is that of public implementations)
     """
     _checks.scalar(_checks.positive, eps=eps)
 
@@ -232,15 +238,18 @@ def psac(eps: jax.typing.ArrayLike = 0.1) -> Coefficient:
 def scale_updates(updates: Updates, coefficients: Norms) -> Updates:
     """Multiplies updates by a tree prefix of coefficients: `u <- c * u`.
 
-    The product is taken in float32 (float64 where a factor or a leaf is) and returns to
-    the leaf's own dtype, so a factor of one is the identity, bit for bit, for every
-    normal number. A complex leaf keeps its phase. None in `coefficients` and leaves that
-    are not measured pass through.
+    The product is computed in float32 (float64 where a factor or a leaf is) and rounded to the
+    leaf's own dtype, so a factor of one is the identity, bit for bit, for every normal number. A
+    complex leaf keeps its phase. Leaves that are not measured, or whose coefficient is None, pass
+    through.
 
     Args:
       updates: Any pytree.
-      coefficients: A tree prefix of it, or a dict from paths such as "encoder/kernel"; each
-        leaf broadcasts against what it scales.
+      coefficients: A tree prefix of `updates`, or a dict from paths such as "encoder/kernel".
+        Each coefficient broadcasts against the leaves that it scales.
+
+    Returns:
+      The scaled updates, in the structure and dtypes of `updates`.
 
     Example:
       >>> scale_updates({"w": jnp.array([3.0, 4.0]), "n": 7}, jnp.array(0.5))
@@ -250,10 +259,10 @@ def scale_updates(updates: Updates, coefficients: Norms) -> Updates:
 
 
 class Factors(NamedTuple):
-    """A coefficient as a product, since one float cannot hold it where it is very small."""
+    """A coefficient as a product of two factors, because it can be too small for one float."""
 
     first: Norms
-    """1, but for a power of two where the coefficient is below the smallest normal float."""
+    """1, or a power of two where the coefficient is below the smallest normal float."""
     second: Norms
 
     @property
@@ -265,7 +274,7 @@ class Factors(NamedTuple):
 
 
 def in_two(coefficient: Coefficient, norms: Norms, max_norms: Norms) -> Factors:
-    """The coefficient of each norm in two factors, so that the largest floats can be clipped."""
+    """Splits the coefficient of each norm into two factors, so that any float can be clipped."""
     sizes, treedef = jax.tree.flatten(norms)
     rows = zip(sizes, _leaves.up_to(treedef, max_norms), strict=True)
     pairs = [_in_two(coefficient, norm, max_norm) for norm, max_norm in rows]
@@ -276,28 +285,29 @@ def _in_two(coefficient: Coefficient, norm: Array, max_norm: Array) -> tuple[Arr
     whole = coefficient(norm, max_norm)
     limits = np.finfo(norm.dtype)
     half = 2.0 ** -(limits.maxexp // 2)
-    # So far above its bound, a norm and one that is less by a factor leave the same direction.
+    # This far above the bound, coefficients fall as `max_norm / norm`, so a power of two can move
+    # from the norm to a factor of its own. The direction stays for any coefficient.
     is_far = (norm * half > max_norm / half**0.5) & (max_norm > 0) & jnp.isfinite(norm)
     is_lost = is_far & (whole < limits.tiny)
     is_lost_by_half = norm * half > max_norm * 2.0 ** (limits.maxexp * 7 // 8)
     inverse = jnp.where(is_lost, jnp.where(is_lost_by_half, 1 / limits.tiny, 1 / half), 1)
-    # A quotient: what is cheaper, XLA computes again in the kernel of every leaf.
+    # A quotient, because XLA would compute anything cheaper again in the kernel of every leaf.
     first = 1 / inverse.astype(norm.dtype)
     return first, coefficient(norm * first, max_norm)
 
 
 def _smaller_over_larger(norm: Array, max_norm: Array) -> tuple[Array, Array]:
-    """`x = norm / max_norm` or its inverse, in [0, 1], and 1 or that inverse.
+    """Returns `x = norm / max_norm` or its inverse, whichever is in [0, 1], and 1 or that inverse.
 
-    A coefficient `f(x)` that falls as `1 / x` is the second times a function of the first
-    with nothing that overflows.
+    A coefficient `f(x)` that falls as `1 / x` is the second result times a function of the first,
+    and nothing in it overflows.
     """
     within = norm <= max_norm
     smaller, larger = jnp.where(within, norm, max_norm), jnp.where(within, max_norm, norm)
-    # Of zero and zero, and of inf and inf, the quotient counts as zero.
+    # 0 / 0 and inf / inf count as zero.
     is_zero = (larger == 0) | jnp.isposinf(larger)
-    # That of zero is zero for all norms: by them it has no derivative, which the square of a
-    # small one would make NaN.
+    # Under a bound of zero the quotient is zero for every norm, so its derivative with respect to
+    # the norm is zero. Without `stop_gradient`, the square of a small norm would make it NaN.
     divisor = jnp.where(smaller == 0, jax.lax.stop_gradient(larger), larger)
     quotient = jnp.where(is_zero, 0.0, smaller) / jnp.where(is_zero, 1.0, divisor)
     return quotient, jnp.where(within, 1.0, quotient)

@@ -1,4 +1,4 @@
-"""What happened, as a flat dict of scalars for a logger."""
+"""Reading the states of clipax into a flat dict of scalars for a logger."""
 
 import functools
 import itertools
@@ -23,42 +23,43 @@ _WRAPPERS = (ObserveState, SkipState)
 def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
     """Reads every clipax state in an optimizer state, however deeply it is nested.
 
-    Works inside and outside `jit`, on the state of any chain, mask, partition, injection
-    or accumulation.
+    It works inside and outside `jit`, on the state of any chain, mask, partition, injection or
+    accumulation.
 
     Args:
       opt_state: Any pytree that holds states of clipax.
-      per_leaf: Whether each leaf's own norms are given too, with its path in the key.
+      per_leaf: Whether to add the values of each leaf, with its path in the key.
 
     Returns:
-      A dict from names to scalars, copies of what the state holds. Of a state with an axis of
-      members, as `vmap` makes it, each has that axis; where all norms are of units or layers,
-      only `jax.vmap(clipax.metrics)` knows it. A clipping state gives
+      A dict from names to scalars, which are copies. A clipping state gives
 
       | key | value |
       |---|---|
-      | `norm` | the norm before clipping; of several, the largest |
-      | `clipped_norm` | the norm after, `coefficient * norm`; of several, the largest |
-      | `max_norm` | the bound; of several, the largest |
-      | `coefficient` | the factor; of several, the smallest |
+      | `norm` | the norm before clipping, the largest of several |
+      | `clipped_norm` | the norm after clipping, `coefficient * norm`, the largest of several |
+      | `max_norm` | the bound, the largest of several |
+      | `coefficient` | the factor, the smallest of several |
       | `clip_fraction` | the share of norms whose factor is not one |
-      | `norm_q50`, `norm_q90`, `norm_q99` | quantiles of a window of norms, where there is one |
+      | `norm_q50`, `norm_q90`, `norm_q99` | quantiles of the window of norms, if there is one |
 
-      with `per_leaf`, also `norm/<path>`, `clipped_norm/<path>`, `max_norm/<path>` and
-      `coefficient/<path>`; an `observe` state gives `norm_in`, `norm_out`, `cosine`. A
+      and, with `per_leaf`, `norm/<path>`, `clipped_norm/<path>`, `max_norm/<path>` and
+      `coefficient/<path>`. An `observe` state gives `norm_in`, `norm_out` and `cosine`. A
       `skip_step` state gives
 
       | key | value |
       |---|---|
-      | `raw_norm` | the norm of what came in, NaN and inf too |
-      | `is_skipped` | 1 where the last step was skipped, else 0; its mean is the share |
+      | `raw_norm` | the norm of the incoming updates, NaN and inf included |
+      | `is_skipped` | 1 if the last step was skipped, else 0; its mean is the share |
       | `skipped` | how many steps were skipped in all |
-      | `consecutive_skipped` | how many in a row up to the last one, without `skip_ranges` |
+      | `consecutive_skipped` | how many in a row, up to the last, not counting `skip_ranges` |
 
-      and what its inner state gives, which after a skipped step is that of the last one
-      taken. Names that lead to a state (of `optax.named_chain`, the labels of
-      `optax.partition`) come before its keys, as `grads/norm`. States of one kind that no
-      name tells apart are numbered in their order, as `0/norm`, `1/norm`.
+      and the values of its inner state, which after a skipped step are those of the last step
+      that was taken.
+
+      Names on the way to a state, from `optax.named_chain` or the labels of `optax.partition`,
+      precede its keys, as in `grads/norm`. States of one kind with equal names are numbered in
+      order, as in `0/norm`, `1/norm`. If `vmap` gave the states an axis of members, every value
+      has that axis; where all norms are of units or layers, use `jax.vmap(clipax.metrics)`.
 
     | opt_state | result |
     |---|---|
@@ -81,7 +82,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
         for _ in range(_axes_of_members(state)):
             read = jax.vmap(read)
         for key, value in read(state).items():
-            # Its own array: that of the state may be donated to the next step.
+            # A copy, because the array of the state may be donated to the next step.
             result[f"{name}/{key}" if name else key] = jnp.copy(value)
     return result
 
@@ -91,13 +92,13 @@ def _read(state: Any, per_leaf: bool) -> dict[str, Array]:
 
 
 def _axes_of_members(state: Any) -> int:
-    """How many axes of members a state has, as `vmap` adds one."""
+    """How many axes of members a state has; each `vmap` adds one."""
     if not isinstance(state, ClipState):
         scalar = state.norm_in if isinstance(state, ObserveState) else state.is_skipped
         return int(jnp.ndim(scalar))
     if not all(map(jnp.ndim, jax.tree.leaves(state))):
         return 0
-    # Norms of units and layers are arrays themselves, which keep summed axes with one entry.
+    # Norms of units and layers have axes without any `vmap`: a summed axis stays, with one entry.
     shapes = {norm.shape for norm in jax.tree.leaves(state.norm)}
     if len(shapes) == 1:
         (shape,) = shapes
@@ -124,7 +125,7 @@ def _is_state(node: Any) -> bool:
 
 
 def _distinct(named: list[tuple[str, type]]) -> list[str]:
-    """The names, numbered where a name and kind occur more than once."""
+    """The names, with a number where a name and kind occur more than once."""
     totals, distinct = Counter(named), []
     taken = {(name, kind) for name, kind in named if totals[name, kind] == 1}
     for name, kind in named:
@@ -171,7 +172,7 @@ def _clipped(state: ClipState, per_leaf: bool) -> dict[str, Array]:
 
 
 def _clipped_norm(norm: Array, max_norm: Array, coefficient: Array) -> Array:
-    # A coefficient below the smallest normal number is recorded as zero.
+    # A coefficient below the smallest normal number is recorded as zero, but did clip.
     is_lost = (coefficient == 0) & jnp.isfinite(norm) & (norm > 2.0**64)
     return jnp.where(is_lost, jnp.minimum(norm, max_norm), norm * coefficient)
 
@@ -187,7 +188,7 @@ def _extreme(name: str, *leaves: Array) -> Array:
 def _clip_fraction(coefficient: Norms) -> Array:
     leaves = jax.tree.leaves(coefficient)
     total = sum(leaf.size for leaf in leaves)
-    # A NaN factor changes the updates, and counts.
+    # A NaN factor changes the updates, so it counts as clipped.
     zero = jnp.zeros((), jnp.int32)
     clipped = sum((jnp.sum(~(leaf >= 1), dtype=jnp.int32) for leaf in leaves), start=zero)
     return clipped.astype(jnp.float32) / max(total, 1)

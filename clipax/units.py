@@ -1,4 +1,4 @@
-"""What counts as a unit: rules `(path, leaf) -> axes` for `unit_axis`."""
+"""Rules `(path, leaf) -> axes` for `unit_axis`, which say what counts as a unit."""
 
 from typing import Any
 
@@ -9,25 +9,31 @@ from clipax._core._typing import Axes
 
 
 def output_last(path: str, leaf: Any) -> Axes:
-    """Units along the last axis, as Flax and Haiku lay out kernels; vectors are one."""
+    """Counts units along the last axis, as in kernels of Flax and Haiku.
+
+    A vector is one unit.
+    """
     del path
     return None if jnp.ndim(leaf) <= 1 else -1
 
 
 def output_first(path: str, leaf: Any) -> Axes:
-    """Units along the first axis, as torch lays out weights (timm); vectors are one."""
+    """Counts units along the first axis, as in weights of torch and timm.
+
+    A vector is one unit.
+    """
     del path
     return None if jnp.ndim(leaf) <= 1 else 0
 
 
 def nfnets(path: str, leaf: Any) -> Axes:
-    """The units of NFNets and optax: a matrix's columns, a kernel's output channels.
+    """Counts units as NFNets and optax do: matrix columns and output channels.
 
-    With one axis longer than one, or none, the leaf is one unit. Rank 3 is read as
-    attention: all but the first axis count units. Rank 4 and above: the last axis does.
+    A leaf with at most one axis longer than one is one unit. A leaf of rank 3 is read as
+    attention, where all axes but the first count units. From rank 4 on, the last axis does.
 
     Raises:
-      ValueError: The leaf may be a shard, and its shape does not tell that of the whole.
+      ValueError: The leaf may be a shard whose shape does not show that of the whole leaf.
     """
     shape = jnp.shape(leaf)
     if sum(size != 1 for size in shape) <= 1:
@@ -42,6 +48,6 @@ def nfnets(path: str, leaf: Any) -> Axes:
 
 
 def whole_leaf(path: str, leaf: Any) -> Axes:
-    """Each leaf is one unit, as in Dreamer's adaptive clipping."""
+    """Makes each leaf one unit, as in Dreamer's adaptive clipping."""
     del path, leaf
     return None

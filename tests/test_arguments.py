@@ -149,5 +149,5 @@ def test_axes_are_refused_with_the_name_of_the_argument() -> None:
 def test_names_of_axes_are_no_function() -> None:
     for factory in FACTORIES.values():
         given = trees.required(factory, trees.ACTIVE)
-        with pytest.raises(ValueError, match="axis_name must be a name, several, or a tree"):
+        with pytest.raises(ValueError, match="axis_name must be a name, several names, or a tree"):
             factory(**given, axis_name=lambda path, leaf: "x")

@@ -1,4 +1,4 @@
-"""Argument checks: each names the argument, what was given and what is right."""
+"""Argument checks, whose errors name the argument, what was given and what would be right."""
 
 import inspect
 import math
@@ -15,27 +15,27 @@ from clipax._core import _rules
 
 
 def is_schedule(value: Any) -> bool:
-    # A callable pytree without numbers, as a module of static fields, is no tree of bounds.
+    # A callable pytree without numbers, such as a module of static fields, is no tree of bounds.
     return _rules.is_function(value) or (callable(value) and not jax.tree.leaves(value))
 
 
 def non_negative(**arguments: Any) -> None:
-    """Requires numbers >= 0, where a number is given; `inf` is one."""
+    """Requires numbers >= 0, `inf` included."""
     _require(arguments, lambda value: value >= 0, "a number >= 0")
 
 
 def positive(**arguments: Any) -> None:
-    """Requires numbers > 0, where a number is given; `inf` is one."""
+    """Requires numbers > 0, `inf` included."""
     _require(arguments, lambda value: value > 0, "a number > 0")
 
 
 def non_positive(**arguments: Any) -> None:
-    """Requires numbers <= 0, where a number is given; `-inf` is one."""
+    """Requires numbers <= 0, `-inf` included."""
     _require(arguments, lambda value: value <= 0, "a number <= 0")
 
 
 def finite_positive(**arguments: Any) -> None:
-    """Requires finite numbers > 0, where a number is given."""
+    """Requires finite numbers > 0."""
     _require(arguments, lambda value: 0 < value < math.inf, "a finite number > 0")
 
 
@@ -45,32 +45,32 @@ def finite_non_negative(**arguments: Any) -> None:
 
 
 def inside_unit_interval(**arguments: Any) -> None:
-    """Requires numbers in (0, 1), where a number is given: quantiles."""
+    """Requires numbers in (0, 1), such as quantiles."""
     _require(arguments, lambda value: 0 < value < 1, "a number in (0, 1)")
 
 
 def decay_rate(**arguments: Any) -> None:
-    """Requires numbers in [0, 1), where a number is given: the EMA weight of the past."""
+    """Requires numbers in [0, 1), such as the weight of the past in an average."""
     _require(arguments, lambda value: 0 <= value < 1, "a number in [0, 1)")
 
 
 def bound(requirement: Callable[..., None], **arguments: Any) -> None:
-    """Checks every number in a bound: a number, a schedule or a tree of them."""
+    """Applies a requirement to every number in a bound, which may be a tree of them."""
     for name, value in arguments.items():
         found = jax.tree_util.tree_leaves_with_path(value, is_leaf=_is_bound_leaf_or_none)
         for path, leaf in found:
-            # A class may have fields without a value, as a layer without bias.
+            # A class may have fields without a value, such as the bias of a layer without one.
             is_empty_field = leaf is None and path and isinstance(path[-1], GetAttrKey)
             if not is_schedule(leaf) and not is_empty_field:
                 requirement(**{name + jax.tree_util.keystr(path): leaf})
 
 
 def one_bound(requirement: Callable[..., None], **arguments: Any) -> None:
-    """As `bound`, for methods that have one norm and so take no tree of bounds."""
+    """Applies a requirement to a bound that may not be a tree, for methods with one norm."""
     for name, value in arguments.items():
         is_one = value is None or is_bound_leaf(value) or jax.tree_util.all_leaves([value])
         if not is_one:
-            advice = " A schedule with numbers in it needs a lambda." if callable(value) else ""
+            advice = " Wrap a schedule that holds numbers in a lambda." if callable(value) else ""
             raise ValueError(
                 f"{name} must be one number, array or schedule, got the tree {value!r}:"
                 f" this method has one norm for all leaves.{advice}"
@@ -80,7 +80,7 @@ def one_bound(requirement: Callable[..., None], **arguments: Any) -> None:
 
 
 def scalar(requirement: Callable[..., None], **arguments: Any) -> None:
-    """Requires one number, not an array of them."""
+    """Applies a requirement to one number, which may not be an array of several."""
     requirement(**arguments)
     for name, value in arguments.items():
         if np.ndim(value) != 0:
@@ -88,7 +88,7 @@ def scalar(requirement: Callable[..., None], **arguments: Any) -> None:
 
 
 def axes(**arguments: Any) -> None:
-    """Requires an integer, a tuple of them or None, where it is no function and no tree."""
+    """Requires an integer, a tuple of integers or None, or else a function or a tree."""
     static(**arguments)
     for name, value in arguments.items():
         if callable(value) or not (jax.tree_util.all_leaves([value]) or isinstance(value, tuple)):
@@ -110,7 +110,7 @@ def static(**arguments: Any) -> None:
 
 
 def _advice_on_injection(names: list[str]) -> str:
-    """What helps where `optax.inject_hyperparams` took static arguments for other ones."""
+    """The advice for an argument that `optax.inject_hyperparams` turned into an array."""
     return f" Under `optax.inject_hyperparams`, pass `static_args={tuple(names)!r}`."
 
 
@@ -133,7 +133,7 @@ def positive_integer(**arguments: Any) -> None:
 
 
 def warmup(warmup_steps: int | None, window_size: int) -> int:
-    """How many values a window needs before it counts: half of it where nothing is given."""
+    """Checks how many values a window needs before it bounds; None is half of the window."""
     steps = max(1, window_size // 2) if warmup_steps is None else warmup_steps
     positive_integer(warmup_steps=steps)
     return steps
@@ -147,11 +147,11 @@ def flag(**arguments: Any) -> None:
 
 
 def axis_name(**arguments: Any) -> None:
-    """Requires names, and that no leaf's mapped axes are named twice."""
+    """Requires names of mapped axes, none of them twice for one leaf."""
     for name, value in arguments.items():
         if _rules.is_function(value):
             raise ValueError(
-                f"{name} must be a name, several, or a tree prefix of them, got {value!r}."
+                f"{name} must be a name, several names, or a tree prefix of them, got {value!r}."
             )
         for leaf in jax.tree.leaves(value, is_leaf=_rules.is_rule_value):
             names = _rules.names_of(leaf)
@@ -162,7 +162,7 @@ def axis_name(**arguments: Any) -> None:
 
 def function(**arguments: Any) -> None:
     """Requires functions."""
-    # A function that was called as a schedule, on an integer, gave an array or None.
+    # `optax.inject_hyperparams` calls a function as a schedule, which gives an array or None.
     called = [name for name, x in arguments.items() if x is None or isinstance(x, jax.Array)]
     for name, value in arguments.items():
         if not is_schedule(value):
@@ -171,20 +171,20 @@ def function(**arguments: Any) -> None:
 
 
 def is_transformation(value: Any) -> bool:
-    """Whether it can be used as a transformation: of optax, or with its two functions."""
+    """Whether the value has the two functions of a transformation."""
     is_instance = not isinstance(value, type)
     return is_instance and all(callable(getattr(value, name, None)) for name in ("init", "update"))
 
 
 def transformation(**argument: Any) -> optax.GradientTransformationExtraArgs:
-    """Requires a transformation, and gives it back as one that takes extra arguments."""
+    """Requires a transformation and returns it as one that takes extra arguments."""
     ((name, value),) = argument.items()
     if not is_transformation(value):
         raise ValueError(
-            f"{name} must be an optax.GradientTransformation, got {value!r}, which is no object"
-            " with the functions `init` and `update`."
+            f"{name} must be an optax.GradientTransformation, got {value!r}, which is not an"
+            " object with the functions `init` and `update`."
         )
-    if not isinstance(value, optax.GradientTransformation):  # as optax.MultiSteps
+    if not isinstance(value, optax.GradientTransformation):  # such as optax.MultiSteps
         parameters = inspect.signature(value.update).parameters.values()
         takes_extra = any(each.kind is each.VAR_KEYWORD for each in parameters)
         kind = (
@@ -195,14 +195,14 @@ def transformation(**argument: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def norms(values: Any) -> None:
-    """Requires that a norm of the user's own gives real numbers."""
+    """Requires that a user's norm function returns real numbers."""
     for leaf in jax.tree.leaves(values):
         if not isinstance(leaf, (float, np.ndarray, np.generic, jax.Array)) or not _is_real(leaf):
             raise ValueError(f"norm must give real numbers, got {leaf!r}.")
 
 
 def scheduled(**arguments: Any) -> None:
-    """Requires that a schedule gives real numbers; those below zero count as zero."""
+    """Requires that a schedule returns real numbers; negative ones count as zero later."""
     for name, value in arguments.items():
         is_number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array))
         if not is_number or not _is_real(value):
@@ -210,7 +210,7 @@ def scheduled(**arguments: Any) -> None:
 
 
 def known_norm(**arguments: Any) -> None:
-    """Requires real numbers >= 0, NaN or inf, where one is given: norms that were measured."""
+    """Requires norms that were measured elsewhere: real numbers >= 0, NaN or inf."""
     for name, value in arguments.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(value):
             _require(
@@ -243,7 +243,7 @@ def _as_floats(value: Any) -> list[float]:
     try:
         return [float(item) for item in np.asarray(value).ravel()]
     except OverflowError:
-        return [math.nan]  # An integer beyond all floats, which no requirement holds of.
+        return [math.nan]  # No requirement accepts an integer beyond all floats.
 
 
 def _is_known(array: jax.Array) -> bool:
@@ -260,5 +260,9 @@ def _is_bound_leaf_or_none(node: Any) -> bool:
 
 
 def is_bound_leaf(node: Any) -> bool:
-    """A schedule may be a pytree itself, as `jax.tree_util.Partial`; JAX refuses iterators."""
+    """Whether the node is a leaf in a tree of bounds.
+
+    A schedule counts, because it can be a pytree itself, such as `jax.tree_util.Partial`. An
+    iterator counts, because JAX would refuse to traverse it.
+    """
     return isinstance(node, Iterator) or is_schedule(node)

@@ -1,8 +1,8 @@
-"""How long a history may hold usual norms down before it is given up.
+"""How long a history may hold usual norms down before it is forgotten.
 
-Where a bound learns from what it let through, or by a small share of itself a step, a few tiny
-norms can make it as good as zero for ever. No stream that the rules are made for has so many
-norms in a row so far above their bounds: until then, a rule is its paper's.
+If a bound learns from clipped norms, or moves by a small share of itself per step, a few tiny
+norms can hold it near zero for ever. The streams for which the papers made their rules never have
+so many norms in a row so far above their bounds, so on those streams the rules are unchanged.
 """
 
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ import optax
 from clipax._core._typing import Array
 
 PATIENCE = 200
-"""After how many norms in a row that were clipped to less than half, a history is given up."""
+"""A history is forgotten after this many norms in a row that were clipped to less than half."""
 
 
 def count_halved(count: Array, norm: Array, bound: Array) -> Array:
-    """How many norms in a row, with this one, were more than twice their bounds; int32."""
+    """How many norms in a row, up to this one, were more than twice their bounds; int32."""
     return jnp.where(norm / 2 > bound, optax.safe_increment(count), 0)

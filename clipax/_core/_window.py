@@ -10,27 +10,27 @@ import optax
 from clipax._core import _leaves
 from clipax._core._typing import Array
 
-# A share of the mean: a standard deviation below it is the rounding of equal values.
+# The least standard deviation as a share of the mean. Below it, the spread is only rounding.
 _LEAST_STD = 1e-6
 
-# A rank and a quantile are split into so many parts; products of two stay in range of int32.
+# The base in which ranks and quantiles are split, so that products of two digits fit int32.
 _PARTS = 4096
 
 
 class WindowState(NamedTuple):
     values: Array
-    """A ring: the value number `i` stands at `i % window_size`; float."""
+    """A ring buffer with value number `i` at index `i % window_size`; float."""
     value_count: Array
     """How many values there have been; int32."""
 
 
 def empty(window_size: int, zero: Array) -> WindowState:
-    """A window for values like this zero, and with its sharding."""
+    """Makes a window for values with the dtype and sharding of this zero."""
     return WindowState(jnp.zeros((window_size,), zero.dtype) + zero, zero.astype(jnp.int32))
 
 
 def push(window: WindowState, value: Array) -> WindowState:
-    """The window with the value in place of its oldest."""
+    """Replaces the oldest value of a window."""
     size = window.values.shape[-1]
     is_oldest = jnp.arange(size, dtype=jnp.int32) == window.value_count % size
     values = jnp.where(is_oldest, value, window.values)
@@ -38,9 +38,9 @@ def push(window: WindowState, value: Array) -> WindowState:
 
 
 def quantile(window: WindowState, q: jax.typing.ArrayLike) -> Array:
-    """The quantile of the values in the window, interpolated as by `numpy.quantile`.
+    """Computes the quantile of the values in a window, interpolated as by `numpy.quantile`.
 
-    Inf where there are none. Leading axes are those of several windows.
+    An empty window gives inf. Leading axes belong to several windows.
     """
     size = window.values.shape[-1]
     filled = jnp.minimum(window.value_count, size)[..., None]
@@ -52,22 +52,22 @@ def quantile(window: WindowState, q: jax.typing.ArrayLike) -> Array:
         jnp.take_along_axis(ordered, jnp.minimum(index, last), axis=-1)
         for index in (below, below + 1)
     )
-    # An empty window has inf on both sides, and inf - inf is not a step.
+    # In an empty window both neighbours are inf, and inf - inf would be NaN.
     is_step = high > low
     step = jnp.where(is_step, high - jnp.where(is_step, low, 0.0), 0.0)
     return (low + weight.astype(step.dtype) * step)[..., 0]
 
 
 def mean_and_std(window: WindowState, *, ddof: int = 0) -> tuple[Array, Array]:
-    """The mean and the standard deviation of the values in one window, 0 where there are none.
+    """Computes the mean and the standard deviation of one window; both are 0 if it is empty.
 
-    `ddof` is what is taken from the count in the divisor of the variance, as in NumPy. The
-    deviation is no less than 1e-6 of the mean.
+    The variance divides by the count less `ddof`, as in NumPy. The deviation is at least 1e-6 of
+    the mean.
     """
     size = window.values.shape[-1]
     in_use = jnp.arange(size, dtype=jnp.int32) < window.value_count
     values = jnp.where(in_use, window.values, 0)
-    # In this unit neither a sum nor a square can overflow or vanish.
+    # In this unit, no sum or square overflows or underflows.
     unit = _leaves.unit_of(jnp.max(jnp.abs(values)))
     count = jnp.minimum(window.value_count, size).astype(values.dtype)
     mean = jnp.sum(values / unit) / jnp.maximum(count, 1)
@@ -81,10 +81,10 @@ def mean_and_std(window: WindowState, *, ddof: int = 0) -> tuple[Array, Array]:
 
 
 def _position(last: Array, q: Any, dtype: Any) -> tuple[Array, Array]:
-    """`last * q`, in integer and fraction, to more digits than the dtype has.
+    """Computes `last * q` as an integer and a fraction, to more digits than the dtype has.
 
-    The product with the coarse part of `q` is one of integers, and the rest is small:
-    between a usual norm and a spike, a fraction rounded in its fifth digit would show.
+    A fraction rounded in its fifth digit would show where the two neighbours are a usual norm and
+    a spike. So the coarse part of `q` is multiplied in integers and only the rest in floats.
     """
     coarse = (jnp if isinstance(q, jax.Array) else np).round(q * _PARTS)
     parts = jnp.asarray(coarse).astype(last.dtype)

@@ -1,4 +1,4 @@
-"""How a leaf is read as a matrix, or as a stack of them."""
+"""Reading a leaf as a matrix or a stack of matrices."""
 
 import math
 from collections.abc import Callable
@@ -12,19 +12,19 @@ from clipax._core import _compat, _leaves, _mapped, _rules
 from clipax._core._typing import Array, Axes, AxisName, LeafRule, Updates
 from clipax.units import output_last
 
-# JAX gives these two no types.
+# JAX gives `PartitionSpec` no types.
 _spec: Callable[..., PartitionSpec] = PartitionSpec
 
 
 class MatrixView(NamedTuple):
-    """Which axes of a leaf count matrices, rows and columns."""
+    """The axes of a leaf that count its matrices, rows and columns."""
 
     stack: tuple[int, ...]
     rows: tuple[int, ...]
     columns: tuple[int, ...]
 
     def matrices(self, leaf: Any) -> Array:
-        """The matrices, in the width of norms and with at least as many rows as columns."""
+        """The matrices in the dtype of norms, transposed if they have fewer rows than columns."""
         whole = _leaves.widened(_whole(jnp.asarray(leaf), self.stack))
         x = jnp.transpose(whole, self.stack + self.rows + self.columns)
         x = x.reshape(*x.shape[: len(self.stack)], -1, _size(whole, self.columns))
@@ -42,7 +42,7 @@ class MatrixView(NamedTuple):
         )
 
     def as_norm(self, values: Array) -> Array:
-        """One value a matrix, in the shape of the leaf's norms."""
+        """Brings one value per matrix into the shape of the leaf's norms."""
         return jnp.expand_dims(values, self.rows + self.columns) if self.stack else values
 
     def per_matrix(self, norms: Array) -> Array:
@@ -57,7 +57,7 @@ def matrix_views(
     stack_axis: LeafRule,
     axis_name: AxisName,
 ) -> dict[int, MatrixView]:
-    """The views of the leaves that hold matrices, by their rows in `jax.tree.leaves`."""
+    """The views of all leaves that hold matrices, by their position in `jax.tree.leaves`."""
     rule = output_last if unit_axis is None else unit_axis
     columns = zip(
         jax.tree.leaves(updates),
@@ -72,7 +72,7 @@ def matrix_views(
         view = _view(leaf, unit, stack) if is_wanted else None
         if view is None or jnp.size(leaf) == 0:
             continue
-        # Before its size is looked at: a shard can be one row of a matrix.
+        # Checked before the size, because a shard of a matrix can be a single row.
         _require_whole(leaf, name)
         if min(_size(leaf, view.rows), _size(leaf, view.columns)) > 1:
             views[row] = view
@@ -80,7 +80,7 @@ def matrix_views(
 
 
 def _view(leaf: Any, unit: Axes, stack: Axes) -> MatrixView | None:
-    """None where the leaf is a vector, or said to be one."""
+    """The view of a leaf, or None if the leaf is a vector or `unit_axis` makes it one."""
     if unit is None or jnp.ndim(leaf) <= 1:
         return None
     layers = () if stack is None else _rules.axis_tuple(leaf, stack_axis=stack)
@@ -109,7 +109,7 @@ def _require_whole(leaf: Any, name: Any) -> None:
 
 
 def _whole(leaf: Array, stack: tuple[int, ...]) -> Array:
-    """The array with no axis sharded but those of the stack, where its type says how it is."""
+    """Gathers all axes except those of the stack, if the type of the array shows its sharding."""
     sharding = jax.typeof(leaf).sharding
     kept = [part if axis in stack else None for axis, part in enumerate(sharding.spec)]
     if tuple(kept) == tuple(sharding.spec):

@@ -1,10 +1,12 @@
-"""Singular values, and derivatives of functions of them that hold where some are equal or zero.
+"""Derivatives of functions of singular values, valid where these are equal or zero.
 
-A matrix `x = u @ diag(s) @ vh`, with at least as many rows as columns, is to the matrix
-`[[0, x], [x^H, 0]]` what its singular values are to eigenvalues: these are `s`, `-s`, and as
-many zeros as there are rows that `u` does not reach. For a function `f` with `f(-s) = -f(s)`
-of eigenvalues, derivatives are sums over divided differences, `f[a, b]` for the first and
-`f[a, b, c]` for the second.
+JAX's derivative of a decomposition divides by differences of singular values and fails where two
+are equal. The derivative of `u @ diag(f(s)) @ vh` exists there, and this module computes it from
+eigenvalues. The matrix `[[0, x], [x^H, 0]]`, for `x = u @ diag(s) @ vh` with at least as many rows
+as columns, is Hermitian. Its eigenvalues are `s`, `-s`, and one zero for each dimension of rows
+that `u` does not span. With `f(-s) = -f(s)`, the function of singular values is a function of
+these eigenvalues, whose derivatives are sums over divided differences: `f[a, b]` for the first
+derivative and `f[a, b, c]` for the second. A divided difference of two equal values is a slope.
 """
 
 import functools
@@ -17,7 +19,7 @@ import numpy as np
 from clipax._core import _compat, _leaves
 from clipax._core._typing import Array, Coefficient
 
-# Without it, accelerators round float32 factors to ten bits or fewer.
+# By default, accelerators round float32 factors to ten bits or fewer.
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -30,12 +32,12 @@ class Decomposition(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A direction as a decomposition sees it."""
+    """A direction in the coordinates of a decomposition."""
 
     inside: Array
     """`u^H @ direction @ v`."""
     outside: Array
-    """The part of `direction @ v` that `u` does not reach."""
+    """The part of `direction @ v` outside of the columns of `u`."""
 
 
 @functools.partial(jax.jit, inline=True)
@@ -55,14 +57,15 @@ def adjoint(x: Array) -> Array:
 
 
 def in_units(x: Array) -> tuple[Array, Array, Array]:
-    """Matrices over their largest entry, that unit, and the entry, finite or not."""
+    """Matrices divided by a unit near their largest entry, that unit, and the entry."""
     parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
     largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(y), axis=(-2, -1)) for y in parts])
     largest = largest[..., None]
     is_finite = jnp.isfinite(largest)
-    # What is measured in a unit does not depend on it, and neither do derivatives.
+    # The unit cancels from every result, so it needs no derivative.
     unit = jax.lax.stop_gradient(jnp.where(is_finite, _leaves.unit_of(largest), 1))
-    # Decompositions of NaN can hang, and part by part no complex quotient overflows.
+    # Entries that are not finite become zero, because the decomposition of NaN can hang. The parts
+    # are divided separately, because a complex quotient can overflow.
     parts = [jnp.where(is_finite[..., None], y, 0) / unit[..., None] for y in parts]
     return parts[0] if len(parts) == 1 else jax.lax.complex(*parts), unit, largest
 
@@ -81,7 +84,7 @@ def _largest_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[A
     def along(parts: Decomposition, x_dot: Array) -> Array:
         columns = matmul(x_dot, adjoint(parts.vh[..., :1, :]))
         s_dot = jnp.sum((jnp.conj(parts.u[..., :1]) * columns).real, axis=(-2, -1))
-        # At zero it has a corner, and as any norm no derivative but zero.
+        # A norm has a corner at zero, where its derivative counts as zero.
         return jnp.where(parts.s[..., 0] == 0, 0, s_dot)
 
     value = lasting(largest(*primals), functools.partial(along, primals[1]), primals[0])
@@ -89,9 +92,10 @@ def _largest_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[A
 
 
 def lasting(value: Array, derivative: Any, *arguments: Array) -> Array:
-    """The value of a rule that has its derivative itself, where rules do not last.
+    """Returns the value of a rule with its derivative built in, where JAX would lose the rule.
 
-    Before jax 0.12, the derivative of the derivative of a scan forgets that there are rules.
+    Before jax 0.12, the second derivative of a scan ignores derivative rules. So the value is
+    returned as a constant plus a term that is zero but has the derivative.
     """
     if _compat.RULES_LAST:
         return value
@@ -102,7 +106,7 @@ def lasting(value: Array, derivative: Any, *arguments: Array) -> Array:
 @jax.custom_jvp
 def _attached(x: Array, given: Decomposition) -> tuple[Decomposition, Seen]:
     del x
-    # By the product: zeros alone would not vary over mapped axes as the parts do.
+    # Products with zero, because plain zeros would not vary over mapped axes as the parts do.
     return given, Seen(0 * given.vh, 0 * given.u)
 
 
@@ -113,10 +117,11 @@ def _attached_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
 
 
 def attached(x: Array, given: Decomposition) -> tuple[Decomposition, Seen]:
-    """A given decomposition of `x`, with its derivative.
+    """Gives a decomposition of `x` its derivative with respect to `x`.
 
-    Singular vectors of values that are equal can be turned, and have no derivative. They do
-    not turn here; what would turn them is the derivative of the second result, which is zero.
+    Singular vectors of equal values can rotate among themselves, so their derivative does not
+    exist. Here they do not rotate. The second result is zero, and its derivative is the part of
+    the direction that would rotate them; `derivative` accounts for that part.
     """
     if _compat.RULES_LAST:
         return _attached(x, given)
@@ -155,14 +160,15 @@ def derivative(
     bound: Array,
     tangents: tuple[Array, Array],
 ) -> Array:
-    """Of `u @ diag(f(s)) @ vh` with `f(s) = s * coefficient(s, bound)`, by `x` and the bound.
+    """The derivative of `u @ diag(f(s)) @ vh` with respect to `x` and the bound.
 
-    It is linear in the tangents, and can be differentiated itself where the parts are
-    `attached` to `x`.
+    Here `f(s) = s * coefficient(s, bound)`. The result is linear in the tangents, and it can be
+    differentiated again if the parts are `attached` to `x`.
     """
     x_dot, bound_dot = tangents
     s, kind = parts.s, parts.u.dtype
-    # Under a bound of zero, singular values that are rounding alone have no finite slope.
+    # The floor under the bound: with a bound of zero, singular values that are only rounding
+    # errors would have an infinite slope.
     least = jax.lax.stop_gradient(np.finfo(s.dtype).eps * s[..., :1])
     bound = jnp.broadcast_to(jnp.maximum(bound[..., None], least), s.shape)
     bound_dot = jnp.broadcast_to(bound_dot[..., None], s.shape)
@@ -175,7 +181,7 @@ def derivative(
     outside = seen.outside * first.with_zero[..., None, :].astype(kind)
 
     if unresolved is not None:
-        # Zero, but for its derivative: how vectors that do not turn would change the above.
+        # These terms are zero, but their derivative is that of the vectors that do not rotate.
         moved_bound = (mixed * bound_dot)[..., None, :].astype(kind)
         more = _second_derivative(second, unresolved, seen)
         inside = inside + more.inside + unresolved.inside * moved_bound
@@ -185,7 +191,11 @@ def derivative(
 
 
 def _second_derivative(second: "_Second", one: Seen, other: Seen) -> Seen:
-    """By two directions, the first between singular values that are equal, or zero."""
+    """The second derivative along two directions.
+
+    The first direction connects only singular values that are equal or zero, so only divided
+    differences with a repeated argument occur.
+    """
     kind = one.inside.dtype
     forth = matmul(one.inside, adjoint(other.inside))
     back = matmul(adjoint(one.inside), other.inside)
@@ -202,7 +212,7 @@ def _second_derivative(second: "_Second", one: Seen, other: Seen) -> Seen:
 
 
 class _Gaps(NamedTuple):
-    """How far singular values are from each other, their opposites and zero."""
+    """The distances of singular values from each other, from their negatives and from zero."""
 
     difference: Array
     """`s_i - s_j`."""
@@ -216,7 +226,7 @@ class _Gaps(NamedTuple):
 def _gaps(s: Array) -> _Gaps:
     difference, total = s[..., :, None] - s[..., None, :], s[..., :, None] + s[..., None, :]
     eps = np.finfo(s.dtype).eps
-    # Below, rounding does more to a second difference than it is worth.
+    # Below these distances, rounding outweighs what a second difference could show.
     floor = eps ** (2 / 3) * s[..., :1]
     are_apart = jnp.abs(difference) > jnp.maximum(eps ** (1 / 3) * total, floor[..., None])
     return _Gaps(difference, total, are_apart, total > floor[..., None], s > floor)
@@ -252,11 +262,13 @@ def _divided_differences(
     gaps, f, factor = _gaps(s), _clipped(coefficient, s, bound), coefficient(s, bound)
     middle, bend = jax.jvp(slope_at, (gaps.total / 2,), (jnp.ones_like(gaps.total),))
     difference, total = f[..., :, None] - f[..., None, :], f[..., :, None] + f[..., None, :]
-    # Where rounding would do more to the quotient than the slope at the mean misses.
+    # Values closer than this take the slope at their mean, because rounding would spoil the
+    # quotient by more than the slope misses.
     are_apart = jnp.abs(gaps.difference) > np.finfo(s.dtype).eps ** (1 / 3) * gaps.total
     close = _quotient(difference, gaps.difference, are_apart, middle)
     small = _quotient(total, gaps.total, gaps.total > 0, middle)
-    # Of quotients of what is hardly more than rounding, no derivative is taken.
+    # Quotients of differences that are hardly more than rounding count as constants, because
+    # their derivatives would be rounding errors divided by small numbers.
     close = jnp.where(are_apart, jax.lax.stop_gradient(close), middle)
     small = jnp.where(gaps.total > 0, jax.lax.stop_gradient(small), middle)
     first = _First(
@@ -278,7 +290,7 @@ def _divided_differences(
 
 
 def _by_bound(coefficient: Coefficient, s: Array, bound: Array) -> tuple[Array, Array]:
-    """The derivative of `f(s)` by the bound, and that of this by `s`."""
+    """The derivative of `f(s)` with respect to the bound, and the derivative of that by `s`."""
 
     def by_bound(s: Array) -> Array:
         return _slope(functools.partial(_clipped, coefficient, s), bound)
@@ -296,7 +308,7 @@ def _slope(function: Any, x: Array) -> Array:
 
 
 def _finite_constant(x: Array) -> Array:
-    # It is a factor of zeros, which it must not turn into NaN where it overflows.
+    # Its other factor is zero, and inf * 0 would be NaN where this one overflows.
     return jax.lax.stop_gradient(jnp.where(jnp.isfinite(x), x, 0))
 
 
@@ -309,5 +321,5 @@ def _inverse(x: Array, is_taken: Array) -> Array:
 
 
 def _halves(x: Array) -> tuple[Array, Array]:
-    """The part that is its own adjoint, and the rest."""
+    """The Hermitian and the anti-Hermitian part."""
     return (x + adjoint(x)) / 2, (x - adjoint(x)) / 2

@@ -1,7 +1,7 @@
-"""Functions of singular values: by their decomposition, or by matrix products alone.
+"""Functions of singular values, by a decomposition or by matrix products alone.
 
-A matrix is the last two axes of an array and has at least as many rows as columns. It
-is divided by its largest entry first, so that no square leaves the range of its dtype.
+A matrix is the last two axes of an array and has at least as many rows as columns. It is first
+divided by its largest entry, so that no square leaves the range of its dtype.
 """
 
 import functools
@@ -29,24 +29,25 @@ from clipax.coefficients import hard
 
 _SQUARINGS = 10
 _STEPS_OF_INVERSE_ROOT = 6
-# With less, the scaled iteration would bring what rounding leaves above one beyond zero.
+# A smaller value scales more, and then the iteration would send singular values that rounding
+# leaves above one below zero.
 _LEAST_FOR_SCALE = 0.03
 
 
 class Measured(NamedTuple):
-    """What is known of matrices."""
+    """The largest singular values of matrices and, without iterations, their decompositions."""
 
     norm: Array
     """The largest singular value, or a bound on it; not finite where the matrix is not."""
     parts: Any
-    """A `Decomposition`, a constant to differentiation, or None."""
+    """A `Decomposition`, which is a constant under differentiation, or None."""
 
 
-# Jitted so that eager calls are cached, and inlined under an outer jit. The coefficient stays
-# outside of what is jitted: each new one would be compiled, and kept, in eager calls.
+# Jitted so that eager calls are cached, and inlined under an outer jit. The coefficient is not an
+# argument, because in eager calls every new function would be compiled and kept.
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def measure(x: Array, iterations: int | None) -> Measured:
-    """Decomposes, or measures by matrix products if iterations are given."""
+    """Decomposes matrices, or only measures them by matrix products if iterations are given."""
     if iterations is None:
         parts = decompose(jax.lax.stop_gradient(x))
         return Measured(largest(x, parts), parts)
@@ -60,10 +61,11 @@ def clip(
     coefficient: Coefficient,
     iterations: int | None,
 ) -> Array:
-    """Clips the singular values of the matrices that are to be scaled."""
+    """Clips the singular values of matrices; those within the bound may come out rounded."""
     norm = jax.lax.stop_gradient(measured.norm)
     is_kept = coefficient(norm, max_norm) == 1
-    # It keeps bounds that no product may see, as inf, out of the derivative.
+    # Where nothing is clipped, the norm takes the place of the bound, which may be inf and would
+    # turn products in the derivative into NaN.
     bound = jnp.where(is_kept, norm, max_norm)
     clipped = _clip(coefficient, iterations, x, measured.parts, bound)
     return jnp.where(jnp.isfinite(norm)[..., None, None], clipped, jnp.nan)
@@ -92,10 +94,10 @@ def _clip_jvp(
     primals: tuple[Array, Decomposition | None, Array],
     tangents: tuple[Array, Any, Array],
 ) -> tuple[Array, Array]:
-    """Differentiates the function of singular values, by whatever it was computed.
+    """Differentiates the function of singular values itself, however it was computed.
 
-    JAX's rule for the decomposition would divide by what two singular values differ, and
-    iterations on their way to the limit have a derivative far from the limit's.
+    JAX's rule for the decomposition would divide by differences of singular values. The derivative
+    of unconverged iterations is far from that of their limit.
     """
     x, parts, max_norm = primals
     given = decompose(jax.lax.stop_gradient(x)) if parts is None else parts
@@ -110,7 +112,11 @@ def _clip_jvp(
 
 
 def _schatten_norm(x: Array) -> Array:
-    """`(sum_i s_i^2048)^(1/2048)`: at least the largest of n, and at most n^(1/2048) times it."""
+    """`(sum_i s_i^2048)^(1/2048)`, which is 1 to n^(1/2048) times the largest of n values.
+
+    Repeated squaring computes the trace of a power. Each square is divided by its trace first, so
+    that nothing overflows, and the product of the roots of these traces is the norm.
+    """
     scaled, unit, largest = in_units(x)
 
     def square(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -129,18 +135,21 @@ def _schatten_norm(x: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("is_hard", "iterations"), inline=True)
 def _by_products(x: Array, max_norm: Array, *, is_hard: bool, iterations: int) -> Array:
-    """Clips singular values by Newton-Schulz iterations: by `hard`, or else by `square_root`.
+    """Clips singular values by Newton-Schulz iterations, with `hard` or with `square_root`.
 
-    Stacked on `c * I`, a matrix with singular values s has the values sqrt(s^2 + c^2), none
-    below c. Brought to one, they leave s / sqrt(s^2 + c^2) above and c / sqrt(s^2 + c^2)
-    below: a sine and a cosine, whose quotient is s / c, at most one where the sine is less.
+    A matrix with singular values `s`, stacked on `c * I` for the bound `c`, has the singular
+    values `sqrt(s^2 + c^2)`. None of them is below `c`, so the iteration converges for all. It
+    brings them to one and leaves the blocks `s / sqrt(s^2 + c^2)` and `c / sqrt(s^2 + c^2)`, a
+    sine and a cosine. `c` times the sine is `square_root`. For `hard`, the sine is divided by the
+    larger of sine and cosine: the quotient is 1 where `s > c` and `s / c` elsewhere.
     """
     scaled, unit, _ = in_units(x)
     relative = (max_norm[..., None] / unit)[..., None]
     bound = max_norm[..., None, None].astype(x.dtype)
     squares = jnp.sum(jnp.square(jnp.abs(scaled)), axis=(-2, -1), keepdims=True)
     size = jnp.sqrt(squares + jnp.square(relative))
-    # No second division: XLA would divide by the product of the divisors, which overflows.
+    # A product with the inverse, because XLA would merge two divisions into one by the product of
+    # the divisors, which overflows.
     inverse = 1 / jnp.where(size > 0, size, 1)
     least = relative * inverse
     sine, cosine = _orthogonalized(
@@ -151,7 +160,8 @@ def _by_products(x: Array, max_norm: Array, *, is_hard: bool, iterations: int) -
     if not is_hard:
         return bound * sine
     below, above = matmul(cosine, cosine), matmul(adjoint(sine), sine)
-    # What is nearer to the bound than this has no sign yet, and needs none: both sides agree.
+    # The iteration does not resolve the sign of values nearer to the bound than this. There the
+    # sine equals the cosine, so either sign is right.
     nearest = _placement.filled_like(relative, min(1.0, 2.5 ** (3 - iterations)))
     (sign,) = _orthogonalized([below - above], nearest, iterations)
     larger = (below + above + matmul(below - above, sign)) / 2
@@ -161,8 +171,9 @@ def _by_products(x: Array, max_norm: Array, *, is_hard: bool, iterations: int) -
 def _orthogonalized(blocks: Sequence[Array], least: Array, iterations: int) -> Sequence[Array]:
     """Brings the singular values of stacked blocks, which lie in [least, 1], to one.
 
-    The scaled Newton-Schulz iteration: values as small as `least` grow by half of
-    sqrt(27) a step, until none is small and they converge quadratically. None exceeds one.
+    This is the scaled Newton-Schulz iteration of Chen and Chow. Each step multiplies small values
+    by up to half of sqrt(27), until none is small and all converge quadratically. None exceeds
+    one.
     """
     eye = _eye_for(blocks[-1])
 
@@ -180,7 +191,7 @@ def _orthogonalized(blocks: Sequence[Array], least: Array, iterations: int) -> S
 
 
 def _inverse_root(x: Array) -> Array:
-    """`x^(-1/2)` of a Hermitian matrix with eigenvalues in [1/2, 1], by the coupled iteration."""
+    """`x^(-1/2)` of a Hermitian matrix with eigenvalues in [1/2, 1], by a coupled iteration."""
     eye = _eye_for(x)
 
     def step(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:

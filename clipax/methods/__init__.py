@@ -1,1 +1,1 @@
-"""One file for each published method, named as its function."""
+"""One file per published method, with the name of its function."""

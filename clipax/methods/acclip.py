@@ -1,4 +1,4 @@
-"""ACClip: momentum, each entry of it against a running mean of its moduli."""
+"""ACClip: momentum whose entries are bounded by a running mean of their moduli."""
 
 import functools
 import math
@@ -32,59 +32,46 @@ def acclip(
     eps: jax.typing.ArrayLike = 1e-5,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Turns updates into momentum whose entries are bounded by their usual moduli.
+    """Replaces the updates by momentum and bounds each entry by its usual modulus.
 
-    `momentum_i <- decay * momentum_i + (1 - decay) * u_i` and
-    `max_value_i^ord <- decay_bound * max_value_i^ord + (1 - decay_bound) * |u_i|^ord`, then
-    `u_i <- momentum_i * min(1, max_value_i / (|momentum_i| + eps))`. Both start at zero and
-    have no bias correction, so the first steps are short: the very first is
-    `(1 - decay_bound) * u_i` at `ord=1`.
+        momentum_i    <- decay * momentum_i + (1 - decay) * u_i
+        max_value_i^p <- decay_bound * max_value_i^p + (1 - decay_bound) * |u_i|^p    (p = ord)
+        u_i           <- momentum_i * min(1, max_value_i / (|momentum_i| + eps))
 
-    Whatever finite updates came before, half of a usual norm passes within 850 steps: within
-    `log(1 - 0.5^ord) / log(decay_bound)` after tiny ones, which is 69, and after an opposite
-    spike of `s` usual norms when its momentum is gone, `log(s) / -log(decay)` steps later.
-
-    What comes out is momentum already: it goes before `optax.scale_by_learning_rate`, or
-    `optax.sgd` without momentum, and not before Adam.
+    Both averages start at zero without bias correction. The result is momentum already, so put it
+    before `optax.scale_by_learning_rate`, not before Adam. After any finite updates, half of a
+    usual norm passes within 850 steps.
 
     Args:
-      decay: The weight of the past in the momentum, in [0, 1).
+      decay: The weight of the past in the momentum, in [0, 1). The defaults are the paper's.
       decay_bound: The weight of the past in the bound, in [0, 1).
-      ord: The power whose mean is kept for the bound, > 0 and finite. The heavier the tails
-        of the noise, the lower; at 2, the mean exists for a finite variance alone.
-      eps: Added to the momentum's modulus, > 0 and finite. Entries whose gradients are small
-        against it shrink.
+      ord: The power averaged for the bound, > 0 and finite; lower for noise with heavier tails.
+      eps: Added to the modulus of the momentum, > 0 and finite, in the unit of the updates.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is an `AcclipState`. Its `clip` is a `ClipState` of trees
-      with a scalar a leaf: `norm` is the largest `(|momentum_i| + eps) / max_value_i` of an
-      entry with momentum, `max_norm` is 1, `coefficient` the smallest factor that such an
-      entry was scaled by. `momentum` and `max_value` are float32 (float64 for float64 leaves;
-      the momentum of complex leaves is complex) in the shape of the parameters.
+      A transformation with an `AcclipState`. `momentum` and `max_value` have the shapes of the
+      parameters, in float32 (float64 for float64 leaves, complex momentum for complex leaves).
+      `clip` is a `ClipState` with a scalar per leaf: `norm` is the largest
+      `(|momentum_i| + eps) / max_value_i` of an entry with momentum, `max_norm` is 1,
+      `coefficient` the smallest factor.
 
     Raises:
-      ValueError: A number is out of its range, NaN, boolean, None or a string; at `update`,
-        the updates have another structure than at `init`.
-
-    The defaults are those of the paper.
+      ValueError: An argument is out of its range or not a number; at `update`, the updates have
+        another structure than at `init`.
 
     | entry | result |
     |---|---|
-    | the first step | `(1 - decay_bound) * u_i` at `ord=1`, but for `eps` |
+    | the first step | `(1 - decay_bound) * u_i` at `ord=1`, up to `eps` |
     | momentum + eps <= max_value_i | the momentum |
     | zero in every step so far | zero |
     | gradients far below `eps` | nearly zero |
-    | NaN or inf | NaN or inf. No entry of any leaf is learned |
-    | beside a NaN or inf entry | as ever |
-    | None, integer, bool, float0 leaf | as it was, not measured |
+    | NaN or inf | NaN or inf; no entry of any leaf is learned |
+    | beside a NaN or inf entry | clipped as usual |
+    | None, integer, bool, float0 leaf | unchanged, not measured |
 
-    Derivatives exist where no bound equals a momentum and, for an `ord` below 2, where no entry
-    is zero. There, and where a bound and its gradient are zero, they are finite.
-
-    Differences from a port that many use: there `ord` is 2 by default, and an option divides
-    by the root of a second moment too, from an earlier version of the paper. The bound is
-    kept rather than its power, so that no power of it leaves the range of float32.
+    Derivatives exist where no bound equals a momentum and, for an `ord` below 2, where no entry is
+    zero. There, and where a bound and its gradient are zero, they are finite.
 
     Example:
       >>> clip = acclip(0.5, decay_bound=0.75, eps=1e-12)
@@ -96,8 +83,7 @@ def acclip(
       [0.75]
 
     References:
-      Zhang, Karimireddy, Veit, Kim, Reddi, Kumar, Sra, "Why are adaptive methods good for
-      attention models?", 2020, https://arxiv.org/abs/1912.03194
+      Zhang et al., 2020, https://arxiv.org/abs/1912.03194
     """
     _checks.scalar(_checks.decay_rate, decay=decay, decay_bound=decay_bound)
     _checks.scalar(_checks.finite_positive, ord=ord, eps=eps)
@@ -125,7 +111,7 @@ def acclip(
         factors = jax.tree.map(functools.partial(hard, eps=eps), sizes, bounds)
         relative = jax.tree.map(functools.partial(_relative, eps=eps), sizes, bounds)
         _, clip = record.update(relative, state.clip)
-        # A mean that overflows is no history either.
+        # Finite updates can have a mean that overflows, which must not be learned either.
         is_finite = _moments.all_finite(momentum, axis_name=axis_name)
         before = state.momentum, state.max_value
         learned = _choice.choose(is_finite, (momentum, bounds), before)
@@ -136,6 +122,6 @@ def acclip(
 
 
 def _relative(size: Array, bound: Array, eps: jax.typing.ArrayLike) -> Array:
-    """How often the bound goes into the size and eps; 0 for a size of zero."""
+    """`(size + eps) / bound`, or 0 for a size of zero."""
     divisor = jnp.where(size > 0, bound, 1.0)
     return jnp.where(size == 0, 0.0, (size + jnp.asarray(eps).astype(size.dtype)) / divisor)

@@ -1,4 +1,4 @@
-"""AdaGC: each leaf against an average of its own norms."""
+"""AdaGC: bounds each leaf by an average of its own norms."""
 
 import functools
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from clipax.thresholds import Threshold
 
 class AdaGCState(NamedTuple):
     average: Norms
-    """The running average of each leaf's norm; 0 where there has been none."""
+    """The running average of each leaf's norm; 0 before its first nonzero norm."""
     step_count: Array
     """The number of steps with a finite global norm; int32."""
     halved_count: Norms
@@ -39,63 +39,51 @@ def adagc(
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds each leaf's norm by a multiple of its own running average.
 
-    For the first `warmup_steps`, all leaves are scaled by
-    `h = min(1, warmup_max_norm / global_norm)`, and `average_l <- min(average_l, h * norm_l)`.
-    After them, `max_norm_l = ratio * average_l`, and with `x_l = min(norm_l, max_norm_l)`,
-    `average_l <- decay * average_l + (1 - decay) * x_l`.
+        max_norm_l = ratio * average_l
+        average_l <- decay * average_l + (1 - decay) * min(norm_l, max_norm_l)
 
-    Clipped norms pull the average down: where norms scatter much, as with small batches,
-    most steps are clipped. `raw_history` has no such bias.
+    For the first `warmup_steps`, one factor `h = min(1, warmup_max_norm / global_norm)` scales all
+    leaves instead, and `average_l <- min(average_l, h * norm_l)`.
 
-    Whatever finite norms came before, half of a usual norm passes within 300 steps, those of
-    the warm-up and 200 more: a leaf's average is forgotten after 200 of its norms in a row that
-    were more than twice their bounds.
+    The current norm does not count in its own bound. After any finite norms, half of a usual norm
+    passes within 300 steps: the warm-up, and 200 norms in a row above twice their bounds, after
+    which a leaf forgets its average.
 
     Args:
-      ratio: The bound on the norm over its average, > 0. The paper has 1.03 to 1.05.
+      ratio: The bound over the average, > 0. The paper has 1.03 to 1.05.
       decay: The weight of the past in the average, in [0, 1). The paper has 0.98 to 0.99.
       warmup_max_norm: The bound on the global norm during warm-up, > 0. The paper has 1.0.
-      warmup_steps: How many steps are clipped by their global norm, >= 1. The paper has
-        100.
-      raw_history: Whether the averages learn norms as they were before clipping; else as
-        they are after it, as in the paper.
-      stack_axis: The axis along which layers are stacked, as by `scan`, so that each
-        layer has an average of its own. One value for every leaf, a tree prefix, or a
-        function `(path, leaf) -> axis`; None where nothing is stacked.
-      mask: Which leaves are clipped, and counted in the global norm: True, a tree prefix
-        of booleans, or a function `(path, leaf) -> bool`.
+      warmup_steps: How many steps are clipped by their global norm, >= 1. The paper has 100.
+      raw_history: Whether the averages learn norms before clipping. By default they learn clipped
+        norms, as in the paper, and sink where norms scatter much, until most steps are clipped.
+      stack_axis: The axis along which layers are stacked, as in `clip_by_leaf_norm`.
+      mask: Which leaves are clipped and count in the global norm, as in `clip_by_global_norm`.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is a `ClipState` of trees with a scalar a leaf, or an
-      array that broadcasts against it where layers are stacked; its threshold holds the
-      averages and the counts.
+      A transformation whose state is a `ClipState` with a scalar per leaf, or an array with one
+      entry per stacked layer that broadcasts against the leaf. Its threshold holds averages and
+      counts.
 
     Raises:
-      ValueError: A number is out of its range, NaN, boolean, None or a string, or
-        `raw_history` no boolean; at `init` and `update`, a prefix does not fit or a leaf
-        lacks an axis.
+      ValueError: An argument is out of its range or not a number, or `raw_history` is not a
+        boolean; at `init` and `update`, a prefix does not fit or a leaf lacks an axis.
 
     | leaf | result |
     |---|---|
     | warm-up, global norm <= warmup_max_norm | the leaf, bit for bit |
     | norm <= ratio * average | the leaf, bit for bit |
     | zero | zeros; the average stays |
-    | zero in every step so far | the first other norm is bounded as in warm-up |
+    | zero in every step so far | its first nonzero norm is bounded as in warm-up |
     | clipped to less than half 200 times in a row | the next norm is bounded as in warm-up |
-    | NaN or inf after warm-up | as for a fixed bound; its average stays, other leaves go on |
-    | NaN or inf in warm-up | as for a fixed global bound; all averages and the count stay |
+    | NaN or inf after warm-up | as under a fixed bound; its average stays, other leaves go on |
+    | NaN or inf in warm-up | as under a fixed global bound; all averages and the count stay |
     | only NaN or inf so far | warm-up |
 
-    Derivatives exist where no norm equals its bound. They are finite everywhere.
+    Derivatives are finite, and exist where no norm equals its bound.
 
-    Differences from the paper: a norm of zero never enters the average. There it does, and
-    a leaf whose gradient is zero once during warm-up, as one behind a matrix that starts at
-    zero, is clipped to zero for ever. The warm-up keeps the smallest norm, also a tiny one,
-    and a clipped average grows by `(1 - decay) * (ratio - 1)` of itself a step: from a tiny
-    one there it never recovers, and here it is forgotten. Differences from the
-    authors' published code: during warm-up the averages take clipped norms, there raw ones;
-    `warmup_steps` steps, there one more; no 1e-8 beside the norms.
+    Differences from the paper: zero norms are not learned, and an average far below its leaf's
+    norms is forgotten. Either would hold the leaf near zero for ever.
 
     Example:
       >>> clip = adagc(1.5, warmup_max_norm=100.0, warmup_steps=1)
@@ -106,8 +94,7 @@ def adagc(
       {'b': Array([5.], dtype=float32), 'w': Array([3.], dtype=float32)}
 
     References:
-      Wang et al., "AdaGC: improving training stability for large language model
-      pretraining", 2025, https://arxiv.org/abs/2502.11034
+      Wang et al., 2025, https://arxiv.org/abs/2502.11034
     """
     _checks.scalar(_checks.finite_positive, ratio=ratio)
     _checks.scalar(_checks.positive, warmup_max_norm=warmup_max_norm)
@@ -117,7 +104,7 @@ def adagc(
     _checks.axes(stack_axis=stack_axis)
     _checks.static(mask=mask)
 
-    # Leaf norms are complete: no mapped axis is summed over again.
+    # The leaf norms already cover all shards, so their sum must not be reduced again.
     norm_of_all = functools.partial(global_norm, axis_name=None if axis_name is None else ())
 
     def init_fn(norms: Norms) -> AdaGCState:
@@ -137,7 +124,7 @@ def adagc(
 
         def bound(norm: Array, average: Array) -> Array:
             first, second = _leaves.in_dtype_of(norm, *start)
-            # An infinite norm times zero is no bound.
+            # The `where` keeps inf * 0 = NaN out of the bound.
             at_start = jnp.where(second == 0, 0, norm) * first * second
             (share,) = _leaves.in_dtype_of(norm, ratio)
             return jnp.where(follows_itself(average), share * average, at_start)

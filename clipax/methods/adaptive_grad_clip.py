@@ -21,36 +21,30 @@ def adaptive_grad_clip(
     mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales each unit's updates, so that they stay small against its parameters.
+    """Bounds the norm of each unit's updates by a share of its parameters' norm.
 
-    `u_j <- u_j * min(1, max_norm_j / |u_j|)` with `max_norm_j = ratio * max(|p_j|, eps)`
-    for the parameters `p_j` of unit `j`; both norms are L2.
-
-    Before an optimizer that normalizes, as Adam, it acts only through the history of the
-    second moments; it was made for SGD with momentum.
+    `u_j <- u_j * min(1, max_norm_j / |u_j|)` with `max_norm_j = ratio * max(|p_j|, eps)` for the
+    parameters `p_j` of unit `j`. Both norms are L2.
 
     Args:
-      ratio: The bound on update over parameter norm, > 0: a number, a scalar array, a
-        schedule `count -> value`, or a tree prefix of them. The paper has 0.01 to 0.16,
-        the less the larger the batch.
-      eps: >= 0, the least parameter norm, so that units that start at zero can move.
-      unit_axis: What a unit is, in the forms that `clip_by_unit_norm` takes. None is
-        `nfnets`, the rule of the paper's code and of optax. `output_first` is timm's and
-        torch's, `output_last` Flax's and Haiku's for every rank, `whole_leaf` with
-        `ratio=0.3` is Dreamer's.
-      mask: Which leaves are clipped: True, a tree prefix of booleans, or a function
-        `(path, leaf) -> bool`. The paper leaves out the last layer:
-        `lambda path, leaf: not path.startswith("head")`.
+      ratio: The norm of the updates over that of the parameters, > 0: a number, a scalar array, a
+        schedule `count -> value`, or a tree prefix of them. The paper has 0.01 to 0.16, and
+        smaller values for larger batches.
+      eps: The least parameter norm, >= 0, so that units that start at zero can move.
+      unit_axis: What a unit is, as in `clip_by_unit_norm`. None is `nfnets`, the rule of the
+        paper's code and of optax. `output_first` is timm's and torch's, `output_last` fits Flax
+        and Haiku in every rank, and `whole_leaf` with `ratio=0.3` is Dreamer's.
+      mask: Which leaves are clipped, as in `clip_by_leaf_norm`. The paper leaves out the last
+        layer: `lambda path, leaf: not path.startswith("head")`.
       axis_name: As in `clip_by_unit_norm`.
 
     Returns:
-      A transformation whose state is a `ClipState` of trees with an array a leaf that
-      broadcasts against it, or a scalar where the leaf is one unit. `update` needs
-      `params`.
+      A transformation whose `update` needs `params`. Its state is a `ClipState` with an array per
+      leaf that broadcasts against the leaf, or a scalar where the leaf is one unit.
 
     Raises:
-      ValueError: A number in `ratio` is <= 0, or `eps` negative, NaN, boolean, None or a
-        string; at `update`, no `params`; at `init` and `update`, a prefix does not fit.
+      ValueError: A value in `ratio` is not a number > 0, or `eps` not a number >= 0; at `update`,
+        `params` is missing; at `init` and `update`, a prefix does not fit.
 
     | leaf | result |
     |---|---|
@@ -59,12 +53,11 @@ def adaptive_grad_clip(
     | None (frozen), whatever its parameter | None |
     | an inf entry | NaN there, zero elsewhere in its unit; other units unharmed |
     | a NaN entry | its unit all NaN; other units unharmed |
-    | masked out, integer, bool, float0 | as it was, not measured |
+    | masked out, integer, bool, float0 | unchanged, not measured |
 
-    Differences from the paper's code and optax: the update's norm has no floor of 1e-6,
-    so the two differ for norms below it, where `ratio * eps` is as small; ranks above five
-    have a rule, and vectors keep theirs where the others are given an axis. Under
-    `optax.inject_hyperparams`, functions and integers need `static_args`.
+    Differences from the paper's code and optax: the norm of the updates has no floor of 1e-6,
+    which shows where `ratio * eps` is as small; ranks above five have a rule; and vectors keep
+    their rule when `unit_axis` gives an axis.
 
     Example:
       >>> clip = adaptive_grad_clip(0.5)
@@ -75,8 +68,7 @@ def adaptive_grad_clip(
              [0.4   , 0.0005]], dtype=float32)
 
     References:
-      Brock, De, Smith, Simonyan, "High-performance large-scale image recognition without
-      normalization", 2021, https://arxiv.org/abs/2102.06171
+      Brock, De, Smith, Simonyan, 2021, https://arxiv.org/abs/2102.06171
     """
     threshold = relative_to_params(ratio, eps)
     _checks.axes(unit_axis=unit_axis)

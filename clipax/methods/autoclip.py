@@ -22,56 +22,47 @@ def autoclip(
     mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Bounds the norm by a quantile of the norms seen so far.
+    """Bounds the norm by a quantile of the norms so far.
 
-    `max_norm_t = quantile_q(norm_{t-W+1}, ..., norm_t)` with linear interpolation, as
+    `max_norm_t = quantile_q(norm_{t-W+1}, ..., norm_t)` with linear interpolation, as in
     `numpy.quantile`, over a window of `W = window_size` norms.
 
-    The default clips: nine steps in ten end at the tenth percentile, which acts almost as
-    normalization. With 0.9, one step in ten is clipped.
+    The default of 0.1 clips nine steps in ten and so nearly normalizes; 0.9 clips one step in ten.
+    The history learns raw norms, before clipping. After any finite norms, half of a usual norm
+    passes within 900 steps, and in general within `(1 - quantile) * window_size + 2`.
 
     Args:
       quantile: The share of norms at or under the bound, in (0, 1). The paper has 0.1.
-      window_size: How many of the last norms are remembered, >= 1; one float each. The
-        paper has no window: it keeps them all.
-      norm: What is measured, and bounded by its own history: `global_norm`, `leaf_norm`
-        for each leaf by itself, `block_rms`, ..., or your own.
-      count_current: Whether the norm at hand counts among the history, as in the paper, or
-        only the past does.
-      warmup_steps: How many norms the history needs before it bounds, >= 1; until then
-        `max_norm` alone does.
+      window_size: How many norms are remembered, >= 1, at one float each. The paper keeps all.
+      norm: The norm that its own history bounds: `global_norm`, `leaf_norm` (one history per
+        leaf), `block_rms`, ..., or your own.
+      count_current: Whether the current norm counts in its own bound, as in the paper.
+      warmup_steps: How many norms the history needs before it bounds, >= 1. Until then, only
+        `max_norm` does.
       max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
-      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
-        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
+      mask: As in `clip_by_global_norm`.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is a `ClipState` in the structure of the norms; its
-      threshold holds the window. `metrics` gives its quantiles 0.5, 0.9 and 0.99.
+      A transformation whose state is a `ClipState` in the structure of the norms. Its threshold
+      holds the window, of which `metrics` gives the quantiles 0.5, 0.9 and 0.99.
 
     Raises:
-      ValueError: `quantile` is not in (0, 1), `window_size` or `warmup_steps` not an
-        integer >= 1, `max_norm` not > 0, or `count_current` not a boolean.
-
-    The history learns from raw norms, before clipping, so that it cannot collapse. Whatever
-    finite norms came before, half of a usual norm passes within 900 steps: in general, within
-    `(1 - quantile) * window_size + 2`, when that share of the window is usual again.
+      ValueError: `quantile` is not in (0, 1), `window_size` or `warmup_steps` not an integer >= 1,
+        `max_norm` not > 0, or `count_current` not a boolean.
 
     | norm | result |
     |---|---|
-    | the first ones, fewer than `warmup_steps` | bounded by `max_norm` alone |
+    | the first ones, fewer than `warmup_steps` | bounded by `max_norm` only |
     | all equal so far | the updates, bit for bit |
     | zero | zeros; the zero enters the history, and zeros can make the bound zero |
-    | NaN or inf | as for a fixed bound; kept out of the history |
-    | only NaN or inf so far | bounded by `max_norm` alone |
+    | NaN or inf | as under a fixed bound; kept out of the history |
+    | only NaN or inf so far | bounded by `max_norm` only |
 
-    Derivatives exist where no norm equals its bound or another norm in the window. They are
-    finite everywhere.
+    Derivatives are finite, and exist where no norm equals its bound or another norm in the window.
 
-    Differences from the paper's code: a window, whose quantile is the paper's while the
-    norms fit; no 1e-6 beside the norm, so a clipped norm ends at the bound; norms that are
-    not finite are left out. For TRELLIS's clipper: `autoclip(0.95, count_current=False,
-    warmup_steps=1000, max_norm=1.0)`.
+    Differences from the paper's code: there is a window, nothing is added to the norm, and norms
+    that are not finite are left out.
 
     Example:
       >>> clip = autoclip(0.5)
@@ -82,8 +73,7 @@ def autoclip(
       (Array([2.], dtype=float32), Array(2., dtype=float32))
 
     References:
-      Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: adaptive gradient clipping for source
-      separation networks", 2020, https://arxiv.org/abs/2007.14469
+      Seetharaman et al., 2020, https://arxiv.org/abs/2007.14469
     """
     threshold = window_quantile(
         quantile, window_size, count_current=count_current, warmup_steps=warmup_steps

@@ -1,4 +1,4 @@
-"""Clip21: the clip of how far the updates have moved away."""
+"""Clip21: clips the distance of the updates from a running estimate."""
 
 from typing import Any, NamedTuple
 
@@ -14,45 +14,37 @@ from clipax.norms import global_norm
 
 class Clip21State(NamedTuple):
     estimate: Updates
-    """What came out last; float32 or float64, or complex."""
+    """The running estimate, which came out last; float32, float64 or complex."""
     inner_state: Any
 
 
 def clip21(
     inner: optax.GradientTransformation, *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Follows the updates in clipped steps.
+    """Moves a running estimate of the updates by clipped steps and returns it.
 
-    `v <- v + clip(u - v)` from `v = 0`, and `v` is what comes out. Not the updates are
-    bounded but their change: for updates that settle, `v` arrives at them, and the clip
-    leaves no bias behind.
+    `v <- v + clip(u - v)` from `v = 0`, and `v` comes out. If the updates settle, the estimate
+    reaches them and the clip leaves no bias. After n steps of any finite updates, half of a usual
+    norm passes within n + 1 steps if it is no longer than the bound, because each step moves the
+    estimate by at most one bound.
 
-    The paper has several workers. Each then has a state of its own, and the optimizer takes
-    the mean of what comes out of them:
+    With several workers, as in the paper, each has its own state and the optimizer takes the mean:
 
         clipped, states = jax.vmap(clip.update)(updates_of_workers, states)
         updates = jax.tree.map(lambda leaf: leaf.mean(0), clipped)
 
-    After n steps of any finite updates, half of a usual norm passes within n + 1 steps, if it is
-    no longer than the bound: each step takes the estimate one bound away, or one back.
-
-    One worker alone, with stochastic updates, gets a running estimate that no single update
-    moves by more than the bound.
-
     Args:
-      inner: The clip of the difference: `clip_by_global_norm(1.0)`, as in the paper, or
-        another.
-      axis_name: As in `clip_by_global_norm`, for the check that the updates are finite;
-        `inner` has its own.
+      inner: The clip of the difference: `clip_by_global_norm(1.0)`, as in the paper, or another.
+      axis_name: As in `clip_by_global_norm`, for the test whether the updates are finite.
 
     Returns:
-      A transformation whose state is a `Clip21State`: the estimate in the structure of the
-      parameters and the inner state, which `clipax.metrics` reads: its `norm` is that of
-      the difference. An extra argument `norm=` is not passed on, for it is not that norm.
+      A transformation with a `Clip21State`: the estimate in the structure of the parameters, and
+      the inner state, from which `clipax.metrics` reads the norm of the difference. An extra
+      argument `norm=` is not passed on, because it is not that norm.
 
     Raises:
-      ValueError: `inner` is no transformation; at `update`, the updates have not the
-        structure that `init` saw.
+      ValueError: `inner` is not a transformation; at `update`, the updates have another structure
+        than at `init`.
 
     | updates | result |
     |---|---|
@@ -61,11 +53,10 @@ def clip21(
     | a NaN or inf entry | the estimate plus what `inner` makes of it; the state stays |
     | the difference overflows | as if it were the largest float; the state stays |
     | float16, bfloat16 | computed wide, then rounded; the estimate is not rounded |
-    | None, integer, bool, float0 leaf | as it was; nothing is kept |
+    | None, integer, bool, float0 leaf | unchanged; nothing is kept |
 
-    Differences from the paper: an entry whose difference was not clipped comes out as it
-    went in, without the rounding of `v + (u - v)`; the estimate survives a step that is not
-    finite.
+    Differences from the paper: entries whose difference is not clipped come out exactly, without
+    the rounding of `v + (u - v)`; the estimate survives a step that is not finite.
 
     Example:
       >>> clip = clip21(clip_by_global_norm(1.0))
@@ -79,8 +70,7 @@ def clip21(
       [2.5]
 
     References:
-      Khirirat, Gorbunov, Horváth, Islamov, Karray, Richtárik, "Clip21: error feedback for
-      gradient clipping", 2023, https://arxiv.org/abs/2305.18929
+      Khirirat et al., 2023, https://arxiv.org/abs/2305.18929
     """
     inner = _checks.transformation(inner=inner)
     _checks.axis_name(axis_name=axis_name)
@@ -112,6 +102,7 @@ def _within_range(update: Array, estimate: Array) -> Array:
 
 
 def _moved(estimate: Array, update: Array, move: Array, clipped: Array) -> Array:
-    # A whole move arrives exactly, which the rounded sum need not, nor at -0.0.
+    # A move that was not clipped arrives at the update exactly, -0.0 included; the rounded sum
+    # need not.
     moved = estimate + clipped
     return _moments.with_derivative_of(jnp.where(clipped == move, update, moved), moved)

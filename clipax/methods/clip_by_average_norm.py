@@ -1,4 +1,4 @@
-"""Clipping each leaf by its L2 norm over its number of entries."""
+"""Clipping each leaf by its L2 norm divided by its number of entries."""
 
 import optax
 
@@ -10,31 +10,30 @@ from clipax.norms import average_norm
 def clip_by_average_norm(
     max_norm: Bound, *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales each leaf, so that its average norm is bounded.
+    """Scales each leaf so that its average norm is bounded.
 
-    `u_l <- u_l * min(1, max_norm / norm_l)` with `norm_l = |u_l|_2 / n_l` for the `n_l`
-    entries of leaf `l`. It is not the root mean square, which divides by `sqrt(n_l)` and
-    is `clip_by_block_rms`; this one is TensorFlow 1's rule, kept for what was tuned on it.
+    `u_l <- u_l * min(1, max_norm / norm_l)` with `norm_l = |u_l|_2 / n_l` for the `n_l` entries of
+    leaf `l`. The root mean square of `clip_by_block_rms` divides by `sqrt(n_l)` instead.
 
     Args:
-      max_norm: The bound, >= 0: a number, a scalar array, a schedule `count -> value`, or
-        a tree prefix of them.
+      max_norm: The bound, >= 0: a number, a scalar array, a schedule `count -> value`, or a tree
+        prefix of them.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is a `ClipState` of trees with a scalar a leaf.
+      A transformation whose state is a `ClipState` with a scalar per leaf.
 
     Raises:
-      ValueError: A number in `max_norm` is negative, NaN, boolean, None or a string; at
-        `init` and `update`, the prefix does not fit.
+      ValueError: A value in `max_norm` is not a number >= 0; at `init` and `update`, the prefix
+        does not fit.
 
     | leaf | max_norm | result |
     |---|---|---|
     | norm <= max_norm | any | the leaf, bit for bit |
-    | zero, or without entries | 0 | as it was |
+    | zero, or without entries | 0 | unchanged |
     | an inf entry | finite | NaN there, zero elsewhere in the leaf; other leaves unharmed |
     | a NaN entry | any | the leaf all NaN; other leaves unharmed |
-    | None, integer, bool, float0 | any | as it was, not measured |
+    | None, integer, bool, float0 | any | unchanged, not measured |
 
     Example:
       >>> clip = clip_by_average_norm(0.5)
@@ -43,7 +42,6 @@ def clip_by_average_norm(
       Array([0.6, 0.8], dtype=float32)
 
     References:
-      `tf.compat.v1.clip_by_average_norm`,
       https://www.tensorflow.org/api_docs/python/tf/compat/v1/clip_by_average_norm
     """
     return clip_by(average_norm, max_norm, axis_name=axis_name)

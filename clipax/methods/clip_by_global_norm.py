@@ -22,33 +22,32 @@ def clip_by_global_norm(
     mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales all updates by one factor, so that their global norm is bounded.
+    """Scales all updates by one factor so that their global norm is bounded.
 
-    `u <- u * min(1, max_norm / (norm + eps))` with `norm = (sum_i |u_i|^p)^(1/p)` over
-    all entries of all leaves.
+    `u <- u * min(1, max_norm / (norm + eps))` with `norm = (sum_i |u_i|^p)^(1/p)` over all entries
+    of all leaves.
 
     Args:
-      max_norm: The bound, >= 0: a number, a scalar array or a schedule `count -> value`.
-        Typically 1.0; `inf` measures only.
-      ord: The order `p > 0` of the norm; `inf` is the largest modulus. Under
-        `optax.inject_hyperparams` it needs `static_args=("ord",)`.
-      eps: >= 0. With 1e-6 the factor is `torch.nn.utils.clip_grad_norm_`'s, and a clipped
-        norm ends just below the bound.
-      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
-        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
-      axis_name: The mapped axes that shard the leaves, where types do not say: under
-        `pmap`, `vmap(axis_name=...)` and `shard_map(check_vma=False)`. One name, several
-        or a tree prefix; `()` for replicated leaves.
+      max_norm: The bound, >= 0: a number, a scalar array or a schedule `count -> value`. Typically
+        1.0; `inf` only measures.
+      ord: The order `p > 0` of the norm; `inf` is the largest modulus.
+      eps: Added to the norm, >= 0. With 1e-6 the factor is that of
+        `torch.nn.utils.clip_grad_norm_`, and a clipped norm ends just below the bound.
+      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a function
+        `(path, leaf) -> bool`. Other leaves, such as frozen ones, pass unchanged.
+      axis_name: The mapped axes that shard the leaves, where types do not say so: under `pmap`,
+        `vmap(axis_name=...)` and `shard_map(check_vma=False)`. One name, several, or a tree prefix
+        of them; `()` for replicated leaves.
 
     Returns:
-      A transformation whose state is a `ClipState` of scalars. Its `update` takes the
-      norm of the updates, if it is known already, as the extra argument `norm=`, and then
-      does not measure it again; in a chain, every global clip in it gets that one.
+      A transformation whose state is a `ClipState` of scalars. Its `update` accepts a known norm
+      of the updates as the extra argument `norm=` instead of measuring it; in a chain, every
+      method with one norm takes it.
 
     Raises:
-      ValueError: `max_norm` or `eps` is negative, NaN, boolean, None or a string;
-        `ord` <= 0; `axis_name` has a name twice. At `update`, it does not fit or is not
-        bound, or the program is mapped and neither it nor types say what is sharded.
+      ValueError: `max_norm` or `eps` is not a number >= 0; `ord` <= 0; `axis_name` repeats a name.
+        At `update`, `axis_name` does not fit or is not bound, or the program is mapped and neither
+        `axis_name` nor types say what is sharded.
 
     | updates | max_norm | result |
     |---|---|---|
@@ -59,10 +58,10 @@ def clip_by_global_norm(
     | an inf entry | finite | NaN there, zero elsewhere |
     | a NaN entry | any | all NaN |
     | finite, but the norm overflows its dtype | finite | zeros |
-    | masked out, None, integer, bool, float0 leaf | any | as it was, not measured |
+    | masked out, None, integer, bool, float0 leaf | any | unchanged, not measured |
 
-    Bit for bit holds of normal numbers; XLA's CPU and TPU backends flush subnormal ones,
-    and a factor below the smallest normal number (1.2e-38) with them.
+    "Bit for bit" holds for normal numbers; XLA's CPU and TPU backends flush subnormal ones (below
+    1.2e-38) to zero. A coefficient below that is applied as two factors and may be recorded as 0.
 
     Example:
       >>> clip = clip_by_global_norm(6.5)
@@ -74,8 +73,7 @@ def clip_by_global_norm(
       (Array(13., dtype=float32), Array(0.5, dtype=float32))
 
     References:
-      Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks",
-      2013, https://arxiv.org/abs/1211.5063
+      Pascanu, Mikolov, Bengio, 2013, https://arxiv.org/abs/1211.5063
     """
     _checks.one_bound(_checks.non_negative, max_norm=max_norm)
     _checks.scalar(_checks.non_negative, eps=eps)

@@ -21,33 +21,31 @@ def clip_by_leaf_norm(
     mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales each leaf by a factor of its own, so that its norm is bounded.
+    """Scales each leaf by its own factor so that its norm is bounded.
 
-    `u_l <- u_l * min(1, max_norm / norm_l)` with `norm_l = (sum_i |u_li|^p)^(1/p)` over
-    the entries of leaf `l`, or over chosen axes of it.
+    `u_l <- u_l * min(1, max_norm / norm_l)` with `norm_l = (sum_i |u_li|^p)^(1/p)` over the
+    entries of leaf `l`, or over chosen axes of it.
 
     Args:
-      max_norm: The bound, >= 0: a number, a scalar array, a schedule `count -> value`, or
-        a tree prefix of them, as `{"encoder": 1.0, "head": 0.1}`.
+      max_norm: The bound, >= 0: a number, a scalar array, a schedule `count -> value`, or a tree
+        prefix of them, such as `{"encoder": 1.0, "head": 0.1}`.
       ord: The order `p > 0` of the norm; `inf` is the largest modulus.
-      axes: The axes that are summed over, as in `tf.clip_by_norm`; None is all. One value
-        for every leaf, a tree prefix, or a function `(path, leaf) -> axes` with paths
-        such as "encoder/kernel".
-      stack_axis: The axis along which layers are stacked, as by `scan`, so that each
-        layer is clipped by itself. Same forms as `axes`, and None where nothing is
-        stacked: `lambda path, leaf: 0 if path.startswith("layers") else None`.
+      axes: The axes to sum over, as in `tf.clip_by_norm`; None is all of them. One value for every
+        leaf, a tree prefix, or a function `(path, leaf) -> axes` with paths like "encoder/kernel".
+      stack_axis: The axis along which layers are stacked, as by `scan`, so that each layer is
+        clipped by itself. It takes the forms of `axes`, and None where nothing is stacked:
+        `lambda path, leaf: 0 if path.startswith("layers") else None`.
       mask: Which leaves are clipped: True, a tree prefix of booleans, or a function
         `(path, leaf) -> bool`.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is a `ClipState` of trees with a scalar a leaf, or an
-      array that broadcasts against it where only some axes are summed.
+      A transformation whose state is a `ClipState` with a scalar per leaf, or an array that
+      broadcasts against the leaf where only some axes are summed.
 
     Raises:
-      ValueError: A number in `max_norm` is negative, NaN, boolean, None or a string;
-        `ord` <= 0; at `init` and `update`, a prefix does not fit, a leaf lacks an axis, or
-        has both `axes` and `stack_axis`.
+      ValueError: A value in `max_norm` is not a number >= 0; `ord` <= 0; at `init` and `update`, a
+        prefix does not fit, or a leaf lacks an axis or has both `axes` and `stack_axis`.
 
     | leaf | max_norm | result |
     |---|---|---|
@@ -55,9 +53,7 @@ def clip_by_leaf_norm(
     | zero | 0 | zeros |
     | an inf entry | finite | NaN there, zero elsewhere in the leaf; other leaves unharmed |
     | a NaN entry | any | the leaf all NaN; other leaves unharmed |
-    | masked out, None, integer, bool, float0 | any | as it was, not measured |
-
-    Under `optax.inject_hyperparams`, functions and integers need `static_args`.
+    | masked out, None, integer, bool, float0 | any | unchanged, not measured |
 
     Example:
       >>> clip = clip_by_leaf_norm(6.0)
@@ -66,7 +62,7 @@ def clip_by_leaf_norm(
       {'b': Array([6.], dtype=float32), 'w': Array([3., 4.], dtype=float32)}
 
     References:
-      `tf.clip_by_norm`, https://www.tensorflow.org/api_docs/python/tf/clip_by_norm
+      https://www.tensorflow.org/api_docs/python/tf/clip_by_norm
     """
     _checks.axes(axes=axes, stack_axis=stack_axis)
     _checks.static(mask=mask)

@@ -1,4 +1,4 @@
-"""The mean of the last norms and some standard deviations."""
+"""Bounding norms by the mean of the last ones plus some standard deviations."""
 
 import jax
 import optax
@@ -21,53 +21,47 @@ def clip_by_mean_std(
     mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Bounds the norm by the mean of the last norms and `z_max` standard deviations.
+    """Bounds the norm by the mean of the last norms plus `z_max` standard deviations.
 
     `max_norm_t = mean + z_max * max(std, 1e-6 * mean)` over the window of
-    `norm_{t-W}, ..., norm_{t-1}` with `W = window_size`; `std` is the population's.
+    `norm_{t-W}, ..., norm_{t-1}` with `W = window_size` and the population's `std`.
+
+    The history learns raw norms, before clipping, and the current norm does not count. After any
+    finite norms, half of a usual norm passes within 5 steps, or for a smaller `z_max` within half
+    a window and two steps.
 
     Args:
       z_max: How many standard deviations above the mean a norm may lie, > 0. Levanter has 3.
-      window_size: How many of the last norms are remembered, >= 1; one float each.
-        Levanter has 128.
-      norm: What is measured, and bounded by its own history: `global_norm`, `leaf_norm`
-        for each leaf by itself, `block_rms`, ..., or your own.
-      warmup_steps: How many norms the history needs before it bounds, >= 1; until then
-        `max_norm` alone does. None is half the window, and at least 2, as in Levanter.
+      window_size: How many norms are remembered, >= 1, at one float each. Levanter has 128.
+      norm: The norm that its own history bounds: `global_norm`, `leaf_norm` (one history per
+        leaf), `block_rms`, ..., or your own.
+      warmup_steps: How many norms the history needs before it bounds, >= 1. Until then, only
+        `max_norm` does. None is half the window, and at least 2, as in Levanter.
       max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
-      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
-        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
+      mask: As in `clip_by_global_norm`.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is a `ClipState` in the structure of the norms; its
-      threshold holds the window. `metrics` gives its quantiles 0.5, 0.9 and 0.99.
+      A transformation whose state is a `ClipState` in the structure of the norms. Its threshold
+      holds the window, of which `metrics` gives the quantiles 0.5, 0.9 and 0.99.
 
     Raises:
       ValueError: `z_max` is not a finite number > 0, `window_size` or `warmup_steps` not an
         integer >= 1, or `max_norm` not > 0.
 
-    The history learns from raw norms, before clipping, and the norm at hand does not count.
-    So a new level of norms becomes the usual one within a window; and one spike, until it
-    leaves the window, raises the bound. Whatever finite norms came before, half of a usual norm
-    passes within 5 steps; with a smaller `z_max`, within half a window and two steps.
-
     | norm | result |
     |---|---|
-    | the first `warmup_steps` | bounded by `max_norm` alone |
+    | the first `warmup_steps` | bounded by `max_norm` only |
     | all equal so far | the updates, bit for bit |
     | the first after a window of zeros | bounded by 0; it enters the history |
-    | NaN or inf | as for a fixed bound; kept out of the history |
-    | only NaN or inf so far | bounded by `max_norm` alone |
+    | NaN or inf | as under a fixed bound; kept out of the history |
+    | only NaN or inf so far | bounded by `max_norm` only |
 
-    Derivatives exist where no norm equals its bound and the norms in the window are not all
-    equal. They are finite everywhere.
+    Derivatives are finite, and exist where no norm equals its bound and the norms in the window
+    are not all equal.
 
-    Differences from Levanter's `clip_update_norm`: the least standard deviation is relative,
-    there 1e-6, as is the least norm that the bound is divided by; a window of one norm clips
-    from the third step on, there never; norms that are not finite are left out, where one would
-    make the bound NaN for a window; it clips wherever it stands in the chain, there after the
-    optimizer.
+    Differences from Levanter's `clip_update_norm`: the least standard deviation is relative to the
+    mean, and norms that are not finite are left out.
 
     Example:
       >>> clip = clip_by_mean_std(3.0, window_size=4)

@@ -22,51 +22,49 @@ def clip_by_quantile(
 ) -> optax.GradientTransformationExtraArgs:
     """Bounds the norm by a running estimate of a quantile of the norms.
 
-    `max_norm_{t+1} = max_norm_t * exp(-learning_rate * ([norm_t <= max_norm_t] - quantile))`
-    with `[...]` 1 or 0: the bound rises after a norm above it, else falls, and rests
-    where the share `quantile` of norms lies at or under it. It is `autoclip` in the memory
-    of one number: without a window, and forgetting as fast as `learning_rate` says.
+    `max_norm_{t+1} = max_norm_t * exp(-learning_rate * ([norm_t <= max_norm_t] - quantile))`,
+    where `[...]` is 1 or 0. The bound rises after a norm above it and falls otherwise, and settles
+    where the share `quantile` of norms lies at or under it. It works like `autoclip` in the memory
+    of one number.
+
+    The estimate learns raw norms, before clipping, and the current norm does not count. After any
+    finite norms, half of a usual norm passes within 201 steps: the estimate starts again from the
+    last norm after 200 norms in a row above twice the estimate, or `20 / quantile` if that is
+    more.
 
     Args:
-      quantile: The share of norms that pass unclipped, in (0, 1). The paper has 0.5; 0.9
-        clips one step in ten.
-      learning_rate: How far a step moves the logarithm of the bound, > 0. The paper has
-        0.2; with 0.01 it settles slower and closer.
-      norm: What is measured, and bounded by its own history: `global_norm`, `leaf_norm`
-        for each leaf by itself, `block_rms`, ..., or your own.
+      quantile: The share of norms that pass unclipped, in (0, 1). The paper has 0.5; 0.9 clips one
+        step in ten.
+      learning_rate: How far a step moves the logarithm of the bound, > 0. The paper has 0.2; 0.01
+        settles more slowly and more closely.
+      norm: The norm that its own history bounds: `global_norm`, `leaf_norm` (one history per
+        leaf), `block_rms`, ..., or your own.
       max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
-      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
-        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
+      mask: As in `clip_by_global_norm`.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is a `ClipState` in the structure of the norms; its
-      threshold holds the next bound.
+      A transformation whose state is a `ClipState` in the structure of the norms. Its threshold
+      holds the next bound.
 
     Raises:
       ValueError: `quantile` is not in (0, 1), `learning_rate` not a finite number > 0, or
         `max_norm` not > 0.
 
-    The estimate learns from raw norms, before clipping. Whatever finite norms came before, half
-    of a usual norm passes within 201 steps: after 200 norms in a row that were more than twice
-    the estimate, or `20 / quantile` if that is more, the estimate starts again at the last.
-
     | norm | result |
     |---|---|
-    | the first one, finite and not zero | bounded by `max_norm` alone; starts the estimate |
+    | the first one, finite and not zero | bounded by `max_norm` only; starts the estimate |
     | at or under the bound | the updates, bit for bit |
-    | zero | zeros; the estimate stays, since it could fall to zero and never rise again |
-    | NaN or inf | as for a fixed bound; the estimate stays |
-    | only NaN or inf so far | bounded by `max_norm` alone |
+    | zero | zeros; the estimate stays, because it could fall to zero and never rise again |
+    | NaN or inf | as under a fixed bound; the estimate stays |
+    | only NaN or inf so far | bounded by `max_norm` only |
     | more than twice the estimate, 200 times in a row | clipped; the last is the estimate |
 
-    Derivatives exist where no norm equals its bound. They are finite everywhere. Of past norms,
-    only the one that started the estimate has one; the others are counted.
+    Derivatives are finite, and exist where no norm equals its bound. Past norms are only counted,
+    so only the norm that started the estimate has a derivative.
 
-    Differences from the paper: it has many clients' norms in a step, and here there is one,
-    without noise; it starts at 0.1, here at the first norm; zero norms do not count; and the
-    estimate starts again where it is far too low, from which the rule alone takes
-    `log(norm / max_norm) / (learning_rate * quantile)` steps.
+    Differences from the paper: one norm per step, without noise; the estimate starts at the first
+    norm and again where it is far too low; zero norms do not count.
 
     Example:
       >>> clip = clip_by_quantile(0.5)
@@ -77,8 +75,7 @@ def clip_by_quantile(
       (Array([1.], dtype=float32), Array(1., dtype=float32))
 
     References:
-      Andrew, Thakkar, McMahan, Ramaswamy, "Differentially private learning with adaptive
-      clipping", 2021, https://arxiv.org/abs/1905.03871
+      Andrew, Thakkar, McMahan, Ramaswamy, 2021, https://arxiv.org/abs/1905.03871
     """
     threshold = quantile_tracker(quantile, learning_rate=learning_rate)
     return clip_by(norm, capped(threshold, max_norm), mask=mask, axis_name=axis_name)

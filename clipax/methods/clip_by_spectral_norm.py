@@ -27,77 +27,60 @@ def clip_by_spectral_norm(
     mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips each singular value of each matrix, so that its spectral norm is bounded.
+    """Clips the singular values of each matrix so that its spectral norm is bounded.
 
-    `U diag(s) V^H <- U diag(min(s, max_norm)) V^H`, or any other `s * coefficient(s,
-    max_norm)`. What an outlier does to a few directions is cut there, and there alone.
-    A vector has one singular value, its norm.
+    `U diag(s) V^H <- U diag(s * coefficient(s, max_norm)) V^H`, which is `min(s, max_norm)` by
+    default. A vector has one singular value, its norm.
 
     Args:
       max_norm: The bound on singular values, >= 0: a number, a scalar array, a schedule
-        `count -> value`, a tree prefix of them, or a threshold of `clip_by`, which learns
-        from the largest singular values: `optax.chain(optax.ema(0.9), optax.scale(1.5))`.
-        The code of SPECTRA has 0.1 for gradients, and 10 for the updates of an optimizer.
-      coefficient: `(s, max_norm) -> factor` in [0, 1]: `hard`, or `square_root` for
-        SPECTRA's soft clipping, `s / sqrt(1 + (s / max_norm)^2)`, or another.
-      iterations: None decomposes each matrix: exact, but slow on accelerators. An integer
-        >= 1 takes that many Newton-Schulz steps instead, products of matrices alone, for
-        `hard` and `square_root`. 10 are enough for a Frobenius norm of 1000 max_norm, 5
-        more for each hundredfold; `hard` may then exceed max_norm by 2.5^-iterations of it.
-        With fewer, `square_root` clips too much, and `hard` is up to 40 % above max_norm.
-      unit_axis: The axes that are the columns, as in `clip_by_unit_norm`; the other axes
-        are the rows. None is `output_last`, right for Flax's and Haiku's dense layers,
-        convolutions and attention's last projection. `output_first` is torch's; `nfnets`
-        reads rank 3 as attention's first projections. Where it says None, the leaf is a vector.
-      stack_axis: The axis along which layers are stacked, as in `clip_by_leaf_norm`, so
-        that each matrix, or vector, is clipped by itself.
-      mask: Which leaves are clipped: True, a tree prefix of booleans, or a function
-        `(path, leaf) -> bool`.
-      axis_name: As in `clip_by_global_norm` for vectors. A shard does not tell the singular
-        values of its matrix: in mapped programs, matrices must be whole, and where types
-        do not say so, `()` does.
+        `count -> value`, a tree prefix of them, or a threshold as in `clip_by`, which learns from
+        the largest singular values. SPECTRA's code has 0.1 for gradients and 10 for an optimizer's
+        updates.
+      coefficient: `(s, max_norm) -> factor` in [0, 1]: `hard`, `square_root` for SPECTRA's soft
+        clipping, or another.
+      iterations: None decomposes each matrix, which is exact but slow on accelerators. An integer
+        >= 1 takes that many Newton-Schulz steps instead, for `hard` and `square_root` only. 10 are
+        enough for a Frobenius norm of 1000 max_norm, and 5 more for each factor of 100; `hard` may
+        then exceed max_norm by 2.5^-iterations of it. With fewer, `square_root` clips too much,
+        and `hard` ends up to 40 % above max_norm.
+      unit_axis: The axes that form the columns, as in `clip_by_unit_norm`; the others form the
+        rows. None is `output_last`, right for Flax's and Haiku's dense layers, convolutions and
+        attention's last projection. `output_first` is torch's; `nfnets` reads rank 3 as
+        attention's first projections. A function that returns None makes the leaf a vector.
+      stack_axis: The axis along which matrices or vectors are stacked, as in `clip_by_leaf_norm`.
+      mask: Which leaves are clipped, as in `clip_by_leaf_norm`.
+      axis_name: As in `clip_by_global_norm`, for vectors. In a mapped program every matrix must be
+        whole, because a shard does not show its singular values; `()` says so where types do not.
 
     Returns:
-      A transformation whose state is a `ClipState` of trees with a scalar a leaf, or an
-      array that broadcasts against it where matrices are stacked: `norm` is the largest
-      singular value (with `iterations` a bound on it, too large by n^(1/2048) at most for
-      n of them), `coefficient` its factor, the smallest.
+      A transformation whose state is a `ClipState` with a scalar per leaf, or an array that
+      broadcasts against the leaf where matrices are stacked. `norm` is the largest singular value
+      (with `iterations`, a bound at most n^(1/2048) times too large for n of them) and
+      `coefficient` is its factor, the smallest.
 
     Raises:
-      ValueError: A number in `max_norm` is negative, NaN, boolean, None or a string;
-        `coefficient` is no function, or `iterations` cannot do it or are no integer >= 1;
-        at `init` and `update`, a prefix does not fit or a leaf lacks an axis; at `update`,
-        `unit_axis` and `stack_axis` share one, or a matrix may be sharded.
+      ValueError: A value in `max_norm` is not a number >= 0; `coefficient` is not a function, or
+        not one that `iterations` supports; `iterations` is not an integer >= 1; at `init` and
+        `update`, a prefix does not fit or a leaf lacks an axis; at `update`, `unit_axis` and
+        `stack_axis` share an axis, or a matrix may be sharded.
 
     | leaf | result |
     |---|---|
     | `norm` of the state <= max_norm (`hard`) | the matrix, bit for bit |
     | all zero | zeros, also for max_norm = 0 |
     | any finite, max_norm = 0 | zeros |
-    | a vector, or a matrix of one row or column | as `clip_by_leaf_norm` |
-    | no entries | as it was; norm 0 |
+    | a vector, or a matrix of one row or column | as in `clip_by_leaf_norm` |
+    | no entries | unchanged; norm 0 |
     | float16, bfloat16 | computed in float32 |
-    | complex | entries change their phase, as real ones their sign |
-    | a NaN or inf entry | its matrix all NaN, for max_norm = inf as it was; others unharmed |
-    | masked out, None, integer, bool, float0 | as it was, not measured |
+    | complex | entries change their phase, as real ones change their sign |
+    | a NaN or inf entry | its matrix all NaN, unchanged for max_norm = inf; others unharmed |
+    | masked out, None, integer, bool, float0 | unchanged, not measured |
 
-    Its first and second derivatives, in the updates and in `max_norm`, are those of the
-    formula, also where singular values are zero or repeated, and whatever `iterations` are:
-    differentiated, it decomposes the matrices. The derivative of a largest singular value that
-    is repeated is that of one of them. `hard` has a corner at `max_norm`.
-
-    In float32, what comes out is wrong by up to 1e-6 (decomposed on a CPU, 1e-5) of the largest
-    singular value, in every direction. Matrices whose sharding is explicit are gathered, and
-    come out sharded as they were. Under `optax.inject_hyperparams`, functions
-    and integers need `static_args`.
-
-    Differences from the papers: all singular values are computed, where Yukhimchuk et al.
-    have a randomized truncation. SPECTRA's code lets vectors jump from max_norm to
-    max_norm / sqrt(2), iterates on a squared matrix, by default in bfloat16, and has factors
-    of shape and learning rate, which are left to other transformations. The identity by
-    which code for Newhouse et al. caps a matrix W takes W's own polar factor, and is wrong
-    by max_norm / 8 where that has not converged, as for small singular values it never has.
-    Here the iterations see W stacked on max_norm * I, with no small singular value.
+    In float32, the result is wrong by up to 1e-6 (decomposed on a CPU, 1e-5) of the largest
+    singular value. First and second derivatives are those of the formula, also where singular
+    values are zero or repeated; `hard` has a corner at `max_norm`. With `iterations` they come
+    from a decomposition. Explicitly sharded matrices are gathered first.
 
     Example:
       >>> clip = clip_by_spectral_norm(2.0)
@@ -107,27 +90,23 @@ def clip_by_spectral_norm(
              [0., 1.]], dtype=float32)
 
     References:
-      Yukhimchuk, Kolar, Takáč, Choudhury, "Gradient clipping beyond vector norms: a
-      spectral approach for matrix-valued parameters", 2026, https://arxiv.org/abs/2605.11838
-      Jiang, Semenov, Stich, "Enhancing LLM training via spectral clipping" (SPECTRA), 2026,
-      https://arxiv.org/abs/2603.14315
-      Newhouse, Hess, Cesista, Zahorodnii, Bernstein, Isola, "Training transformers with
-      enforced Lipschitz constants", 2025, https://arxiv.org/abs/2507.13338
-      Chen, Chow, "A stable scaling of Newton-Schulz for improving the sign function
-      computation of a Hermitian matrix", 2014, https://www.mcs.anl.gov/papers/P5059-0114.pdf
+      Yukhimchuk et al., 2026, https://arxiv.org/abs/2605.11838
+      Jiang, Semenov, Stich (SPECTRA), 2026, https://arxiv.org/abs/2603.14315
+      Newhouse et al., 2025, https://arxiv.org/abs/2507.13338
+      Chen, Chow, 2014, https://www.mcs.anl.gov/papers/P5059-0114.pdf (the scaled iteration)
     """
     _checks.function(coefficient=coefficient)
     if iterations is not None:
         _checks.positive_integer(iterations=iterations)
         if coefficient not in (hard, square_root):
             raise ValueError(
-                f"coefficient must be hard or square_root with iterations={iterations}, since"
-                f" matrix products give no other, got {coefficient!r}."
+                f"coefficient must be hard or square_root with iterations={iterations}, because"
+                f" matrix products compute only these two, got {coefficient!r}."
             )
     _checks.axes(unit_axis=unit_axis, stack_axis=stack_axis)
     _checks.static(mask=mask)
     norm = functools.partial(leaf_norm, stack_axis=stack_axis)
-    # It remembers what happened, and scales the vectors.
+    # This one records norms, bounds and factors of all leaves, and scales the vectors.
     recorder = clip_by(
         functools.partial(norm, mask=mask),
         max_norm,
@@ -161,7 +140,7 @@ def clip_by_spectral_norm(
         for row, view in views.items():
             bound = view.per_matrix(bounds[row])
             x = _spectral.clip(matrices[row], measured[row], bound, coefficient, iterations)
-            # Chosen in the shape of the leaf, so that what comes out is sharded as it is.
+            # The selection has the shape of the leaf, so the result is sharded as the leaf is.
             clipped[row] = jnp.where(factors[row] == 1, leaves[row], view.leaf(x, leaves[row]))
         return jax.tree.unflatten(treedef, clipped), state
 
@@ -169,7 +148,7 @@ def clip_by_spectral_norm(
 
 
 def _by_leaf(norms: Norms, updates: Updates) -> list[Any]:
-    """What norms that are flat by path, or in a tree, have for each leaf; None where nothing."""
+    """The norm of each leaf, from norms in a flat dict or a tree; None where there is no norm."""
     by_path = _paths.flat(norms)
     return [
         by_path.get(path) if isinstance(by_path, dict) else by_path

@@ -20,42 +20,38 @@ def clip_by_unit_norm(
     mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales each output unit's weights, so that their norm is bounded.
+    """Scales the updates of each output unit so that their norm is bounded.
 
-    `u_j <- u_j * min(1, max_norm / norm_j)` with `norm_j = (sum_i |u_ij|^p)^(1/p)` over
-    all entries that feed unit `j`.
+    `u_j <- u_j * min(1, max_norm / norm_j)` with `norm_j = (sum_i |u_ij|^p)^(1/p)` over all
+    entries that feed unit `j`.
 
     Args:
-      max_norm: The bound, >= 0: a number, a scalar array, a schedule `count -> value`, or
-        a tree prefix of them.
+      max_norm: The bound, >= 0: a number, a scalar array, a schedule `count -> value`, or a tree
+        prefix of them.
       ord: The order `p > 0` of the norm; `inf` is the largest modulus.
-      unit_axis: The axes that count the units: an axis, a tuple of axes (`(0, -1)` for
-        stacked layers), a tree prefix, or a function `(path, leaf) -> axes | None`, where
-        None makes the whole leaf one unit. None is `output_last`, which is right for the
-        kernels of Flax and Haiku other than embeddings and attention's last projection;
-        `output_first`, `nfnets` and `whole_leaf` are at hand too.
-      mask: Which leaves are clipped: True, a tree prefix of booleans, or a function
-        `(path, leaf) -> bool`.
-      axis_name: As in `clip_by_global_norm`; it names the axes that shard what is summed,
-        and not those that shard the units. Under `shard_map` with types, a state that was
-        made outside tells which is which; one that is made inside is refused without it.
+      unit_axis: The axes that count the units: an axis, a tuple of axes (`(0, -1)` for stacked
+        layers), a tree prefix, or a function `(path, leaf) -> axes | None`, where None makes the
+        whole leaf one unit. None is `output_last`, which is right for the kernels of Flax and
+        Haiku except embeddings and attention's last projection. `clipax.units` has others.
+      mask: Which leaves are clipped, as in `clip_by_leaf_norm`.
+      axis_name: As in `clip_by_global_norm`, but only the axes that shard what is summed, not
+        those that shard the units. Under `shard_map` with types, a state made outside says which
+        is which; a state made inside needs `axis_name`.
 
     Returns:
-      A transformation whose state is a `ClipState` of trees with an array a leaf that
-      broadcasts against it, or a scalar where the leaf is one unit.
+      A transformation whose state is a `ClipState` with an array per leaf that broadcasts against
+      the leaf, or a scalar where the leaf is one unit.
 
     Raises:
-      ValueError: A number in `max_norm` is negative, NaN, boolean, None or a string;
-        `ord` <= 0; at `init` and `update`, a prefix does not fit or a leaf lacks an axis.
+      ValueError: A value in `max_norm` is not a number >= 0; `ord` <= 0; at `init` and `update`, a
+        prefix does not fit or a leaf lacks an axis.
 
     | leaf | result |
     |---|---|
     | a unit with norm <= max_norm | that unit, bit for bit |
     | rank 0 or 1 | one unit, unless a function says otherwise |
     | a NaN entry | its unit all NaN; other units unharmed |
-    | masked out, None, integer, bool, float0 | as it was, not measured |
-
-    Under `optax.inject_hyperparams`, functions and integers need `static_args`.
+    | masked out, None, integer, bool, float0 | unchanged, not measured |
 
     Example:
       >>> clip = clip_by_unit_norm(1.0)
@@ -65,8 +61,7 @@ def clip_by_unit_norm(
              [0.8, 0. ]], dtype=float32)
 
     References:
-      Brock, De, Smith, Simonyan, "High-performance large-scale image recognition without
-      normalization", 2021, https://arxiv.org/abs/2102.06171 (for what a unit is)
+      Brock, De, Smith, Simonyan, 2021, https://arxiv.org/abs/2102.06171 (for what a unit is)
     """
     _checks.axes(unit_axis=unit_axis)
     _checks.static(mask=mask)

@@ -21,36 +21,33 @@ def clip_by_value(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each entry to `[min_value, max_value]`.
 
-    `u_i <- min(max(u_i, min_value), max_value)` with `min_value = -max_value` by default. A
-    complex entry is clipped by its modulus and keeps its phase:
-    `u_i <- u_i * min(1, max_value / |u_i|)`.
+    `u_i <- min(max(u_i, min_value), max_value)`. A complex entry is clipped by its modulus and
+    keeps its phase: `u_i <- u_i * min(1, max_value / |u_i|)`.
 
     Args:
-      max_value: The upper bound, >= 0: a number, a scalar array, a schedule
-        `count -> value`, or a tree prefix of them.
-      min_value: The lower bound, <= 0, in the same forms; None is `-max_value`. Zero lies
-        between the two, so that a zero gradient stays zero.
-      axis_name: As in `clip_by_global_norm`; it matters to the recorded norm alone.
+      max_value: The upper bound, >= 0: a number, a scalar array, a schedule `count -> value`, or a
+        tree prefix of them.
+      min_value: The lower bound, <= 0, in the same forms; None is `-max_value`. Zero is always
+        within the bounds, so a zero gradient stays zero.
+      axis_name: As in `clip_by_global_norm`; it affects the recorded norm only.
 
     Returns:
-      A transformation whose state is a `ClipState` of trees with a scalar a leaf: `norm`
-      is the largest modulus of an entry, `max_norm` the bound's, `coefficient` the smallest
-      factor that an entry was scaled by. With `min_value` each is a pair of such trees, of
-      the positive entries and of the negative ones.
+      A transformation whose state is a `ClipState` with a scalar per leaf: `norm` is the largest
+      modulus of an entry, `max_norm` is the bound's, and `coefficient` is the smallest factor of
+      an entry. With `min_value`, each is a pair, for positive and for negative entries.
 
     Raises:
-      ValueError: `max_value` is negative or `min_value` positive, or a number in them is
-        NaN, boolean, None or a string; at `init` and `update`, a prefix does not fit, or
-        `min_value` is given for a complex leaf.
+      ValueError: A value in `max_value` is not a number >= 0, or in `min_value` not a number <= 0;
+        at `init` and `update`, a prefix does not fit, or `min_value` is given for a complex leaf.
 
     | entry | result |
     |---|---|
-    | within the bounds | as it was, bit for bit |
+    | within the bounds | unchanged, bit for bit |
     | inf, -inf | the bound |
     | complex with an infinite part | NaN |
     | NaN | NaN; other entries unharmed |
     | any, with bounds of 0 | 0 |
-    | None, integer, bool, float0 leaf | as it was, not measured |
+    | None, integer, bool, float0 leaf | unchanged, not measured |
 
     Example:
       >>> clip = clip_by_value(1.0)
@@ -59,8 +56,7 @@ def clip_by_value(
       Array([ 1. , -0.5, -1. ], dtype=float32)
 
     References:
-      Pan, Li, "Toward understanding why Adam converges faster than SGD for transformers",
-      2023, https://arxiv.org/abs/2306.00204 (coordinate-wise clipping)
+      Pan, Li, 2023, https://arxiv.org/abs/2306.00204 (coordinate-wise clipping)
     """
     upper = bounded(_checks.non_negative, max_value=max_value)
     if min_value is None:
@@ -89,7 +85,7 @@ def clip_by_value(
         updates: Updates, state: ClipState, params: Updates | None = None, **extra_args: Any
     ) -> tuple[Updates, ClipState]:
         del params, extra_args
-        # The sides say what happened; the updates they scale are never computed in jit.
+        # The sides only record: under jit, the updates that they scale are never computed.
         pairs = zip(sides, each(state), strict=True)
         states = [side.update(updates, side_state)[1] for side, side_state in pairs]
         tops, bottoms = states[0].max_norm, states[-1].max_norm

@@ -22,28 +22,26 @@ def clippy(
     *,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales each leaf, so that no parameter changes by more than a share of itself.
+    """Scales each leaf so that no parameter changes by more than a share of itself.
 
-    `u_l <- u_l * min(1, 1 / n_l)`, `n_l = max_i |u_i| / (ratio * |p_i| + eps)`: the entry
-    that would change its parameter most decides for its leaf, whose direction stays. It
-    belongs after the optimizer, learning rate included, where the updates are the changes:
-
-        optimizer = optax.chain(optax.adagrad(0.1), clipax.clippy())
+    `u_l <- u_l * min(1, 1 / n_l)` with `n_l = max_i |u_i| / (ratio * |p_i| + eps)`: one entry sets
+    the factor of its leaf. Put `clippy` after the optimizer and its learning rate, where the
+    updates are the changes: `optax.chain(optax.adagrad(0.1), clipax.clippy())`.
 
     Args:
-      ratio: The share of a parameter by which it may change, >= 0.
-      eps: What is added to that, >= 0, in the unit of the parameters, so that a parameter
-        of zero can move. The defaults of both are the paper's; TensorFlow Recommenders
-        has 0.1 and 1e-7.
+      ratio: The share of a parameter by which it may change, >= 0. The paper has 0.5, TensorFlow
+        Recommenders 0.1.
+      eps: Added to that change, >= 0, in the unit of the parameters, so that a parameter of zero
+        can move. The paper has 0.01, TensorFlow Recommenders 1e-7.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose `update` needs `params`, and whose state is a `ClipState` of
-      trees with a scalar a leaf: `norm` is `n_l`, `max_norm` is 1.
+      A transformation whose `update` needs `params`. Its state is a `ClipState` with a scalar per
+      leaf: `norm` is `n_l` and `max_norm` is 1.
 
     Raises:
-      ValueError: A number is negative, inf, NaN, boolean, None or a string; at `update`,
-        there are no params, or they lack a leaf of the updates.
+      ValueError: `ratio` or `eps` is not a finite number >= 0; at `update`, `params` is missing or
+        lacks a leaf of the updates.
 
     | leaf | result |
     |---|---|
@@ -53,7 +51,7 @@ def clippy(
     | `eps = 0`, a parameter of zero, and an update of zero | as if the entry were not there |
     | an inf entry | NaN there, zero elsewhere in the leaf; other leaves unharmed |
     | a NaN entry | the leaf all NaN; other leaves unharmed |
-    | None, integer, bool, float0 | as it was, not measured |
+    | None, integer, bool, float0 | unchanged, not measured |
 
     Example:
       >>> clip = clippy(0.5, 0.0)
@@ -62,8 +60,7 @@ def clippy(
       Array([1. , 0.5], dtype=float32)
 
     References:
-      Tang et al., "Improving training stability for multitask ranking models in recommender
-      systems", 2023, https://arxiv.org/abs/2302.09178
+      Tang et al., 2023, https://arxiv.org/abs/2302.09178
     """
     _checks.scalar(_checks.finite_non_negative, ratio=ratio, eps=eps)
     largest = functools.partial(leaf_norm, ord=math.inf)
@@ -73,7 +70,7 @@ def clippy(
         size = jnp.abs(_leaves.widened(jnp.asarray(update)))
         share, least = _leaves.in_dtype_of(size, ratio, eps)
         bound = share * jnp.abs(jnp.asarray(param)).astype(size.dtype) + least
-        # An update of zero is within a bound of zero.
+        # An update of zero is within a bound of zero, where the quotient would be 0 / 0.
         is_zero = size == 0
         return jnp.where(is_zero, size, size / jnp.where(is_zero, 1, bound))
 

@@ -1,4 +1,4 @@
-"""Clipping that never shrinks beyond a floor (delta-GClip)."""
+"""Clipping by the global norm with a least factor (delta-GClip)."""
 
 import functools
 
@@ -20,27 +20,23 @@ def delta_gclip(
     mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips by the global norm, but by no factor below `delta`.
+    """Clips by the global norm, but never by a factor below `delta`.
 
-    `u <- u * min(1, max(delta, max_norm / norm))` with the global L2 norm.
-
-    A norm above `max_norm / delta` is no longer bounded by `max_norm`: the paper gives the
-    bound away there for a step size that never vanishes, from which it proves convergence.
+    `u <- u * min(1, max(delta, max_norm / norm))` with the global L2 norm. A norm above
+    `max_norm / delta` is therefore not bounded by `max_norm`.
 
     Args:
       max_norm: The bound, >= 0: a number, a scalar array or a schedule `count -> value`.
       delta: The least factor, in (0, 1). The authors' published code has 1e-3.
-      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
-        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
+      mask: As in `clip_by_global_norm`.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is a `ClipState` of scalars. Its `update` takes a known
-      norm as the extra argument `norm=`.
+      A transformation whose state is a `ClipState` of scalars. Its `update` accepts a known norm
+      as the extra argument `norm=`.
 
     Raises:
-      ValueError: `max_norm` is negative or `delta` not in (0, 1), or one is NaN, boolean,
-        None or a string.
+      ValueError: `max_norm` is not a number >= 0, or `delta` not a number in (0, 1).
 
     | updates | max_norm | result |
     |---|---|---|
@@ -51,10 +47,7 @@ def delta_gclip(
     | an inf entry | finite | inf there, `delta` times the others |
     | a NaN entry | any | all NaN |
     | finite, but the norm overflows its dtype | finite | `delta` times the updates |
-    | masked out, None, integer, bool, float0 leaf | any | as it was, not measured |
-
-    Differences from the paper: none in the factor. The learning rate, which the paper
-    takes into it, is the optimizer's.
+    | masked out, None, integer, bool, float0 leaf | any | unchanged, not measured |
 
     Example:
       >>> clip = delta_gclip(1.0, delta=0.25)
@@ -65,8 +58,7 @@ def delta_gclip(
       Array([ 0., 20.], dtype=float32)
 
     References:
-      Tucat, Mukherjee, Sen, Sun, Rivasplata, "Regularized gradient clipping provably trains
-      wide and deep neural networks", 2024, https://arxiv.org/abs/2404.08624
+      Tucat et al., 2024, https://arxiv.org/abs/2404.08624
     """
     _checks.one_bound(_checks.non_negative, max_norm=max_norm)
     _checks.scalar(_checks.inside_unit_interval, delta=delta)

@@ -21,27 +21,26 @@ from clipax.thresholds import Threshold, per_norm
 def measure(
     norm: Norm = global_norm, *, window_size: int = 1000, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Never clips: records the norms and a window of them, to choose a bound from.
+    """Records norms without clipping, to choose a bound from.
 
-    `u <- u`. `clipax.metrics` gives the last norm and the quantiles 0.5, 0.9 and 0.99 of
-    the last `window_size` finite ones: a bound at `norm_q90` would clip one step in ten.
+    `u <- u`. `clipax.metrics` gives the last norm and the quantiles 0.5, 0.9 and 0.99 of the last
+    `window_size` finite norms. A bound at `norm_q90` would clip one step in ten.
 
     Args:
-      norm: What is measured: `global_norm`, `leaf_norm`, `block_rms`, ..., or your own.
-      window_size: How many norms are remembered, >= 1; one float each.
+      norm: The norm to record: `global_norm`, `leaf_norm`, `block_rms`, ..., or your own.
+      window_size: How many norms are remembered, >= 1, at one float each.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is a `ClipState` in the structure of the norms, with
-      `max_norm` inf and `coefficient` one. Its `update` takes a known norm as the extra
-      argument `norm=`.
+      A transformation whose state is a `ClipState` in the structure of the norms, with `max_norm`
+      inf and `coefficient` 1. Its `update` accepts a known norm as the extra argument `norm=`.
 
     Raises:
       ValueError: `window_size` is not an integer >= 1.
 
     | updates | result |
     |---|---|
-    | any, NaN and inf too | as they were, bit for bit |
+    | any, NaN and inf too | unchanged, bit for bit |
     | a norm that is not finite | recorded as the last norm, kept out of the window |
 
     Example:

@@ -1,4 +1,4 @@
-"""What a transformation takes away, and how far it turns the step."""
+"""Recording how a transformation changes the length and direction of updates."""
 
 import functools
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ from clipax.norms import global_norm
 
 
 class ObserveState(NamedTuple):
-    """What the wrapped transformation did at its last update."""
+    """The effect of the wrapped transformation at its last update."""
 
     norm_in: Array
-    """The global L2 norm of what went in."""
+    """The global L2 norm of the updates before it."""
     norm_out: Array
-    """The global L2 norm of what came out."""
+    """The global L2 norm of the updates after it."""
     cosine: Array
     """The cosine of the angle between the two, in [-1, 1]."""
     inner_state: Any
@@ -28,20 +28,20 @@ class ObserveState(NamedTuple):
 def observe(
     inner: optax.GradientTransformation, *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Records how much a transformation takes away and how far it turns the step.
+    """Records how a transformation changes the length and direction of updates.
 
-    `cosine = <u, v> / (|u|_2 |v|_2)` for the updates `u` that go in and `v` that come out.
+    `cosine = <u, v> / (|u|_2 |v|_2)` for updates `u` that go in and `v` that come out.
 
     Args:
-      inner: Any transformation, a whole chain too, or an `optax.MultiSteps`.
+      inner: Any transformation, a whole chain, or an `optax.MultiSteps`.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      `inner` with an `ObserveState` round its state: scalars, float32 or float64 (where a
-      parameter is).
+      `inner` with its state inside an `ObserveState`, whose `norm_in`, `norm_out` and `cosine` are
+      scalars in float32, or float64 where a parameter is.
 
     Raises:
-      ValueError: `inner` is no transformation.
+      ValueError: `inner` is not a transformation.
 
     | updates | cosine |
     |---|---|
@@ -60,7 +60,7 @@ def observe(
 
     def init_fn(params: Updates) -> ObserveState:
         norm = functools.partial(global_norm, axis_name=_mapped.bound_here(axis_name))
-        # Arrays of their own, since a buffer can be donated only once.
+        # Separate arrays, because a buffer can be donated only once.
         zero = _placement.zero_norms(norm, _rules.only_measured(params))
         return ObserveState(zero, zero + 0, zero + 0, inner.init(params))
 
@@ -70,7 +70,7 @@ def observe(
         params: Updates | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, ObserveState]:
-        # Nothing of its own is remembered: what is no state of its own is the inner one's.
+        # The wrapper has no history of its own, so any other state belongs to `inner`.
         is_own = isinstance(state, ObserveState)
         inner_state = state.inner_state if is_own else state
         new_updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
@@ -85,8 +85,8 @@ def observe(
 
 
 def _cosine(one: Updates, other: Updates, axis_name: AxisName) -> Array:
-    # By the law of cosines, `|a - b|^2 = |a|^2 + |b|^2 - 2 <a, b>`, on vectors of length about
-    # one: it takes norms alone, so that range and sharding stay the norm's business.
+    # The law of cosines, `|a - b|^2 = |a|^2 + |b|^2 - 2 <a, b>`, on vectors of about unit length,
+    # needs only norms, and norms already handle range and sharding.
     norm = functools.partial(global_norm, axis_name=axis_name)
     one, other = _measured_in_both(one, other), _measured_in_both(other, one)
     (one, length), (other, other_length) = _in_units(one, norm(one)), _in_units(other, norm(other))
@@ -104,7 +104,7 @@ def _measured_in_both(one: Updates, other: Updates) -> Updates:
 
 
 def _in_units(updates: Updates, norm: Array) -> tuple[Updates, Array]:
-    """The updates over a unit near their norm, and what is then their length."""
+    """The updates divided by a number near their norm, and their norm after that."""
     divisor = _leaves.unit_of(norm)
 
     def divide(leaf: Any) -> Array:

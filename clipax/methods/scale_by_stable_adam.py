@@ -1,4 +1,4 @@
-"""StableAdamW's step: Adam's, shortened where its second moment is out of date."""
+"""StableAdamW's step: Adam's step, shortened where its second moment is out of date."""
 
 import functools
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ class StableAdamState(NamedTuple):
     root_nu: Updates
     """The root of the mean of their squares, bias-corrected."""
     step_count: Array
-    """The number of steps that they have learned from; int32."""
+    """The number of steps in both means; int32."""
 
 
 def scale_by_stable_adam(
@@ -32,44 +32,31 @@ def scale_by_stable_adam(
     *,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales updates as Adam does, and each leaf by how well its second moment fits.
+    """Takes Adam's step, shortened per leaf where its second moment is out of date.
 
-    `mu <- (1 - w1) * mu + w1 * u` and `nu <- (1 - w2) * nu + w2 * |u|^2` with
-    `w = (1 - b) / (1 - b^count)`, which is Adam's bias correction. Then, for each leaf `l`,
-    `rms_l = sqrt(mean(|u|^2 / max(nu, eps^2)))` and
-    `u_l <- mu / (sqrt(nu) + eps) * min(1, 1 / rms_l)`.
+        mu <- (1 - w1) * mu + w1 * u        nu <- (1 - w2) * nu + w2 * |u|^2
+        rms_l = sqrt(mean(|u|^2 / max(nu, eps^2)))
+        u_l <- mu / (sqrt(nu) + eps) * min(1, 1 / rms_l)
 
-    Whatever finite updates came before, half of a usual norm passes within 17,500 steps. As with
-    Adam, a spike of `s` usual updates divides those after it, for
-    `2 * log(2 * s * sqrt(1 - b2)) / -log(b2)` steps; a tiny start is over in 30.
-
-    It takes the place of `optax.scale_by_adam` in a chain, and the learning rate follows:
-    `optax.chain(scale_by_stable_adam(), optax.add_decayed_weights(0.01),
-    optax.scale_by_learning_rate(1e-3))`.
-
-    To bound what comes out of any optimizer,
-    `optax.chain(optax.scale_by_adam(), clip_by_block_rms(1.0), optax.scale(-1e-3))` does.
-    That measures `mu / sqrt(nu)`, the step itself, into which a spike enters with weight
-    `1 - b1`; `rms_l` measures `u / sqrt(nu)`, sees the spike in full, and forgets it at the
-    next step, when the momentum still holds it.
+    with `w = (1 - b) / (1 - b^count)`, which is Adam's bias correction, for each leaf `l`. It
+    replaces `optax.scale_by_adam` in a chain. After any finite updates, half of a usual norm
+    passes within 17,500 steps, because the second moment remembers a spike, as in Adam.
 
     Args:
-      b1: The weight of the past in the mean, in [0, 1).
+      b1: The weight of the past in the mean, in [0, 1). The defaults are those of optimi.
       b2: The weight of the past in the mean of squares, in [0, 1).
-      eps: Added to the root of the mean of squares, > 0 and finite.
+      eps: Added to the root of the mean of squares, > 0 and finite, in the unit of the updates.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is a `StableAdamState`. Its `clip` is a `ClipState` of
-      trees with a scalar a leaf: `norm` is `rms_l`, `max_norm` is 1, `coefficient` is
-      `min(1, 1 / rms_l)`. `mu` and `root_nu` are float32 (float64 for float64 leaves; `mu` of
-      complex leaves is complex) in the shape of the parameters.
+      A transformation with a `StableAdamState`. `mu` and `root_nu` have the shapes of the
+      parameters, in float32 (float64 for float64 leaves, complex `mu` for complex leaves). `clip`
+      is a `ClipState` with a scalar per leaf: `norm` is `rms_l`, `max_norm` is 1, `coefficient` is
+      `min(1, 1 / rms_l)`.
 
     Raises:
-      ValueError: A number is out of its range, NaN, boolean, None or a string; at `update`,
-        the updates have another structure than at `init`.
-
-    The defaults are those of optimi, which has it for torch.
+      ValueError: An argument is out of its range or not a number; at `update`, the updates have
+        another structure than at `init`.
 
     | leaf | result |
     |---|---|
@@ -77,18 +64,15 @@ def scale_by_stable_adam(
     | rms_l <= 1 | Adam's step |
     | zero in every step so far | zeros |
     | gradients far below eps | nearly zero |
-    | a NaN or inf entry | all NaN. No leaf is learned, no step counted |
-    | beside a leaf with such an entry | as ever |
-    | None, integer, bool, float0 | as it was, not measured |
+    | a NaN or inf entry | all NaN; no leaf is learned, no step counted |
+    | beside a leaf with such an entry | scaled as usual |
+    | None, integer, bool, float0 | unchanged, not measured |
 
     Derivatives exist where no `rms_l` is 1 and no entry has been zero in every step. There they
     are finite.
 
-    Differences from the paper: there the learning rate is divided by `max(1, rms_l)`, which
-    for the step is the same, but also shortens the decay of the weights. In the chain above
-    the weights decay as ever. Differences from `optax.scale_by_adam`: the moments in the
-    state are bias-corrected, wide in every dtype, and of the second the root is kept, so that
-    neither 1e20 nor 1e-25 leaves the range of float32.
+    Differences from the paper: the factor does not shorten the decay of the weights when
+    `optax.add_decayed_weights` follows.
 
     Example:
       >>> adam = scale_by_stable_adam(0.5, 0.75, eps=1e-12)
@@ -100,8 +84,7 @@ def scale_by_stable_adam(
       (Array(1.25, dtype=float32), Array([0.8, 0.8], dtype=float32))
 
     References:
-      Wortsman, Dettmers, Zettlemoyer, Morcos, Farhadi, Schmidt, "Stable and low-precision
-      training for large-scale vision-language models", 2023, https://arxiv.org/abs/2304.13013
+      Wortsman et al., 2023, https://arxiv.org/abs/2304.13013
     """
     _checks.scalar(_checks.decay_rate, b1=b1, b2=b2)
     _checks.scalar(_checks.finite_positive, eps=eps)
@@ -141,7 +124,7 @@ def scale_by_stable_adam(
         _, clip = record.update(relative, state.clip)
         steps = jax.tree.map(lambda m, root: _moments.divided(m, root + like(root)), mu, root_nu)
         clipped = scale_updates(steps, clip.coefficient)
-        # A mean that overflows is no history either.
+        # Finite updates can have a mean that overflows, which must not be learned either.
         is_finite = _moments.all_finite(mu, axis_name=axis_name)
         before = (state.mu, state.root_nu, state.step_count)
         learned = _choice.choose(is_finite, (mu, root_nu, count), before)

@@ -1,4 +1,4 @@
-"""Steps of a whole optimizer that are left out where a norm or a loss is too large."""
+"""Skipping an optimizer's step where a norm or a loss is too large."""
 
 import functools
 import math
@@ -18,29 +18,29 @@ from clipax.thresholds import bounded
 
 
 class SkipState(NamedTuple):
-    """What was skipped, and what the next steps are held against."""
+    """Which steps were skipped, and the history that the next ones are compared with."""
 
     norm: Array
-    """The global L2 norm of the last updates as they came in; it may be NaN or inf."""
+    """The global L2 norm of the last incoming updates, NaN or inf included."""
     is_skipped: Array
     """Whether the last step was skipped; bool."""
     skipped_count: Array
     """How many steps were skipped in all; int32."""
     consecutive_count: Array
-    """How many in a row up to the last one, without those of `skip_ranges`; int32."""
+    """How many steps in a row were skipped, up to the last, not counting `skip_ranges`; int32."""
     taken_count: Array
     """How many steps were not skipped; int32."""
     threshold: Any
     """The state of the rule that gives `skip_above`."""
     norm_window: Any
-    """The last finite norms, where there is a `z_max`."""
+    """The last finite norms, if `z_max` is set."""
     loss_window: Any
-    """The last losses, where there is a `loss_z_max`."""
+    """The last losses, if `loss_z_max` is set."""
     inner_state: Any
 
     @property
     def step_count(self) -> Array:
-        """How many steps there were in all: the number of the next one."""
+        """How many steps there were in all, which is the number of the next step."""
         return self.taken_count + self.skipped_count
 
 
@@ -56,77 +56,62 @@ def skip_step(
     skip_ranges: Sequence[tuple[int, int]] = (),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips a whole step of an optimizer whose gradient is not finite, or a spike.
+    """Skips an optimizer's step where the gradient is not finite or is a spike.
 
-    A step is skipped if `norm`, the global L2 norm of the updates that come in, is NaN or
-    inf, if `norm > skip_above`, or if `norm - mean > z_max * max(std, 1e-6 * |mean|)` over the
-    window of the last finite norms; `std` is the sample's, over `n - 1`. `loss_z_max` is the
-    same rule for losses. A skipped step gives zeros and keeps the inner state.
+    A step is skipped if `norm`, the global L2 norm of the incoming updates, is NaN or inf, if
+    `norm > skip_above`, or if `norm - mean > z_max * max(std, 1e-6 * |mean|)` over a window of the
+    last finite norms, with `std` over `n - 1`. `loss_z_max` is the same rule for losses. A skipped
+    step returns zeros and keeps the inner state.
 
-    It goes round the whole optimizer, the clip too, since behind a clip there are no spikes:
-    `skip_step(optax.chain(clip_by_global_norm(1.0), optax.adam(1e-3)), z_max=6.0)`. It goes
-    round `optax.MultiSteps`, whose sum never gets rid of a NaN.
+    Wrap the whole optimizer, clip included, because there are no spikes behind a clip:
+    `skip_step(optax.chain(clip_by_global_norm(1.0), optax.adam(1e-3)), z_max=6.0)`.
+
+    The windows learn the raw values of skipped steps too, so a new level becomes the usual one
+    after a few steps. After any finite norms, half of a usual norm passes within 5 steps for
+    `z_max=6`, and within `window_size + 1` for the smallest `z_max`.
 
     Args:
-      inner: A whole optimizer, or any transformation.
-      skip_above: Above it a step is skipped, > 0: a number, a scalar array or a schedule
-        `count -> value` that counts the steps with a finite norm, skipped or not. None is
-        never.
-      z_max: How many standard deviations above the mean a norm may lie, > 0. None leaves
-        out this rule and its window. OLMo-core has 6.
-      loss_z_max: The same for the loss, which then is the extra argument `loss=` of every
-        `update`, one number, the same on all devices.
-      window_size: How many of the last values are remembered, >= 2; one float each.
-        OLMo-core has 128.
-      warmup_steps: From which value on, the current one counted, the rules with a window
-        apply, >= 1, but never before the third. None is half the window.
-      skip_ranges: Steps to skip whatever they are, as pairs `(start, stop)` with
-        `0 <= start < stop`: the steps `start, ..., stop - 1`, where the first call of
-        `update` is step 0 and every call counts. Pairs may overlap.
+      inner: A whole optimizer, an `optax.MultiSteps`, or any transformation.
+      skip_above: The norm above which a step is skipped, > 0: a number, a scalar array or a
+        schedule `count -> value` over the steps with a finite norm. None is never.
+      z_max: How many standard deviations above the mean a norm may lie, > 0; OLMo-core has 6. None
+        turns this rule off.
+      loss_z_max: The same for the loss, which `update` then takes as `loss=`: one number, the same
+        on all devices.
+      window_size: How many values are remembered, >= 2, at one float each. OLMo-core has 128.
+      warmup_steps: The first value, counting the current one, to which a window applies, >= 1, but
+        the third at the earliest. None is half the window.
+      skip_ranges: Steps to skip in any case, as pairs `(start, stop)` with `0 <= start < stop`;
+        step `stop` is not skipped. Every call of `update` is a step, and the first is step 0.
+        Pairs may overlap.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is a `SkipState` round the inner state; its norms are
-      float32 or float64 (where a parameter is). `update` passes extra arguments on, `loss`
-      too.
+      A transformation whose state is a `SkipState` around the inner state; its norms are float32,
+      or float64 where a parameter is. `update` passes extra arguments on to `inner`, `loss` too.
 
     Raises:
-      ValueError: `inner` is no transformation; `skip_above`, `z_max` or `loss_z_max` is not
+      ValueError: `inner` is not a transformation; `skip_above`, `z_max` or `loss_z_max` is not
         > 0, `window_size` not an integer >= 2, `warmup_steps` not an integer >= 1, or
-        `skip_ranges` not such pairs; at `update`, there is no `loss` and a `loss_z_max`, or
-        it is no scalar.
-
-    The windows learn every value of a step whose norm and, with `loss_z_max`, loss are
-    finite, also of a skipped step: a new level becomes the usual one after a few steps, and
-    nothing is skipped for ever. Whatever finite norms came before, under `z_max=6` half of a
-    usual norm passes within 5 steps, and under the smallest `z_max` within `window_size + 1`.
+        `skip_ranges` not such pairs; at `update`, `loss_z_max` needs a `loss` that is missing or
+        not a scalar.
 
     | step | result |
     |---|---|
-    | not skipped | what `inner` gives, bit for bit; compiled alone, it may round otherwise |
-    | skipped | -0.0 everywhere, which leaves a parameter as it is, -0.0 too |
+    | not skipped | what `inner` gives, bit for bit; compiled alone, it may round differently |
+    | skipped | -0.0 everywhere, which leaves a parameter unchanged, -0.0 too |
     | skipped, an integer or bool leaf | 0 or False |
-    | skipped, a None, MaskedNode, float0, PRNG-key leaf, or no array at all | as it is |
+    | skipped, a None, MaskedNode, float0 or PRNG-key leaf, or not an array | unchanged |
     | a norm or watched loss of NaN or inf, however many in a row | skipped; not learned |
     | in a pair of `skip_ranges` | skipped; not learned, nor counted by a schedule |
-    | in a pair, between skipped steps | neither counts as one in a row nor ends the row |
+    | in a pair, between skipped steps | does not count in a row of skipped steps, nor ends it |
     | the first, whatever its finite norm | taken, if it is not above `skip_above` |
     | one above a window of equal norms | skipped, if by more than a share of `1e-6 * z_max` |
     | one below the mean | taken |
     | a bound that turns out NaN | skipped |
 
-    The steps are counted in the state, so that a run goes on from a checkpoint with other
-    `skip_ranges`, and leaves out a batch that is known by then to be bad.
-    `check_not_stuck` stops a run that skips step after step.
-
-    Derivatives exist where no watched value equals its bound, and are zero through a skipped
-    step. Where that step held a NaN, those in reverse mode are NaN.
-
-    Differences from OLMo-core's `SkipStepOptimizer`: values that are not finite stay out of
-    the windows, where they would have all steps skipped; the state is kept by a choice, not
-    by a product with zero, which NaN survives; the spread of equal values has a floor; one
-    past value judges nothing; norms can be watched without the loss. And unlike
-    `optax.apply_if_finite`, it never lets a NaN through.
+    Derivatives exist where no watched value equals its bound, and are zero through a skipped step.
+    Where that step held a NaN, reverse-mode derivatives are NaN.
 
     Example:
       >>> optimizer = skip_step(optax.sgd(1.0), z_max=3.0, window_size=4)
@@ -164,7 +149,7 @@ def skip_step(
         def window(z: jax.typing.ArrayLike | None) -> Any:
             return optax.EmptyState() if z is None else _window.empty(window_size, zero)
 
-        # Arrays of their own, since a buffer can be donated only once.
+        # Separate arrays, because a buffer can be donated only once.
         counts = zero.astype(jnp.int32), zero.astype(jnp.int32), zero.astype(jnp.int32)
         windows = window(z_max), window(loss_z_max)
         return SkipState(zero, zero != 0, *counts, limit.init(zero), *windows, inner.init(params))
@@ -195,7 +180,8 @@ def skip_step(
         def leave_out(leaf: Any) -> Any:
             return _choice.choose(is_skipped, _neutral(leaf), leaf)
 
-        # Leaf by leaf: a class that checks the shape of what it holds sees no zero alone.
+        # Leaf by leaf, because a class that checks the shapes of its leaves must never hold a
+        # scalar zero.
         return jax.tree.map(leave_out, new_updates), SkipState(
             norm,
             is_skipped,
@@ -216,7 +202,7 @@ def _counted(happened: Array, count: Array) -> Array:
 
 
 def _checked_ranges(skip_ranges: Any) -> np.ndarray:
-    """The pairs as two rows of an array: where ranges start, and where they stop."""
+    """The pairs as an array of two rows, the starts and the stops."""
     _checks.static(skip_ranges=skip_ranges)
     is_iterable = isinstance(skip_ranges, Iterable) and getattr(skip_ranges, "ndim", 1) > 0
     pairs = [_pair(item) for item in skip_ranges] if is_iterable else [None]
@@ -231,7 +217,7 @@ def _checked_ranges(skip_ranges: Any) -> np.ndarray:
 
 
 def _pair(item: Any) -> tuple[int, int] | None:
-    """A range of steps, or None where this is none."""
+    """The item as a range of steps, or None if it is not one."""
     if not isinstance(item, Sequence | np.ndarray) or isinstance(item, range) or len(item) != 2:
         return None
     start, stop = item
@@ -264,7 +250,7 @@ def _given_loss(norm: Array, loss: Any) -> Array:
 def _watch(
     window: Any, value: Array | None, z_max: jax.typing.ArrayLike | None, first: int
 ) -> tuple[Array | bool, Any]:
-    """Whether a value is a spike over those in the window, and the window with it."""
+    """Whether a value is a spike against the window, and the window with the value added."""
     if value is None or z_max is None:
         return False, window
     mean, std = _window.mean_and_std(window, ddof=1)
@@ -274,9 +260,9 @@ def _watch(
 
 
 def _neutral(leaf: Any) -> Any:
-    """What leaves a parameter as it is when it is added."""
+    """The update that leaves a parameter unchanged when it is added."""
     if not _leaves.holds_numbers(leaf):
         return leaf
     zero = np.zeros((), jnp.asarray(leaf).dtype)
-    # Of -0.0, adding 0.0 would make 0.0.
+    # -0.0 + 0.0 is 0.0, and -0.0 + -0.0 is -0.0.
     return -zero if _leaves.is_measured(leaf) else zero

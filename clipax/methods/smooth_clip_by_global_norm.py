@@ -1,4 +1,4 @@
-"""Clipping by the global norm without a kink."""
+"""Smooth clipping by the global norm."""
 
 import optax
 
@@ -20,30 +20,28 @@ def smooth_clip_by_global_norm(
 ) -> optax.GradientTransformationExtraArgs:
     """Scales all updates by one factor that falls smoothly as their norm grows.
 
-    `u <- u * coefficient(norm, max_norm)` with the global L2 norm. With `n` for the norm
-    and `c` for the bound, the clipped norm is
+    `u <- u * coefficient(norm, max_norm)` with the global L2 norm. For a norm `n` and a bound `c`,
+    the clipped norm is
 
-    * `n / sqrt(1 + (n / c)^2)` by `square_root`,
-    * `n / (1 + n / c)` by `rational`, which tames small updates the most,
-    * `c * tanh(n / c)` by `tanh`, which is nearest to `clip_by_global_norm`.
+    * `n / sqrt(1 + (n / c)^2)` with `square_root`,
+    * `n / (1 + n / c)` with `rational`, which shortens small updates the most,
+    * `c * tanh(n / c)` with `tanh`, which is nearest to `clip_by_global_norm`.
 
-    It always grows with `n`, and nears `c`; unlike a hard clip's, it has a derivative
-    everywhere. Every update is scaled, also one far below the bound.
+    It grows with `n` towards `c` and has a derivative everywhere. Every update is scaled, even one
+    far below the bound.
 
     Args:
       max_norm: The bound, >= 0: a number, a scalar array or a schedule `count -> value`.
       coefficient: `(norm, max_norm) -> factor`: one of the three, or your own.
-      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
-        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
+      mask: As in `clip_by_global_norm`.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is a `ClipState` of scalars. Its `update` takes a known
-      norm as the extra argument `norm=`.
+      A transformation whose state is a `ClipState` of scalars. Its `update` accepts a known norm
+      as the extra argument `norm=`.
 
     Raises:
-      ValueError: `max_norm` is negative, NaN, boolean, None or a string; `coefficient` is
-        no function.
+      ValueError: `max_norm` is not a number >= 0; `coefficient` is not a function.
 
     | updates | max_norm | result |
     |---|---|---|
@@ -54,7 +52,7 @@ def smooth_clip_by_global_norm(
     | an inf entry | finite | NaN there, zero elsewhere |
     | a NaN entry | any | all NaN |
     | finite, but the norm overflows its dtype | finite | zeros |
-    | masked out, None, integer, bool, float0 leaf | any | as it was, not measured |
+    | masked out, None, integer, bool, float0 leaf | any | unchanged, not measured |
 
     Example:
       >>> clip = smooth_clip_by_global_norm(10.0)
@@ -63,9 +61,7 @@ def smooth_clip_by_global_norm(
       {'w': Array([3.6000001, 4.8      ], dtype=float32)}
 
     References:
-      Bu, Wang, Zha, Karypis, "Automatic clipping: differentially private deep learning
-      made easier and stronger", 2022, https://arxiv.org/abs/2206.07136 (a relative of
-      `rational`, for the gradients of single examples)
+      Bu, Wang, Zha, Karypis, 2022, https://arxiv.org/abs/2206.07136 (a relative of `rational`)
     """
     _checks.one_bound(_checks.non_negative, max_norm=max_norm)
     _checks.function(coefficient=coefficient)

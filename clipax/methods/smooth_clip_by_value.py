@@ -1,4 +1,4 @@
-"""Clipping each entry without a kink."""
+"""Smooth clipping of each entry."""
 
 import functools
 import math
@@ -16,8 +16,8 @@ from clipax.coefficients import in_two, scale_updates, tanh
 from clipax.norms import leaf_norm
 from clipax.thresholds import bounded
 
-# An entry so many times as large as its bound, and all beyond it, count as that many times:
-# their own factor would be subnormal, and is flushed to zero.
+# Entries further above their bound count as this many times the bound, because their own factor
+# would be subnormal and flushed to zero.
 _FARTHEST = 2.0**64
 
 
@@ -25,43 +25,43 @@ _FARTHEST = 2.0**64
 def smooth_clip_by_value(
     max_value: Bound, coefficient: Coefficient = tanh, *, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Draws each entry smoothly into `[-max_value, max_value]`.
+    """Scales each entry smoothly into `[-max_value, max_value]`.
 
-    `u_i <- u_i * coefficient(|u_i|, max_value)`. With `c` for the bound, that is
+    `u_i <- u_i * coefficient(|u_i|, max_value)`. For a bound `c`, that is
 
-    * `c * tanh(u_i / c)` by `tanh`, which is nearest to `clip_by_value`,
-    * `u_i / sqrt(1 + (u_i / c)^2)` by `square_root`,
-    * `u_i / (1 + |u_i| / c)` by `rational`, which tames small entries the most.
+    * `c * tanh(u_i / c)` with `tanh`, which is nearest to `clip_by_value`,
+    * `u_i / sqrt(1 + (u_i / c)^2)` with `square_root`,
+    * `u_i / (1 + |u_i| / c)` with `rational`, which shortens small entries the most.
 
-    A complex entry is scaled by its modulus and keeps its phase. Every entry is scaled,
-    also one far below the bound.
+    Every entry is scaled, even one far below the bound. A complex entry is scaled by its modulus
+    and keeps its phase.
 
     Args:
-      max_value: The bound, >= 0: a number, a scalar array, a schedule `count -> value`, or
-        a tree prefix of them.
+      max_value: The bound, >= 0: a number, a scalar array, a schedule `count -> value`, or a tree
+        prefix of them.
       coefficient: `(modulus, max_value) -> factor`: one of the three, or your own.
-      axis_name: As in `clip_by_global_norm`; it matters to the recorded norm alone.
+      axis_name: As in `clip_by_global_norm`; it affects the recorded norm only.
 
     Returns:
-      A transformation whose state is a `ClipState` of trees with a scalar a leaf: `norm`
-      is the largest modulus of an entry, `max_norm` the bound, `coefficient` the factor
-      of that largest entry, which is the smallest.
+      A transformation whose state is a `ClipState` with a scalar per leaf: `norm` is the largest
+      modulus of an entry, `max_norm` is the bound, and `coefficient` is the factor of that entry,
+      the smallest.
 
     Raises:
-      ValueError: A number in `max_value` is negative, NaN, boolean, None or a string;
-        `coefficient` is no function; at `init` and `update`, a prefix does not fit.
+      ValueError: A value in `max_value` is not a number >= 0; `coefficient` is not a function; at
+        `init` and `update`, a prefix does not fit.
 
     | entry | result |
     |---|---|
-    | below the precision of the bound | as it was, bit for bit |
+    | below the precision of the bound | unchanged, bit for bit |
     | 0 | 0 |
     | inf, -inf | the bound |
     | beyond 2^64 times the bound, for a coefficient of your own | as 2^64 times the bound |
     | complex with an infinite part | NaN |
     | NaN | NaN; other entries unharmed |
     | any, with a bound of 0 | 0 |
-    | any, with a bound of inf | as it was, bit for bit |
-    | None, integer, bool, float0 leaf | as it was, not measured |
+    | any, with a bound of inf | unchanged, bit for bit |
+    | None, integer, bool, float0 leaf | unchanged, not measured |
 
     Example:
       >>> clip = smooth_clip_by_value(1.0, rational)
@@ -70,8 +70,7 @@ def smooth_clip_by_value(
       Array([ 0.75, -0.5 ,  0.  ], dtype=float32)
 
     References:
-      Williamson, Eisenmann, Stillfjord, "Analysis of a class of stochastic component-wise
-      soft-clipping schemes", 2024, https://arxiv.org/abs/2406.16640
+      Williamson, Eisenmann, Stillfjord, 2024, https://arxiv.org/abs/2406.16640
     """
     bound = bounded(_checks.non_negative, max_value=max_value)
     _checks.function(coefficient=coefficient)
@@ -85,7 +84,7 @@ def smooth_clip_by_value(
         updates: Updates, state: ClipState, params: Updates | None = None, **extra_args: Any
     ) -> tuple[Updates, ClipState]:
         del params, extra_args
-        # It says what happened; the updates it scales are never computed in jit.
+        # This one only records: under jit, the updates that it scales are never computed.
         _, state = whole_leaves.update(updates, state)
         return _leaves.map_measured(draw, updates, state.max_norm), state
 
@@ -96,7 +95,7 @@ def _draw_leaf(leaf: Any, top: Array, coefficient: Coefficient) -> Array:
     leaf = jnp.asarray(leaf)
     wide = _leaves.wide_dtype(leaf.dtype, top.dtype)
     top = top.astype(wide)
-    # As the leaf is sharded, which a broadcast would not be.
+    # The sum is sharded as the leaf is; a broadcast would not be.
     bounds = top + jnp.zeros_like(leaf, wide)
     if jnp.iscomplexobj(leaf):
         return in_two(coefficient, jnp.abs(leaf).astype(wide), bounds).scale(leaf)

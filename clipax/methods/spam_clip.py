@@ -1,4 +1,4 @@
-"""SPAM's clipping: each entry against its own second moment."""
+"""SPAM's clip: bounds each entry by its own second moment."""
 
 import functools
 import math
@@ -20,9 +20,9 @@ from clipax.thresholds import Threshold, bounded
 class SpamClipState(NamedTuple):
     clip: ClipState
     rms: Updates
-    """The root of each entry's running mean square, after clipping; 0 is no history."""
+    """The root of each entry's running mean square, after clipping; 0 without a history."""
     step_count: Array
-    """The number of the last step that it has learned from, 0 for that of a reset; int32."""
+    """The number of the last step that was learned, which is 0 at a reset; int32."""
 
 
 @injectable
@@ -36,63 +36,50 @@ def spam_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each entry whose square is far above the running mean of its squares.
 
-    `u_i <- u_i * min(1, sqrt(square_ratio * v_i) / |u_i|)` for entry `i`, and then
-    `v_i <- decay * v_i + (1 - decay) * |u_i|^2`: the history holds clipped entries, and not
-    the one that is held against it. `v_i` starts at zero and has no bias correction, as in
-    Adam's own state. A complex entry keeps its phase.
+        u_i <- u_i * min(1, sqrt(square_ratio * v_i) / |u_i|)
+        v_i <- decay * v_i + (1 - decay) * |u_i|^2    with the clipped u_i
 
-    This is the clipping of SPAM alone. The momentum that SPAM resets and the learning rate
-    that it then warms up belong to the optimizer: this transformation goes before it in a
-    chain, keeps second moments of its own, and resets only these.
-
-    Whatever finite updates came before, half of a usual norm passes within 100 steps. From
-    usual entries `s` times the root of `v_i`, it takes
-    `log(s^2 / square_ratio) / log(decay + (1 - decay) * square_ratio)` steps, or until a reset.
+    `v_i` starts at zero without bias correction. The current entry does not count in its own
+    bound. A complex entry keeps its phase. Put `spam_clip` before the optimizer, whose momentum it
+    never resets. After any finite updates, half of a usual norm passes within 100 steps.
 
     Args:
       square_ratio: The bound on an entry's square over the mean of its squares, > 0: a number, a
-        scalar array, a schedule `count -> value`, or a tree prefix of them. At or under 1,
-        clipped entries would pull their own bound down to zero.
+        scalar array, a schedule `count -> value`, or a tree prefix of them. At 1 or below, clipped
+        entries would pull their own bound down to zero. The defaults are those of the paper's
+        code, apart from the reset.
       decay: The weight of the past in the mean of squares, in [0, 1).
-      warmup_steps: The first step, counted from 1, at which an entry can be clipped, >= 1.
-        Each reset makes its step number 0, so that the means learn from `warmup_steps` steps
-        after a reset, and from one fewer at the start.
-      reset_every: At every multiple of it, a step finds the means at zero, >
-        `warmup_steps`; SPAM has 500. None is never.
+      warmup_steps: The number of the first step that can clip, >= 1. Steps count from 1 at the
+        start and from 0 at a reset.
+      reset_every: The means return to zero at every multiple of this step, > `warmup_steps`. SPAM
+        has 500; None is never.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is a `SpamClipState`. Its `clip` is a `ClipState` of trees
-      with a scalar a leaf: `norm` is the largest `|u_i| / sqrt(v_i)` of the entries that can
-      be clipped now, `max_norm` is `sqrt(square_ratio)`, `coefficient` the smallest factor that an
-      entry was scaled by, so that the `clip_fraction` of `metrics` is the share of leaves
-      with a clipped entry. `rms`, the root of `v`, is float32 (float64 for float64 leaves) in
-      the shape of the parameters.
+      A transformation with a `SpamClipState`. `rms`, the root of `v`, has the shapes of the
+      parameters, in float32 (float64 for float64 leaves). `clip` is a `ClipState` with a scalar
+      per leaf: `norm` is the largest `|u_i| / sqrt(v_i)` of an entry that can be clipped now,
+      `max_norm` is `sqrt(square_ratio)`, and `coefficient` is the smallest factor of an entry.
 
     Raises:
-      ValueError: A number is out of its range, NaN, boolean, None or a string, or
-        `reset_every` is not > `warmup_steps`; at `init`, a prefix does not fit; at `update`,
-        the updates have another structure than at `init`.
-
-    The defaults are those of the paper's code, apart from the reset.
+      ValueError: An argument is out of its range or not a number, or `reset_every` is not
+        > `warmup_steps`; at `init`, a prefix does not fit; at `update`, the updates have another
+        structure than at `init`.
 
     | entry | result |
     |---|---|
-    | in a step before number `warmup_steps`, from the start or a reset | as it was, bit for bit |
-    | square <= square_ratio * v_i | as it was, bit for bit |
+    | in a step before number `warmup_steps`, from the start or a reset | unchanged, bit for bit |
+    | square <= square_ratio * v_i | unchanged, bit for bit |
     | zero | zero, which v_i learns |
-    | zero in every step so far | the first other one passes as it is |
-    | NaN or inf | NaN; in warm-up as it was. No entry of any leaf is learned, no step counted |
-    | beside a NaN or inf entry | clipped as ever |
-    | None, integer, bool, float0 leaf | as it was, not measured |
+    | zero in every step so far | the first nonzero one passes unchanged |
+    | NaN or inf | NaN, in warm-up unchanged; no entry of any leaf is learned, no step counted |
+    | beside a NaN or inf entry | clipped as usual |
+    | None, integer, bool, float0 leaf | unchanged, not measured |
 
-    Derivatives exist where no entry equals its bound. They are finite everywhere.
+    Derivatives are finite, and exist where no entry equals its bound.
 
-    Differences from the paper: an entry that has had only zero gradients is not clipped;
-    there its bound is zero, and it is clipped to zero until the next reset. An infinite
-    entry is not turned into the bound. The root of `v` is kept, not `v`, so that neither 1e20
-    nor 1e-25 leaves the range of float32. Differences from the paper's code: the reset is off.
-    It starts and resets at the same steps as there.
+    Differences from the paper: an entry with only zeros so far is not clipped to zero; an infinite
+    entry does not become the bound; the reset is off by default.
 
     Example:
       >>> clip = spam_clip(9.0, decay=0.75, warmup_steps=1)
@@ -103,8 +90,7 @@ def spam_clip(
       Array([3. , 0.5], dtype=float32)
 
     References:
-      Huang, Zhu, Jin, Liu, Wang, Liu, "SPAM: spike-aware Adam with momentum reset for stable
-      LLM training", 2025, https://arxiv.org/abs/2501.06842
+      Huang et al., "SPAM", 2025, https://arxiv.org/abs/2501.06842
     """
     _checks.scalar(_checks.decay_rate, decay=decay)
     _checks.positive_integer(warmup_steps=warmup_steps)
@@ -169,11 +155,11 @@ def _relative(x: Array, usual: Array) -> Array:
 
 
 def _clip_leaf(x: Array, usual: Array, root: Array) -> Array:
-    # An infinite bound would be infinite in the derivative by the ratio too.
+    # The inner `where` keeps an infinite bound out of the derivative with respect to the ratio.
     is_bounded = jnp.isfinite(usual)
     bound = jnp.where(is_bounded, root * jnp.where(is_bounded, usual, 1.0), jnp.inf)
     modulus = jnp.abs(x)
     exceeds = modulus > bound
-    # The direction first: the one factor to the bound can be too small for a float.
+    # Two factors, direction and bound, because their product can be too small for a float.
     direction = _moments.divided(x, jnp.where(exceeds, modulus, 1.0))
     return jnp.where(exceeds, scale_updates(direction, jnp.where(exceeds, bound, 1.0)), x)

@@ -1,4 +1,4 @@
-"""Stable-SPAM: a clip of spiking entries, then a norm for each leaf."""
+"""Stable-SPAM: clips spiking entries, then normalizes each leaf."""
 
 import functools
 import math
@@ -17,14 +17,14 @@ from clipax.coefficients import Factors, hard, in_two, normalized
 from clipax.norms import global_norm, leaf_norm
 from clipax.thresholds import Threshold, fixed, per_norm
 
-# The mean forgets a spike sooner than the root of the squares does, which then divides the
-# usual norms by it. At this share of the root, the spike was some ten million norms or more.
+# The mean forgets a spike sooner than the root mean square does, and meanwhile the quotient is
+# far below one. It falls to this share only after a spike of some ten million norms or more.
 _LEAST_SHARE = 1e-6
 
 
 class StableSpamState(NamedTuple):
     clip: ClipState
-    """What the clip of the entries did, with a scalar a leaf."""
+    """The record of the clip of entries, with a scalar per leaf."""
     moments: Any
     """The moments of the leaves' norms, stacked as by `per_norm`."""
 
@@ -33,7 +33,7 @@ class BoundState(NamedTuple):
     mean: Array
     """The bias-corrected average of the largest modulus."""
     norm_count: Array
-    """How many steps it has seen; int32."""
+    """The number of norms in the average; int32."""
 
 
 class NormState(NamedTuple):
@@ -42,7 +42,7 @@ class NormState(NamedTuple):
     root_mean_square: Array
     """The root of the bias-corrected average of its square."""
     norm_count: Array
-    """How many steps they have seen; int32."""
+    """The number of norms in both averages; int32."""
 
 
 def stable_spam(
@@ -55,69 +55,56 @@ def stable_spam(
     normalize: bool = True,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips spiking entries, then gives each leaf a norm of about one.
+    """Clips spiking entries and then gives each leaf a norm of about one.
 
-    For each leaf on its own, with bias-corrected running averages that count this step:
+    For each leaf on its own, with bias-corrected running averages that count the current step:
 
-    1. AdaClip. `max_norm = average(max_i |u_i|)`; entries with `|u_i| > max_norm` become
+    1. AdaClip: `max_norm = average(max_i |u_i|)`; entries with `|u_i| > max_norm` become
        `u_i * max_norm / max_i |u_i|`.
-    2. AdaGN. `u <- u / |u|_2 * average(|u|_2) / (sqrt(average(|u|_2^2)) + eps)`.
+    2. AdaGN: `u <- u / |u|_2 * average(|u|_2) / (sqrt(average(|u|_2^2)) + eps)`.
 
-    It is made to stand before Adam. What comes out no longer knows how large the gradients
-    are: the norm of a leaf is about one where the gradients are steady, less in the wake of
-    a spike, and always below 1.41 with these decays. Before plain SGD that is another
-    method, with steps that do not shrink towards a minimum.
-
-    Whatever finite updates came before, half of a usual norm passes within 325 steps. From a
-    spike of `s` usual norms, the second half takes `2 * log(2 * s) / -log(decay_square)` steps
-    at most, or until `average(|u|_2)` is less than 1e-6 of its divisor, when the averages of the
-    norms start anew. Without `normalize`, it is `log(2) / -log(decay_bound)` steps: 693.
+    Put it before Adam, not before plain SGD, because the output forgets how large the gradients
+    are: a leaf's norm is about one where they are steady, smaller after a spike, and below 1.41
+    with these decays. After any finite updates, half of a usual norm passes within 325 steps (693
+    without `normalize`).
 
     Args:
-      decay_bound: The weight of the past in the bound on entries, in [0, 1).
+      decay_bound: The weight of the past in the bound on entries, in [0, 1). The defaults are the
+        paper's.
       decay_norm: The weight of the past in the average norm, in [0, 1).
       decay_square: The weight of the past in the average squared norm, in [0, 1).
-      eps: >= 0, what is added to the root; it matters to norms that are as small. The
-        defaults of the four are the paper's.
+      eps: Added to the root, >= 0, in the unit of the norms.
       clip_entries: Whether the first half acts.
-      normalize: Whether the second half acts; alone, the first is a clip, and keeps the
-        size of what it does not clip.
+      normalize: Whether the second half acts; the first alone is a clip.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is a `StableSpamState`. Its `clip` is a `ClipState` of
-      trees with a scalar a leaf: `norm` is the largest modulus of an entry, `max_norm` the
-      bound on entries (inf without `clip_entries`), `coefficient` the factor of the
-      entries above it. Its `moments` hold those of the leaves' norms, measured after the
-      first half.
+      A transformation with a `StableSpamState`. `clip` is a `ClipState` with a scalar per leaf:
+      `norm` is the largest modulus of an entry, `max_norm` is the bound on entries (inf without
+      `clip_entries`), and `coefficient` is the factor of the entries above it. `moments` holds the
+      averages of the leaves' norms, measured after the first half.
 
     Raises:
-      ValueError: A decay is not in [0, 1) or `eps` negative, NaN, boolean, None or a
-        string; `clip_entries` or `normalize` is no boolean.
+      ValueError: A decay is not a number in [0, 1), or `eps` not a number >= 0; `clip_entries` or
+        `normalize` is not a boolean.
 
     | leaf | result |
     |---|---|
     | first step | no entry is clipped; the norm becomes `norm / (norm + eps)`, about 1 |
     | an entry just above the bound, beside a spike | smaller than one just below the bound |
     | zero | zeros; its averages and counts stay |
-    | zero in every step so far | the next other step is its first |
-    | in the wake of a spike of 1e8 norms or more | short for some 45 steps, then about 1 |
+    | zero in every step so far | the next nonzero step is its first |
+    | after a spike of 1e8 norms or more | short for some 45 steps, then about 1 |
     | norms down to 1e-25 or up to 1e20 | as the formula says |
     | a NaN or inf entry | all NaN, or that entry without `normalize`; all averages stay |
     | finite, but the norm overflows its dtype | all NaN; the averages of the norms stay |
-    | None, integer, bool, float0 leaf | as it was, not measured |
+    | None, integer, bool, float0 leaf | unchanged, not measured |
 
-    Derivatives exist where no entry equals the bound and no leaf is zero. They are finite
-    everywhere.
+    Derivatives are finite, and exist where no entry equals the bound and no leaf is zero.
 
-    Differences from the paper: a zero leaf teaches nothing, or the bound of one that was
-    zero for long would hold it near zero. The averages of the norms start anew after a spike of
-    a hundred million norms, which there divides those after it for up to 1700 steps. Only
-    what comes before Adam is here, without the
-    resets of its moments and the cosine decay of the averages. Differences from the
-    authors' published code: the averages have counts of their own, where there the count
-    of Adam starts anew at each reset, takes too little off the bias and so lifts the bound
-    up to 500-fold, which ends the clip for hundreds of steps.
+    Differences from the paper: a zero leaf is not learned; the averages of the norms start again
+    after a spike of some ten million norms; only the part before Adam is here, with its own step
+    counts.
 
     Example:
       >>> clip = stable_spam(decay_bound=0.5, normalize=False)
@@ -131,8 +118,7 @@ def stable_spam(
       Array([0.6, 0.8], dtype=float32)
 
     References:
-      Huang et al., "Stable-SPAM: how to train in 4-bit more stably than 16-bit Adam",
-      2025, https://arxiv.org/abs/2502.17055
+      Huang et al., "Stable-SPAM", 2025, https://arxiv.org/abs/2502.17055
     """
     decays = {"decay_bound": decay_bound, "decay_norm": decay_norm, "decay_square": decay_square}
     _checks.scalar(_checks.decay_rate, **decays)
@@ -183,7 +169,7 @@ def stable_spam(
         clipped = _leaves.map_measured(_clip_leaf, wide, clip.max_norm, *factors)
         moments = state.moments
         if normalize:
-            # Both halves have a scalar a leaf, and one record of them is enough.
+            # The record of this half is dropped: metrics read that of the first half alone.
             clipped, after = leaves.update(clipped, clip._replace(threshold=moments))
             moments = after.threshold
         return _moments.narrowed(clipped, updates), StableSpamState(clip, moments)
@@ -192,7 +178,7 @@ def stable_spam(
 
 
 def _learned(rule: Callable[..., Any], kind: type, *, is_mapped: bool) -> Threshold:
-    """The rule for each norm, which learns from no step that is not finite in all of them."""
+    """The rule for each norm, learning only from steps in which all norms are finite."""
 
     def start(zero: Array) -> Any:
         averages = [zero + 0 for _ in kind._fields[:-1]]  # type: ignore[attr-defined]
@@ -202,7 +188,7 @@ def _learned(rule: Callable[..., Any], kind: type, *, is_mapped: bool) -> Thresh
 
     def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
         results, learned = lifted.update(norms, state, params, **extra_args)
-        # Leaf norms are complete: no mapped axis is summed over again.
+        # The leaf norms already cover all shards, so their maximum must not be reduced again.
         total = global_norm(norms, math.inf, axis_name=() if is_mapped else None)
         return results, _choice.choose(jnp.isfinite(total), learned, state)
 
@@ -210,7 +196,7 @@ def _learned(rule: Callable[..., Any], kind: type, *, is_mapped: bool) -> Thresh
 
 
 def _normalized(norm: Array, max_norm: Array) -> Array:
-    # Of a leaf that has no norm, nothing may pass for normalized.
+    # A leaf without a finite norm has no normalized form, so its factor is NaN.
     return jnp.where(jnp.isfinite(norm), normalized(norm, max_norm), jnp.nan)
 
 

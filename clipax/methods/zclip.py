@@ -1,4 +1,4 @@
-"""ZClip: a z-score against running statistics of the norms."""
+"""ZClip: bounds norms by their z-score over running statistics."""
 
 from collections.abc import Callable
 
@@ -31,73 +31,65 @@ def zclip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips norms that are outliers against a running mean and standard deviation.
 
-    With `z = (norm - mean) / (std + eps)`, a norm is a spike if `z > z_max`, and then
-    `max_norm_t = factor * (mean + z_max^2 * std / z)`; whatever it is, it ends at or under
-    `max_norm`. What enters the history is `x = min(norm, max_norm_t)` for a spike, else the
-    norm: `mean <- decay * mean + (1 - decay) * x`, and then
-    `std^2 <- decay * std^2 + (1 - decay) * (x - mean)^2`. The first `warmup_steps` norms
-    give mean and (population) variance as they are.
+        z = (norm - mean) / (std + eps)
+        max_norm_t = factor * (mean + z_max^2 * std / z)     if z > z_max, which is a spike
+        x = min(norm, max_norm_t) for a spike, else norm
+        mean  <- decay * mean + (1 - decay) * x
+        std^2 <- decay * std^2 + (1 - decay) * (x - mean)^2
 
-    Whatever finite norms came before, half of a usual norm passes within 210 steps: the 200th
-    spike in a row that is more than twice its bound enters the history as it was, and so do
-    those after it, also without `learn_from_spikes`. With another `z_max` it is some
-    `log(2) / -log(decay)` steps after the 200th.
+    The current norm does not count in its own bound, and the first `warmup_steps` norms give the
+    mean and (population) variance directly. After any finite norms, half of a usual norm passes
+    within 210 steps: from the 200th spike in a row above twice its bound, the history learns raw
+    norms. Another `z_max` needs about `log(2) / -log(decay)` steps after the 200th.
 
     Args:
-      z_max: How many standard deviations above the mean a norm may lie, > 0.
+      z_max: How many standard deviations above the mean a norm may lie, > 0. The defaults are
+        those of the paper's code.
       decay: The weight of the past in the averages, in [0, 1).
-      warmup_steps: How many norms the statistics start from, >= 1; until then `max_norm`
-        alone bounds.
+      warmup_steps: How many norms the statistics start from, >= 1. Until then, only `max_norm`
+        bounds.
       max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
-      norm: What is measured, and bounded by its own history: `global_norm`, `leaf_norm`
-        for each leaf by itself, `block_rms`, ..., or your own.
-      spike_bound: What a spike shrinks to, `(z, mean, std, z_max) -> bound`:
-        `reciprocal_bound`, `mean_bound` (the reference's "mean") or `limit_bound` (its
-        "percentile"). Under `limit_bound`, `norm > mean + z_max * std` is a spike, without
-        `eps`, as in the reference.
-      factor: Multiplies the bound of a spike, > 0: the reference's `clip_factor`, which there
-        multiplies that of `reciprocal_bound` alone.
-      raw_history: Whether spikes enter the history as they were. A new level of norms then
-        soon becomes the usual one; of clipped spikes, under `mean_bound` above all, the
-        history learns it late or, if it is less than twice the old one, never.
-      learn_from_spikes: Whether they enter it at all.
-      min_std: Which share of the mean counts as no spread, in [0, 1).
-      eps: Added to the standard deviation, a finite number > 0 in the unit of the norms.
-      mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
-        function `(path, leaf) -> bool`. The others, as frozen ones, pass as they are.
+      norm: The norm that its own history bounds: `global_norm`, `leaf_norm` (one history per
+        leaf), `block_rms`, ..., or your own.
+      spike_bound: The bound of a spike, `(z, mean, std, z_max) -> bound`: `reciprocal_bound`,
+        `mean_bound` (the reference's "mean") or `limit_bound` (its "percentile") in
+        `clipax.thresholds`. The last ignores `eps`, as in the reference.
+      factor: Multiplies the bound of a spike, > 0. The reference's `clip_factor` acts with
+        `reciprocal_bound` only.
+      raw_history: Whether spikes enter the history raw, so that a new level soon becomes the usual
+        one. From clipped spikes, the history learns a new level late, or never if it is less than
+        twice the old one.
+      learn_from_spikes: Whether spikes enter the history at all.
+      min_std: The share of the mean that counts as no spread, in [0, 1).
+      eps: Added to the standard deviation, finite and > 0, in the unit of the norms.
+      mask: As in `clip_by_global_norm`.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation whose state is a `ClipState` in the structure of the norms; its
-      threshold holds mean, standard deviation and count of each. Where no spike is, the
-      state's `max_norm` is the norm from which one would be.
+      A transformation whose state is a `ClipState` in the structure of the norms. Its threshold
+      holds the mean, standard deviation and count of each. Without a spike, `max_norm` is the norm
+      that would be one.
 
     Raises:
-      ValueError: A number is out of its range, NaN, boolean, None or a string, or
-        `spike_bound` is no function.
-
-    The defaults are those of the paper's code.
+      ValueError: An argument is out of its range or not a number, or `spike_bound` is not a
+        function.
 
     | norm | result |
     |---|---|
-    | the first `warmup_steps` | bounded by `max_norm` alone, and learned as they were |
+    | the first `warmup_steps` | bounded by `max_norm` only, and learned raw |
     | no spike, at or under `max_norm` | the updates, bit for bit |
     | a spike after norms without spread | shrinks to their mean; the history learns it raw |
     | 200 spikes in a row, each more than twice its bound | the history learns the last raw |
     | zero | zeros; the zero enters the history |
-    | NaN or inf | as for a fixed bound; the statistics stay |
-    | only NaN or inf so far | bounded by `max_norm` alone |
+    | NaN or inf | as under a fixed bound; the statistics stay |
+    | only NaN or inf so far | bounded by `max_norm` only |
 
-    Derivatives exist where no norm is just a spike or just bounded by `max_norm`, and the
-    history has spread. By a `decay` of zero there is none. They are finite everywhere.
+    Derivatives are finite. They exist where no norm is just a spike or just bounded by `max_norm`
+    and the history has spread, but not with respect to a `decay` of zero.
 
-    Differences from the paper's code: without spread, it would learn the mean from every
-    spike and so clip any larger norm to it for ever; `min_std` ends that. From statistics of
-    tiny norms it would hold usual ones down for hundreds of steps or for ever; raw norms after
-    200 spikes end that. A spike's bound
-    that `factor` lifts above the norm is not learned, the norm is. Norms that are not
-    finite are left out. No 1e-6 beside the norm: a clipped norm ends at the bound. The
-    standard deviation is kept, not its square, for range.
+    Differences from the paper's code: `min_std`, and raw norms after 200 spikes, without which a
+    history of equal or tiny norms can clip usual norms for ever; norms that are not finite are
+    left out; nothing is added to the norm.
 
     Example:
       >>> clip = zclip(2.0, warmup_steps=2, max_norm=None)
@@ -108,8 +100,7 @@ def zclip(
       Array([2.5], dtype=float32)
 
     References:
-      Kumar, Owen, Roy Chowdhury, Güra, "ZClip: adaptive spike mitigation for LLM
-      pre-training", 2025, https://arxiv.org/abs/2504.02507
+      Kumar, Owen, Roy Chowdhury, Güra, 2025, https://arxiv.org/abs/2504.02507
     """
     threshold = z_score(
         z_max,
