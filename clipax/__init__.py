@@ -36,10 +36,10 @@ from clipax import states as states
 from clipax import thresholds as thresholds
 from clipax import units as units
 from clipax._core._clip_by import clip_by as clip_by
-from clipax.apply import check_finite as check_finite
-from clipax.apply import check_not_stuck as check_not_stuck
 from clipax.apply import clip_cotangent as clip_cotangent
 from clipax.apply import clip_tree as clip_tree
+from clipax.checks import check_finite as check_finite
+from clipax.checks import check_not_stuck as check_not_stuck
 from clipax.methods.acclip import acclip as acclip
 from clipax.methods.adagc import adagc as adagc
 from clipax.methods.adaptive_grad_clip import adaptive_grad_clip as adaptive_grad_clip

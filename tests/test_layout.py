@@ -23,6 +23,7 @@ FLOORS = [
         "_core/_patience",
         "_core/_placement",
         "_core/_rules",
+        "_core/_scaling",
         "_core/_transformation",
         "_core/_window",
         "units",
@@ -32,7 +33,7 @@ FLOORS = [
     {"thresholds"},
     {"_core/_clip_by", "per_example"},
     {"methods"},
-    {"metrics", "apply", "states"},
+    {"apply", "checks", "metrics", "states"},
     {"__init__", "_demo"},
     {"__main__"},
 ]

@@ -16,6 +16,7 @@ from clipax._core import (
     _paths,
     _placement,
     _rules,
+    _scaling,
     _transformation,
 )
 from clipax._core._transformation import injectable, transformation
@@ -176,7 +177,7 @@ def clip_by(
             _norm_trees.of_params(measure, wanted, params, norms),
             max_norm=norms if last is None else last.max_norm,
         )
-        factors = coefficients.in_two(coefficient, norms, max_norms)
+        factors = _scaling.in_two(coefficient, norms, max_norms)
         clipped = _leaves.over(updates, factors.scale(wanted))
         return clipped, ClipState(norms, max_norms, factors.product, history)
 

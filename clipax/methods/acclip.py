@@ -10,9 +10,10 @@ import optax
 
 from clipax._core import _checks, _choice, _moments
 from clipax._core._clip_by import ClipState, clip_by
+from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.coefficients import hard, scale_updates
+from clipax.coefficients import hard
 from clipax.norms import leaf_norm
 
 

@@ -9,9 +9,10 @@ import optax
 
 from clipax._core import _checks, _leaves, _patience
 from clipax._core._clip_by import clip_by
+from clipax._core._scaling import in_two
 from clipax._core._transformation import injectable
 from clipax._core._typing import Array, AxisName, LeafRule, Norms
-from clipax.coefficients import hard, in_two
+from clipax.coefficients import hard
 from clipax.norms import global_norm, leaf_norm
 from clipax.thresholds import Threshold
 

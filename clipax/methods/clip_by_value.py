@@ -9,9 +9,10 @@ import optax
 
 from clipax._core import _checks, _leaves, _rules
 from clipax._core._clip_by import ClipState, clip_by
+from clipax._core._scaling import in_two
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Bound, Norms, Updates
-from clipax.coefficients import hard, in_two
+from clipax.coefficients import hard
 from clipax.norms import leaf_norm
 from clipax.thresholds import bounded
 

@@ -9,9 +9,9 @@ import optax
 
 from clipax._core import _checks, _choice, _mapped, _moments, _placement
 from clipax._core._clip_by import ClipState, clip_by
+from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.coefficients import scale_updates
 from clipax.norms import block_rms, global_norm
 
 

@@ -10,9 +10,10 @@ import optax
 
 from clipax._core import _checks, _leaves
 from clipax._core._clip_by import ClipState, clip_by
+from clipax._core._scaling import in_two, scale_updates
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Coefficient, Updates
-from clipax.coefficients import in_two, scale_updates, tanh
+from clipax.coefficients import tanh
 from clipax.norms import leaf_norm
 from clipax.thresholds import bounded
 

@@ -10,9 +10,9 @@ import optax
 
 from clipax._core import _checks, _choice, _leaves, _mapped, _moments, _placement
 from clipax._core._clip_by import ClipState, clip_by
+from clipax._core._scaling import scale_updates
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Norms, Updates
-from clipax.coefficients import scale_updates
 from clipax.norms import global_norm, leaf_norm
 from clipax.thresholds import Threshold, bounded
 

@@ -11,9 +11,10 @@ import optax
 
 from clipax._core import _checks, _choice, _leaves, _moments, _rules
 from clipax._core._clip_by import ClipState, clip_by
+from clipax._core._scaling import Factors, in_two
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Norms, Updates
-from clipax.coefficients import Factors, hard, in_two, normalized
+from clipax.coefficients import hard, normalized
 from clipax.norms import global_norm, leaf_norm
 from clipax.thresholds import Threshold, fixed, per_norm
 

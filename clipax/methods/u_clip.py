@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from clipax._core import _checks, _choice, _leaves, _mapped, _moments, _placement
+from clipax._core._scaling import in_two
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.coefficients import hard, in_two
+from clipax.coefficients import hard
 from clipax.norms import global_norm
 
 # A carry comes out within this many steps. Without a limit, a float32 carry of 2^24 times the

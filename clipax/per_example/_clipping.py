@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from clipax._core import _paths
+from clipax._core._scaling import in_two
 from clipax._core._typing import Array, Coefficient
-from clipax.coefficients import in_two
 from clipax.per_example import _mapped
 from clipax.per_example._calls import Call
 from clipax.per_example._info import OfExamples
