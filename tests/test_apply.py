@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import refusals
 import sequences
 import trees
 from jax.sharding import AxisType, PartitionSpec
@@ -295,9 +296,8 @@ def test_any_object_with_init_and_update_clips_trees_and_cotangents(method: Any)
 @pytest.mark.parametrize("bad", [None, 1.0, optax.sgd, Doubling, optax.MultiSteps, "sgd", {}])
 def test_what_is_no_transformation_clips_no_tree_and_no_cotangent(bad: Any) -> None:
     for function in (clipax.clip_tree, clipax.clip_cotangent):
-        with pytest.raises(ValueError, match=r"^transformation must be an optax\.") as caught:
+        with refusals.refused("transformation must be an optax.", bad):
             function(jnp.ones(2), bad)
-        assert repr(bad) in str(caught.value)
 
 
 # Checks between steps.

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import inspect
+import os
 import pathlib
 import subprocess
 import sys
@@ -101,6 +102,17 @@ def test_importing_takes_jax_and_optax_alone() -> None:
     )
     for module in ("chex", "equinox", "flax", "sklearn", "matplotlib", "tqdm", "hypothesis"):
         assert f"'{module}'" not in loaded.stdout or module == "chex"  # older optax imports chex
+
+
+def test_importing_touches_no_device() -> None:
+    # Without a platform of this name, whatever asks for a device fails.
+    environment = os.environ | {"JAX_PLATFORMS": "no_such_platform"}
+    ask = "import jax; jax.devices()"
+    for code, status in (("import clipax", 0), (ask, 1)):
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, check=False
+        )
+        assert run.returncode == status, run.stderr.decode()
 
 
 def test_the_package_is_typed_and_versioned() -> None:

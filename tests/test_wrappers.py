@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import refusals
 import trees
 
 import clipax
@@ -116,11 +117,8 @@ NO_TRANSFORMATIONS = [
 @wrappers
 @pytest.mark.parametrize("bad", NO_TRANSFORMATIONS)
 def test_what_is_no_transformation_is_refused(name: str, bad: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"inner must be an optax\.GradientTransformation, got"
-    ) as caught:
+    with refusals.refused("inner must be an optax.GradientTransformation, got", bad):
         WRAPPERS[name](bad)
-    assert repr(bad) in str(caught.value)
     with pytest.raises(ValueError, match=r"rule must be an optax\.GradientTransformation, got"):
         clipax.thresholds.per_norm(bad)
 

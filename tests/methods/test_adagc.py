@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import refusals
 import sequences
 import trees
 
@@ -250,7 +251,7 @@ def test_norms_of_any_size(size: float) -> None:
     np.testing.assert_allclose(scaled["b"] / size, usual["b"], rtol=1e-5)
 
 
-NUMBERS = [*sequences.NO_NUMBERS, jnp.ones(2)]
+NUMBERS = [*refusals.NO_NUMBERS, jnp.ones(2)]
 
 
 @pytest.mark.parametrize("bad", [0, -1.0, np.inf, *NUMBERS])

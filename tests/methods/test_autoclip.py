@@ -1,12 +1,12 @@
 """AutoClip against NumPy's quantile of the growing history, and at its edges."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import refusals
 import sequences
 import trees
 from sequences import FEW_NORMS, run_norms
@@ -56,14 +56,12 @@ def build(setting: dict[str, Any], **more: Any) -> Any:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("seed", trees.mostly_slow([0, 1], [0]))
 def test_equals_the_oracle_globally(setting: dict[str, Any], seed: int) -> None:
-    method, bounds = functools.partial(build, setting), functools.partial(oracle, **setting)
-    sequences.assert_follows(method, bounds, seed)
+    sequences.assert_follows(build, oracle, setting, seed)
 
 
 @pytest.mark.parametrize("setting", trees.mostly_slow(SETTINGS, SETTINGS[:2]))
 def test_equals_the_oracle_leaf_by_leaf(setting: dict[str, Any]) -> None:
-    method, bounds = functools.partial(build, setting), functools.partial(oracle, **setting)
-    sequences.assert_follows_leaf_by_leaf(method, bounds)
+    sequences.assert_follows_leaf_by_leaf(build, oracle, setting)
 
 
 def test_by_hand_at_the_median() -> None:
@@ -156,7 +154,7 @@ def test_the_window_is_sorted_once_for_all_leaves() -> None:
     assert jaxpr.count("= sort[") == 1
 
 
-@pytest.mark.parametrize("bad", [0, 1, 0.0, 1.0, -0.1, 10, *sequences.NO_NUMBERS])
+@pytest.mark.parametrize("bad", [0, 1, 0.0, 1.0, -0.1, 10, *refusals.NO_NUMBERS])
 def test_bad_quantiles_are_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match="quantile must be"):
         clipax.autoclip(bad)

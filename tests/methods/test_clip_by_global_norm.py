@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import refusals
 import sequences
 import trees
 from hypothesis import strategies as st
@@ -219,10 +220,10 @@ def test_edge_finite_entries_whose_norm_overflows() -> None:
 
 @pytest.mark.parametrize("max_norm", [0.0, 1.0, math.inf])
 def test_edge_leaves_that_are_not_measured(max_norm: float) -> None:
-    others = sequences.unmeasured()
-    clipped, state = clipped_by(max_norm, {"float": jnp.array([3.0, 4.0]), **others})
+    _, state = sequences.beside_unmeasured(
+        clipax.clip_by_global_norm(max_norm), jnp.array([3.0, 4.0])
+    )
     assert state.norm == 5
-    sequences.assert_untouched(clipped, others)
 
 
 @sequences.far_out
@@ -243,11 +244,10 @@ def test_a_norm_whose_inverse_is_subnormal_is_clipped_to_the_bound(eps: float) -
 
 
 @pytest.mark.parametrize("name", ["max_norm", "eps"])
-@pytest.mark.parametrize("bad", [-1, -1e-9, -math.inf, *sequences.NO_NUMBERS])
+@pytest.mark.parametrize("bad", refusals.BELOW_ZERO)
 def test_bad_numbers_are_refused(name: str, bad: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{name} must be a number >= 0, got ") as caught:
+    with refusals.refused(f"{name} must be a number >= 0, got ", bad):
         clipax.clip_by_global_norm(**{"max_norm": 1.0, name: bad})
-    assert repr(bad) in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [{"w": 1.0, "b": 2.0}, [1.0], (1.0, 2.0), {}])

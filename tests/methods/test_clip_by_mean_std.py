@@ -1,11 +1,11 @@
 """Mean and standard deviations over a window against NumPy, and at the edges."""
 
-import functools
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import refusals
 import sequences
 import trees
 from sequences import FEW_NORMS, run_norms
@@ -51,14 +51,12 @@ def build(setting: dict[str, Any], **more: Any) -> Any:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("seed", trees.mostly_slow([0, 1], [0]))
 def test_equals_the_oracle_globally(setting: dict[str, Any], seed: int) -> None:
-    method, bounds = functools.partial(build, setting), functools.partial(oracle, **setting)
-    sequences.assert_follows(method, bounds, seed)
+    sequences.assert_follows(build, oracle, setting, seed)
 
 
 @pytest.mark.parametrize("setting", trees.mostly_slow(SETTINGS, SETTINGS[:2]))
 def test_equals_the_oracle_leaf_by_leaf(setting: dict[str, Any]) -> None:
-    method, bounds = functools.partial(build, setting), functools.partial(oracle, **setting)
-    sequences.assert_follows_leaf_by_leaf(method, bounds)
+    sequences.assert_follows_leaf_by_leaf(build, oracle, setting)
 
 
 def test_by_hand() -> None:
@@ -148,7 +146,7 @@ def test_a_warm_up_of_one_norm_is_one() -> None:
     np.testing.assert_array_equal(np.isfinite(states.max_norm), np.arange(4) >= 1)
 
 
-@pytest.mark.parametrize("bad", [0, -1.0, np.inf, jnp.ones(2), *sequences.NO_NUMBERS])
+@pytest.mark.parametrize("bad", [0, -1.0, np.inf, jnp.ones(2), *refusals.NO_NUMBERS])
 def test_bad_k_is_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match="z_max must be"):
         clipax.clip_by_mean_std(bad)

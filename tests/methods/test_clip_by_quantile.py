@@ -1,11 +1,11 @@
 """The geometric tracker against NumPy, where it settles, and at its edges."""
 
-import functools
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import refusals
 import sequences
 import trees
 from sequences import run_norms
@@ -34,14 +34,12 @@ def build(setting: dict[str, Any], **more: Any) -> Any:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("seed", trees.mostly_slow([0, 1], [0]))
 def test_equals_the_oracle_globally(setting: dict[str, Any], seed: int) -> None:
-    method, bounds = functools.partial(build, setting), functools.partial(oracle, **setting)
-    sequences.assert_follows(method, bounds, seed)
+    sequences.assert_follows(build, oracle, setting, seed)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_equals_the_oracle_leaf_by_leaf(setting: dict[str, Any]) -> None:
-    method, bounds = functools.partial(build, setting), functools.partial(oracle, **setting)
-    sequences.assert_follows_leaf_by_leaf(method, bounds)
+    sequences.assert_follows_leaf_by_leaf(build, oracle, setting)
 
 
 def test_by_hand() -> None:
@@ -128,13 +126,13 @@ def test_the_largest_norms_do_not_overflow_the_bound() -> None:
     assert np.isfinite(states.max_norm[1:]).all()
 
 
-@pytest.mark.parametrize("bad", [0, 1, -0.5, 90, jnp.ones(2) / 2, *sequences.NO_NUMBERS])
+@pytest.mark.parametrize("bad", [0, 1, -0.5, 90, jnp.ones(2) / 2, *refusals.NO_NUMBERS])
 def test_bad_quantiles_are_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match="quantile must be"):
         clipax.clip_by_quantile(bad)
 
 
-@pytest.mark.parametrize("bad", [0, -1.0, np.inf, *sequences.NO_NUMBERS])
+@pytest.mark.parametrize("bad", [0, -1.0, np.inf, *refusals.NO_NUMBERS])
 def test_bad_rates_are_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match="learning_rate must be"):
         clipax.clip_by_quantile(learning_rate=bad)

@@ -10,50 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import refusals
 import sequences
 import trees
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from spectral import (
+    FORMULAS,
+    clip_matrix,
+    clipped_by,
+    either_way,
+    spectral_norm,
+    with_singular_values,
+)
 
 import clipax
 from clipax.coefficients import hard, rational, square_root, tanh
 
 GRADS = {"kernel": jnp.array([[0.0, -3.0], [1.0, 0.0]]), "bias": jnp.array([3.0, 4.0])}
-either_way = pytest.mark.parametrize("iterations", [None, 12])
-
-
-def clipped_by(max_norm: Any, updates: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    method = clipax.clip_by_spectral_norm(max_norm, *args, **kwargs)
-    return method.update(updates, method.init(updates))
-
-
-# The same in NumPy.
-
-FORMULAS = {
-    hard: lambda s, c: np.minimum(s, c),
-    square_root: lambda s, c: s / np.sqrt(1 + (s / c) ** 2),
-    rational: lambda s, c: s / (1 + s / c),
-    tanh: lambda s, c: c * np.tanh(s / c),
-}
-
-
-def clip_matrix(x: Any, c: float, formula: Any = FORMULAS[hard]) -> np.ndarray:
-    wide = np.asarray(x).astype(np.result_type(np.asarray(x).dtype, np.float64))
-    u, s, vh = np.linalg.svd(wide, full_matrices=False)
-    return (u * formula(s, c)) @ vh
-
-
-def spectral_norm(x: Any) -> float:
-    wide = np.asarray(x).astype(np.result_type(np.asarray(x).dtype, np.float64))
-    return float(np.linalg.norm(wide, 2))
-
-
-def with_singular_values(s: Any, rows: int, seed: int = 0) -> np.ndarray:
-    rng, n = np.random.default_rng(seed), len(s)
-    u = np.linalg.qr(rng.normal(size=(rows, n)))[0]
-    v = np.linalg.qr(rng.normal(size=(n, n)))[0]
-    return (u * np.asarray(s)) @ v.T
 
 
 # Over a long sequence: spikes, plateaus, zeros and single NaNs.
@@ -333,381 +307,6 @@ def test_bounds_the_spectral_norm_and_turns_with_the_matrix(
     np.testing.assert_allclose(doubled, 4 * clipped, rtol=0, atol=8 * atol)
 
 
-# Traps.
-
-
-@pytest.mark.parametrize("coefficient", FORMULAS)
-@pytest.mark.parametrize("shape", [(4,), (4, 1), (1, 4), (2, 2)])
-def test_nothing_jumps_at_the_bound(shape: tuple[int, ...], coefficient: Any) -> None:
-    """Vectors of SPECTRA's code do: whole up to the bound, softly clipped above it."""
-
-    def as_in_spectra(x: np.ndarray, c: float) -> np.ndarray:
-        norm = np.linalg.norm(x)
-        return x if norm <= c else x / np.sqrt(1 + (norm / c) ** 2)
-
-    x = np.array([3.0, 0.0, 0.0, 4.0], np.float32).reshape(shape)
-    if shape == (2, 2):
-        x = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
-    below, above = x * np.float32(0.99999), x * np.float32(1.00001)
-    jump = np.linalg.norm(as_in_spectra(above, 5.0) - as_in_spectra(below, 5.0))
-    assert 1.4 < jump < 1.5
-    one, _ = clipped_by(5.0, jnp.asarray(below), coefficient)
-    other, _ = clipped_by(5.0, jnp.asarray(above), coefficient)
-    assert np.linalg.norm(one - other) < 2e-4
-
-
-def polar(x: np.ndarray, steps: int) -> np.ndarray:
-    """The quintic Newton-Schulz iteration that converges to the polar factor."""
-    x = x / np.linalg.norm(x)
-    for _ in range(steps):
-        gram = x.T @ x
-        x = x @ (1.875 * np.eye(len(gram)) - 1.25 * gram + 0.375 * gram @ gram)
-    return x
-
-
-def hardcap(x: np.ndarray, c: float, steps: int) -> np.ndarray:
-    """The identity that caps singular values by two polar factors."""
-    o = polar(x, steps)
-    rest = c * o - x
-    return (c * o + x - rest @ polar(rest, steps).T @ o) / 2
-
-
-def test_small_singular_values_need_no_polar_factor() -> None:
-    s = np.logspace(-5, 1, 24)
-    assert np.allclose(hardcap(np.diag([3.0, 1.0]), 2.0, 30), np.diag([2.0, 1.0]))
-    x = with_singular_values(s, 32)
-    for steps in (10, 15):
-        wrong = spectral_norm(hardcap(x, 1.0, steps) - clip_matrix(x, 1.0))
-        assert wrong == pytest.approx(1 / 8, rel=0.1)
-    clipped, _ = clipped_by(1.0, jnp.asarray(x, jnp.float32), iterations=10)
-    assert spectral_norm(clipped - clip_matrix(x, 1.0)) < 2.5**-10
-
-
-@either_way
-@pytest.mark.parametrize("coefficient", [hard, square_root])
-def test_a_spike_of_any_size_is_bounded(coefficient: Any, iterations: int | None) -> None:
-    """To take off what exceeds the bound would leave the rounding error of the spike."""
-    x = with_singular_values([1e10, 1.0, 0.5], 6).astype(np.float32)
-    u, s, vh = np.linalg.svd(x, full_matrices=False)
-    by_difference = x - (u * np.maximum(s - 1, 0)) @ vh
-    assert spectral_norm(by_difference) > 10
-    clipped, _ = clipped_by(1.0, jnp.asarray(x), coefficient, iterations=iterations)
-    assert spectral_norm(clipped) <= 1 + 1e-5
-
-
-def test_what_lies_beside_a_bad_matrix_is_decomposed_alone() -> None:
-    """NumPy raises for the stack; nothing of the NaN may reach the other layers."""
-    updates = np.random.default_rng(6).normal(size=(3, 4, 4)).astype(np.float32)
-    alone, _ = clipped_by(1.0, jnp.asarray(updates[::2]), stack_axis=0)
-    updates[1, 0, 0] = np.nan
-    with pytest.raises(np.linalg.LinAlgError):
-        np.linalg.svd(updates)
-    clipped, _ = clipped_by(1.0, jnp.asarray(updates), stack_axis=0)
-    trees.assert_bitwise(clipped[::2], alone)
-    assert np.isnan(clipped[1]).all()
-
-
-# How accurate it is.
-
-SPECTRA = {
-    "flat": np.linspace(0.5, 1.0, 48),
-    "gaussian": np.linalg.svd(np.random.default_rng(7).normal(size=(48, 48)))[1],
-    "falling": np.logspace(0, -8, 48),
-    "spiked": np.r_[1.0, np.linspace(2e-3, 1e-4, 47)],
-    "low rank": np.r_[1.0, 0.3, 0.1, np.zeros(45)],
-    "at the bound": 1 + np.linspace(-0.2, 0.2, 48) ** 3,
-}
-
-
-def unconverged(least: float, iterations: int) -> float:
-    """How far singular values that begin at `least` are from one in the end."""
-    for _ in range(iterations):
-        floor = max(least, 0.03)
-        scaled = least * math.sqrt(3 / (1 + floor + floor**2))
-        least = scaled * (3 - scaled**2) / 2
-    return 1 - least
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize("over", [1.0, 2.0, 30.0, 1e3, 1e4])
-def test_errors_of_both_ways(name: str, over: float) -> None:
-    """In units of max_norm, `over` times which the largest singular value is."""
-    x = with_singular_values(SPECTRA[name] / SPECTRA[name].max(), 64)
-    c = float(np.float32(1 / over))
-    frobenius = np.linalg.norm(x) / c
-    wide = jnp.asarray(x, jnp.float32)
-    for coefficient in (hard, square_root):
-        exact = clip_matrix(wide, c, FORMULAS[coefficient])
-
-        def error(iterations: int | None, co: Any = coefficient, exact: Any = exact) -> float:
-            clipped, _ = clipped_by(c, wide, co, iterations=iterations)
-            return spectral_norm(clipped - exact) / c
-
-        assert error(None) <= 1e-5 * over + 5e-6
-        for iterations in (10, 15, 20):
-            rounding = 1e-6 * over + 5e-6
-            at_the_bound = 2.5**-iterations if coefficient is hard else 0
-            left = unconverged(1 / math.hypot(frobenius, 1), iterations)
-            if left < 0.1:
-                assert error(iterations) <= rounding + at_the_bound + 2 * left
-
-
-def test_how_many_iterations_are_enough() -> None:
-    assert unconverged(1e-3, 10) < 2e-5
-    assert unconverged(1e-5, 15) < 1e-5
-    assert unconverged(1e-7, 20) < 1e-5
-    assert unconverged(1e-3, 8) > 0.1
-
-
-@pytest.mark.parametrize("iterations", trees.mostly_slow([1, 2, 4, 7], [1, 7]))
-@pytest.mark.parametrize("largest", [1.5, 10.0, 1e2, 1e4])
-def test_with_too_few_iterations(iterations: int, largest: float) -> None:
-    s = np.r_[largest, np.geomspace(1e-5, min(largest, 30.0), 60), np.linspace(0.9, 1.1, 19)]
-    updates = jnp.diag(jnp.asarray(s, jnp.float32))
-    for coefficient in (hard, square_root):
-        clipped, _ = clipped_by(1.0, updates, coefficient, iterations=iterations)
-        got, exact = np.diag(clipped), FORMULAS[coefficient](s, 1.0)
-        assert (got > 0).all()
-        above = 0.4 if coefficient is hard else 1e-6
-        assert (got <= exact * (1 + above) + 1e-6).all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize("dtype", ["float32", "complex64"])
-def test_the_recorded_norm_by_iterations_is_a_bound(name: str, dtype: str) -> None:
-    x = with_singular_values(SPECTRA[name], 64)
-    if dtype == "complex64":
-        x = x * np.exp(1j * np.arange(48))
-    _, state = clipped_by(math.inf, jnp.asarray(x, dtype), iterations=1)
-    ratio = float(state.norm) / spectral_norm(x)
-    assert 1 - 3e-6 <= ratio <= 48 ** (1 / 2048) + 3e-6
-    _, state = clipped_by(math.inf, jnp.eye(32, dtype=dtype), iterations=1)
-    np.testing.assert_allclose(state.norm, 32 ** (1 / 2048), rtol=1e-6)
-
-
-# Derivatives.
-
-
-def derivative_cases() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(8)
-    complex_parts = rng.normal(size=(2, 4, 3))
-    return {
-        "tall": rng.normal(size=(5, 3)),
-        "wide": rng.normal(size=(3, 5)),
-        "square": rng.normal(size=(4, 4)),
-        "complex": complex_parts[0] + 1j * complex_parts[1],
-        "repeated": 3.0 * np.linalg.qr(rng.normal(size=(4, 4)))[0],
-        "repeated in pairs": np.diag([3.0, 3.0, 0.4, 0.4]),
-        "nearly repeated": np.diag([3.0, 3.0 * (1 + 1e-9), 0.4, 0.4 * (1 + 1e-7)]),
-        "low rank": np.diag([3.0, 0.5, 0.0, 0.0]),
-        "within": 0.1 * rng.normal(size=(4, 3)),
-        "zero": np.zeros((4, 3)),
-    }
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def derivatives(x: Any, direction: Any, weights: Any, coefficient: Any, iterations: Any) -> Any:
-    """Forwards, by differences, backwards and backwards again by the sum that forwards gives."""
-
-    def clip(t: Any, max_norm: Any) -> Any:
-        moved = jnp.asarray(x) + jnp.asarray(t, x.dtype) * direction
-        return clipped_by(max_norm, moved, coefficient, iterations=iterations)[0]
-
-    def total(t: Any, max_norm: Any) -> Any:
-        return jnp.sum((clip(t, max_norm) * weights).real)
-
-    width = x.real.dtype
-    zero, step, bound, bound_dot = (jnp.asarray(v, width) for v in (0.0, 1e-5, 1.1, 0.7))
-    _, forwards = jax.jvp(clip, (zero, bound), (zero + 1, bound_dot))
-    ahead = clip(step, bound + step * bound_dot)
-    behind = clip(-step, bound - step * bound_dot)
-    along, across = jax.grad(total, (0, 1))(zero, bound)
-    backwards = along + bound_dot * across
-    return forwards, (ahead - behind) / 2e-5, backwards, jnp.sum((forwards * weights).real)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("coefficient", [hard, square_root])
-@pytest.mark.parametrize("name", derivative_cases())
-def test_derivatives_equal_differences(name: str, coefficient: Any) -> None:
-    x = derivative_cases()[name]
-    rng = np.random.default_rng(9)
-    direction, weights = (rng.normal(size=x.shape).astype(x.dtype) for _ in range(2))
-    with trees.double_precision(True):
-        got, by_difference, backwards, expected = derivatives(
-            x, direction, weights, coefficient, None
-        )
-        # Rounding over the step, and the third derivative times its square.
-        np.testing.assert_allclose(got, by_difference, atol=1e-8)
-        np.testing.assert_allclose(backwards, expected, atol=1e-12)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("coefficient", [hard, square_root])
-def test_derivatives_are_the_same_by_iterations(coefficient: Any) -> None:
-    x = derivative_cases()["repeated"].astype(np.float32)
-    direction = np.random.default_rng(9).normal(size=x.shape).astype(np.float32)
-    got, _, backwards, _ = derivatives(x, direction, direction, coefficient, 15)
-    exact, _, exact_backwards, _ = derivatives(x, direction, direction, coefficient, None)
-    np.testing.assert_allclose(got, exact, rtol=0, atol=1e-7)
-    np.testing.assert_allclose(backwards, exact_backwards, rtol=1e-6)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def gradients(x: Any, bound: Any, coefficient: Any, iterations: Any) -> Any:
-    def total(x: Any, bound: Any) -> Any:
-        return jnp.sum(clipped_by(bound, x, coefficient, iterations=iterations)[0])
-
-    return jax.grad(total, (0, 1))(x, bound)
-
-
-@pytest.mark.slow
-@either_way
-@pytest.mark.parametrize("coefficient", [hard, square_root])
-def test_derivatives_are_finite_everywhere(coefficient: Any, iterations: int | None) -> None:
-    """The rule of the decomposition itself gives NaN where two singular values are equal."""
-
-    def naive(x: Any) -> Any:
-        u, s, vh = jnp.linalg.svd(x, full_matrices=False)
-        return jnp.sum((u * jnp.minimum(s, 1.0)[None]) @ vh)
-
-    zeros = jnp.zeros((3, 3))
-    assert not np.isfinite(jax.jit(jax.grad(naive))(zeros)).all()
-    for max_norm in (0.0, 1.0, math.inf):
-        for x in (zeros, jnp.eye(3), jnp.diag(jnp.array([2.0, 1.0, 0.0])), jnp.ones((3, 3))):
-            grads = gradients(x, jnp.float32(max_norm), coefficient, iterations)
-            assert all(bool(jnp.isfinite(grad).all()) for grad in grads)
-            if max_norm == math.inf:
-                trees.assert_bitwise(grads[0], jnp.ones_like(x))
-
-
-# By iterations too, what the contract asks.
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("coefficient", [hard, square_root])
-def test_by_iterations_inside_transformations_of_jax(coefficient: Any) -> None:
-    method = clipax.clip_by_spectral_norm(0.1, coefficient, iterations=10)
-    params, updates = trees.params_and_updates()
-    clipped, state = method.update(updates, method.init(params))
-    trees.assert_same_type(state, method.init(params))
-    traced = jax.jit(method.update)(updates, method.init(params))
-    trees.assert_close(traced, (clipped, state), rtol=1e-5, atol=1e-7)
-    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), updates)
-    states = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), state)
-    mapped, _ = jax.jit(jax.vmap(method.update))(stacked, states)
-    scanned, _ = sequences.scanned(method, stacked)
-    for several in (mapped, scanned):
-        first = jax.tree.map(lambda leaf: leaf[0], several)
-        trees.assert_close(first, clipped, rtol=1e-5, atol=1e-7)
-    with trees.double_precision(True):
-        params, updates = trees.params_and_updates(jnp.float64)
-        double, _ = jax.jit(method.update)(updates, method.init(params))
-        trees.assert_same_type(double, updates)
-    narrow = jax.tree.map(lambda leaf: leaf.astype(np.float32), jax.tree.map(np.asarray, double))
-    # Ten iterations leave the same at the bound, in any width.
-    trees.assert_close(narrow, clipped, rtol=1e-5, atol=1e-6)
-
-
-# Over several devices.
-
-LAYERS = {
-    "bias": (16,),
-    "kernel": (8, 16),
-    "layers": (4, 8, 6),
-}
-SPECS = {
-    "bias": PartitionSpec("x"),
-    "kernel": PartitionSpec("x", "y"),
-    "layers": PartitionSpec("x", None, "y"),
-}
-BY_LAYER = {"bias": None, "kernel": None, "layers": 0}
-
-
-def layers() -> dict[str, Any]:
-    rng = np.random.default_rng(10)
-    return {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in LAYERS.items()}
-
-
-@pytest.mark.slow
-@either_way
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_matrices_come_out_as_they_were(axis_type: Any, iterations: int | None) -> None:
-    method = clipax.clip_by_spectral_norm(0.5, iterations=iterations, stack_axis=BY_LAYER)
-    updates = layers()
-    expected, state = method.update(updates, method.init(updates))
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
-    shardings = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
-    sharded = jax.device_put(updates, shardings)
-    clipped, new_state = jax.jit(method.update)(sharded, method.init(sharded))
-    trees.assert_close((clipped, new_state), (expected, state), rtol=1e-5, atol=1e-6)
-    for name, leaf in clipped.items():
-        assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim)
-
-
-def mapped(method: Any, specs: Any, updates: Any, **check: Any) -> Any:
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
-
-    def clip(updates: Any) -> Any:
-        return method.update(updates, method.init(updates))[0]
-
-    shards = jax.shard_map(clip, mesh=mesh, in_specs=(specs,), out_specs=specs, **check)
-    return jax.jit(shards)(updates)
-
-
-WHOLE = {name: PartitionSpec() for name in LAYERS}
-BY_SHARD = WHOLE | {"bias": PartitionSpec("x"), "layers": PartitionSpec("x")}
-TORN = WHOLE | {"kernel": PartitionSpec(None, "x")}
-
-
-@pytest.mark.slow
-@either_way
-def test_mapped_matrices_that_are_whole(iterations: int | None) -> None:
-    updates = layers()
-
-    def method(axis_name: Any) -> Any:
-        return clipax.clip_by_spectral_norm(
-            0.5, iterations=iterations, stack_axis=BY_LAYER, axis_name=axis_name
-        )
-
-    expected, _ = method(None).update(updates, method(None).init(updates))
-    for specs, axis_name, check in (
-        (WHOLE, None, {}),
-        (BY_SHARD, {"bias": None, "kernel": None, "layers": ()}, {}),
-        (WHOLE, (), {"check_vma": False}),
-        (BY_SHARD, {"bias": "x", "kernel": (), "layers": ()}, {"check_vma": False}),
-    ):
-        clipped = mapped(method(axis_name), specs, updates, **check)
-        trees.assert_close(clipped, expected, rtol=1e-5, atol=1e-6)
-
-
-@either_way
-@pytest.mark.parametrize(
-    ("specs", "axis_name", "check", "message"),
-    [
-        (TORN, None, {}, r"^A matrix in a leaf of shape \(8, 4\) may be sharded over \["),
-        (TORN, "x", {}, r"^A matrix in a leaf of shape \(8, 4\) may be sharded over \['x'\]"),
-        (TORN, "x", {"check_vma": False}, r"^A matrix in a leaf of shape \(8, 4\) may be sharded"),
-        (WHOLE, None, {"check_vma": False}, "^This program is mapped over"),
-    ],
-)
-def test_a_shard_of_a_matrix_is_refused(
-    specs: Any, axis_name: Any, check: Any, message: str, iterations: int | None
-) -> None:
-    method = clipax.clip_by_spectral_norm(0.5, iterations=iterations, axis_name=axis_name)
-    updates = {"kernel": layers()["kernel"]}
-    with pytest.raises(ValueError, match=message):
-        mapped(method, {"kernel": specs["kernel"]}, updates, **check)
-
-
-def test_a_row_of_a_matrix_is_no_vector() -> None:
-    method = clipax.clip_by_spectral_norm(0.5)
-    with pytest.raises(ValueError, match=r"shape \(1, 4\) may be sharded over \["):
-        mapped(method, PartitionSpec("x"), jnp.ones((4, 4)))
-
-
 # Every row of the table of edge cases.
 
 
@@ -877,18 +476,16 @@ def test_squares_out_of_range_are_measured_right(
 # Every bad argument.
 
 
-@pytest.mark.parametrize("bad", [-1, -1e-9, -math.inf, *sequences.NO_NUMBERS])
+@pytest.mark.parametrize("bad", refusals.BELOW_ZERO)
 def test_bad_bounds_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"^max_norm must be a number >= 0, got ") as caught:
+    with refusals.refused("max_norm must be a number >= 0, got ", bad):
         clipax.clip_by_spectral_norm(bad)
-    assert repr(bad) in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, "10", math.nan, [3]])
 def test_bad_iterations_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"^iterations must be an integer >= 1, got ") as caught:
+    with refusals.refused("iterations must be an integer >= 1, got ", bad):
         clipax.clip_by_spectral_norm(1.0, iterations=bad)
-    assert repr(bad) in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", ["hard", None, 1.0, True, jnp.array(1.0)])
@@ -914,9 +511,7 @@ def test_what_must_be_static_is_refused_if_it_is_traced(name: str) -> None:
 @pytest.mark.parametrize("bad", [{"kernel": 1}, {"kernel": 1, "b": 1}, [1, 1]])
 def test_a_prefix_that_does_not_fit_is_refused(name: str, bad: Any) -> None:
     method = clipax.clip_by_spectral_norm(**{"max_norm": 1.0, name: bad})
-    with pytest.raises(ValueError, match=f"^{name} must be one value or a tree prefix") as caught:
-        method.init(GRADS)
-    assert repr(bad) in str(caught.value)
+    refusals.assert_prefix_must_fit(name, bad, method, clipax.clip_by_spectral_norm(1.0), GRADS)
 
 
 @pytest.mark.parametrize("bad", [{"kernel": 1}, [1, 1]])

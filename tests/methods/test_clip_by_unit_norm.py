@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import refusals
 import sequences
 import trees
 from hypothesis import strategies as st
@@ -192,11 +193,10 @@ def test_squares_out_of_range_are_measured_right(dtype: str, size: float) -> Non
 # Every bad argument.
 
 
-@pytest.mark.parametrize("bad", [-1, -1e-9, -math.inf, *sequences.NO_NUMBERS])
+@pytest.mark.parametrize("bad", refusals.BELOW_ZERO)
 def test_bad_bounds_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"^max_norm must be a number >= 0, got ") as caught:
+    with refusals.refused("max_norm must be a number >= 0, got ", bad):
         clipax.clip_by_unit_norm(bad)
-    assert repr(bad) in str(caught.value)
     with pytest.raises(ValueError, match=r"^max_norm\['kernel'\] must be a number >= 0, got "):
         clipax.clip_by_unit_norm({"kernel": bad, "bias": 1.0})
 
@@ -217,9 +217,7 @@ def test_what_must_be_static_is_refused_if_it_is_traced(name: str) -> None:
 @pytest.mark.parametrize("bad", [{"kernel": 1}, {"kernel": 1, "b": 1}, [1, 1]])
 def test_a_prefix_that_does_not_fit_is_refused(name: str, bad: Any) -> None:
     method = clipax.clip_by_unit_norm(**{"max_norm": 1.0, name: bad})
-    with pytest.raises(ValueError, match=f"^{name} must be one value or a tree prefix") as caught:
-        method.init(GRADS)
-    assert repr(bad) in str(caught.value)
+    refusals.assert_prefix_must_fit(name, bad, method, clipax.clip_by_unit_norm(1.0), GRADS)
 
 
 @pytest.mark.parametrize(

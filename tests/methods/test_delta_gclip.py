@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import refusals
 import sequences
 import trees
 
@@ -123,20 +124,17 @@ def test_edge_finite_entries_whose_norm_overflows() -> None:
 
 @pytest.mark.parametrize("max_norm", [0.0, 1.0, math.inf])
 def test_edge_leaves_that_are_not_measured(max_norm: float) -> None:
-    others = sequences.unmeasured()
-    clipped, state = clipped_by(max_norm, {"float": jnp.array([3.0, 4.0]), **others})
+    _, state = sequences.beside_unmeasured(clipax.delta_gclip(max_norm), jnp.array([3.0, 4.0]))
     assert state.norm == 5
-    sequences.assert_untouched(clipped, others)
 
 
 # Every bad argument.
 
 
-@pytest.mark.parametrize("bad", [-1, -1e-9, -math.inf, *sequences.NO_NUMBERS])
+@pytest.mark.parametrize("bad", refusals.BELOW_ZERO)
 def test_bad_bounds_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"^max_norm must be a number >= 0, got ") as caught:
+    with refusals.refused("max_norm must be a number >= 0, got ", bad):
         clipax.delta_gclip(bad)
-    assert repr(bad) in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [{"w": 1.0}, [1.0], ()])
@@ -145,11 +143,10 @@ def test_a_tree_of_bounds_is_refused(bad: Any) -> None:
         clipax.delta_gclip(bad)
 
 
-@pytest.mark.parametrize("bad", [0, 1, 1.0, -0.5, math.inf, *sequences.NO_NUMBERS])
+@pytest.mark.parametrize("bad", [0, 1, 1.0, -0.5, math.inf, *refusals.NO_NUMBERS])
 def test_bad_floors_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"^delta must be a number in \(0, 1\), got ") as caught:
+    with refusals.refused("delta must be a number in (0, 1), got ", bad):
         clipax.delta_gclip(1.0, bad)
-    assert repr(bad) in str(caught.value)
 
 
 def test_floors_that_are_no_scalar_are_refused() -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import refusals
 import sequences
 import trees
 
@@ -177,9 +178,8 @@ def test_a_window_without_a_norm_bounds_nothing() -> None:
     "bad", [0, -1, 1.5, 2.0, True, np.True_, None, "10", [3], math.inf, math.nan]
 )
 def test_bad_window_sizes_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"^window_size must be an integer >= 1, got ") as caught:
+    with refusals.refused("window_size must be an integer >= 1, got ", bad):
         clipax.measure(window_size=bad)
-    assert repr(bad) in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [1, np.int32(5)])

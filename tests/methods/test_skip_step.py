@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import refusals
 import sequences
 import trees
 from skipping import (
@@ -374,13 +375,12 @@ def test_edge_a_bound_that_turns_out_nan() -> None:
 
 
 @pytest.mark.parametrize("name", ["skip_above", "z_max", "loss_z_max"])
-@pytest.mark.parametrize("bad", [0, -1.0, -math.inf, *sequences.NO_NUMBERS])
+@pytest.mark.parametrize("bad", [0, -1.0, -math.inf, *refusals.NO_NUMBERS])
 def test_bad_bounds_are_refused(name: str, bad: Any) -> None:
     if bad is None:
         return  # which leaves the rule out
-    with pytest.raises(ValueError, match=rf"^{name} must be a number > 0, got ") as caught:
+    with refusals.refused(f"{name} must be a number > 0, got ", bad):
         clipax.skip_step(optax.sgd(1.0), **{name: bad})
-    assert repr(bad) in str(caught.value)
 
 
 def test_bounds_that_are_no_scalar_are_refused() -> None:

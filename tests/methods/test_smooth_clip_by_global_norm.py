@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import refusals
 import sequences
 import trees
 
@@ -157,10 +158,10 @@ def test_edge_finite_entries_whose_norm_overflows(coefficient: Any) -> None:
 
 @pytest.mark.parametrize("max_norm", [0.0, 1.0, math.inf])
 def test_edge_leaves_that_are_not_measured(max_norm: float) -> None:
-    others = sequences.unmeasured()
-    clipped, state = clipped_by(max_norm, {"float": jnp.array([3.0, 4.0]), **others})
+    _, state = sequences.beside_unmeasured(
+        clipax.smooth_clip_by_global_norm(max_norm), jnp.array([3.0, 4.0])
+    )
     assert state.norm == 5
-    sequences.assert_untouched(clipped, others)
 
 
 @sequences.far_out
@@ -173,11 +174,10 @@ def test_squares_out_of_range_are_measured_right(dtype: str, size: float) -> Non
 # Every bad argument.
 
 
-@pytest.mark.parametrize("bad", [-1, -1e-9, -math.inf, *sequences.NO_NUMBERS])
+@pytest.mark.parametrize("bad", refusals.BELOW_ZERO)
 def test_bad_bounds_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"^max_norm must be a number >= 0, got ") as caught:
+    with refusals.refused("max_norm must be a number >= 0, got ", bad):
         clipax.smooth_clip_by_global_norm(bad)
-    assert repr(bad) in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [{"w": 1.0, "b": 2.0}, [1.0], ()])

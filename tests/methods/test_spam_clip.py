@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import refusals
 import sequences
 import trees
 
@@ -263,23 +264,14 @@ def test_before_adam_a_spike_costs_little() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_narrow_updates_have_a_wide_history(dtype: str) -> None:
     steps = [jnp.asarray(x, dtype) for x in ([[1.0, -0.1]] * 3 + [[100.0, -10.0]])]
-    method = clipax.spam_clip(100.0, decay=0.9, warmup_steps=3)
-    outputs, state = run(method, steps)
-    wide, wide_state = run(method, [updates.astype(jnp.float32) for updates in steps])
-    trees.assert_bitwise(outputs[-1], wide[-1].astype(dtype))
-    trees.assert_bitwise(state.rms, wide_state.rms)
+    sequences.assert_has_a_wide_history(clipax.spam_clip(100.0, decay=0.9, warmup_steps=3), steps)
 
 
 def test_all_shards_know_of_a_bad_one() -> None:
     method = clipax.spam_clip(4.0, decay=0.75, warmup_steps=1, axis_name="shards")
     whole = clipax.spam_clip(4.0, decay=0.75, warmup_steps=1)
     steps = rows([2, 2, 2, 2], [2, 2, np.nan, 90], [2, 8, 2, 2], [1, 1, 1, 1])
-    mapped = jax.jit(jax.vmap(method.update, axis_name="shards"))
-    state = jax.vmap(method.init, axis_name="shards")(jnp.zeros((2, 2)))
-    update, whole_state = jax.jit(whole.update), whole.init(jnp.zeros(4))
-    for updates in steps:
-        clipped, state = mapped(updates.reshape(2, 2), state)
-        expected, whole_state = update(updates, whole_state)
+    for clipped, state, expected, whole_state in sequences.in_two_shards(method, whole, steps):
         np.testing.assert_array_equal(clipped.ravel(), expected)
         np.testing.assert_array_equal(state.rms.ravel(), whole_state.rms)
         np.testing.assert_array_equal(state.clip.norm, [whole_state.clip.norm] * 2)
@@ -287,15 +279,10 @@ def test_all_shards_know_of_a_bad_one() -> None:
     assert whole_state.step_count == 3
 
 
-def test_all_devices_know_of_a_bad_one() -> None:
-    method = clipax.spam_clip(4.0, decay=0.75, warmup_steps=1)
-    for bad in (0, 3):
-        steps = rows([2, 1, 2, 2], [2, 2, 2, 2], [2, 80, 2, -2], [1, 1, 1, 1])
-        steps[1] = steps[1].at[bad].set(np.nan)
-        outputs, state = run(method, steps)
-        sharded, sharded_state = run(method, sequences.over_devices(steps))
-        trees.assert_close(jax.device_get(sharded), jax.device_get(outputs), rtol=1e-6)
-        trees.assert_close(jax.device_get(sharded_state), jax.device_get(state), rtol=1e-6)
+def test_all_devices_know_of_a_bad_step() -> None:
+    sequences.assert_all_devices_know_of_a_bad_step(
+        clipax.spam_clip(4.0, decay=0.75, warmup_steps=1)
+    )
 
 
 def test_a_frozen_leaf_counts_as_zero() -> None:
@@ -385,20 +372,18 @@ def test_edge_leaves_that_are_not_measured() -> None:
 # Every bad argument.
 
 
-@pytest.mark.parametrize("bad", [0, -1, -math.inf, *sequences.NO_NUMBERS])
+@pytest.mark.parametrize("bad", [0, -1, -math.inf, *refusals.NO_NUMBERS])
 def test_bad_ratios_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"^square_ratio must be a number > 0, got ") as caught:
+    with refusals.refused("square_ratio must be a number > 0, got ", bad):
         clipax.spam_clip(bad)
-    assert repr(bad) in str(caught.value)
     with pytest.raises(ValueError, match=r"^square_ratio\['w'\] must be a number > 0, got "):
         clipax.spam_clip({"w": bad})
 
 
-@pytest.mark.parametrize("bad", [1, 1.5, -0.1, math.inf, *sequences.NO_NUMBERS])
+@pytest.mark.parametrize("bad", [1, 1.5, -0.1, math.inf, *refusals.NO_NUMBERS])
 def test_bad_decays_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"^decay must be a number in \[0, 1\), got ") as caught:
+    with refusals.refused("decay must be a number in [0, 1), got ", bad):
         clipax.spam_clip(decay=bad)
-    assert repr(bad) in str(caught.value)
     with pytest.raises(ValueError, match=r"^decay must be one number, got an array of shape"):
         clipax.spam_clip(decay=np.array([0.5, 0.5]))
 
@@ -406,9 +391,8 @@ def test_bad_decays_are_refused(bad: Any) -> None:
 @pytest.mark.parametrize("name", ["warmup_steps", "reset_every"])
 @pytest.mark.parametrize("bad", [0, -3, 2.0, True, "20", math.nan])
 def test_bad_step_counts_are_refused(name: str, bad: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{name} must be an integer >= 1, got ") as caught:
+    with refusals.refused(f"{name} must be an integer >= 1, got ", bad):
         clipax.spam_clip(**{name: bad})
-    assert repr(bad) in str(caught.value)
     with pytest.raises(ValueError, match=f"^{name} must be known while tracing"):
         clipax.spam_clip(**{name: jnp.array(30)})
     with pytest.raises(ValueError, match=r"^warmup_steps must be an integer >= 1, got None"):
@@ -424,13 +408,10 @@ def test_a_reset_within_the_warm_up_is_refused(reset_every: int) -> None:
 
 @pytest.mark.parametrize("bad", [{"v": 9.0}, [9.0, 9.0]])
 def test_a_prefix_that_does_not_fit_is_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"^square_ratio must be one value or a tree prefix"):
-        clipax.spam_clip(bad).init({"w": jnp.ones(2)})
+    method, params = clipax.spam_clip(bad), {"w": jnp.ones(2)}
+    refusals.assert_prefix_must_fit("square_ratio", bad, method, clipax.spam_clip(), params)
 
 
-@pytest.mark.parametrize("updates", [{"v": jnp.ones(2)}, jnp.ones(2), {"w": 1.0, "n": 2.0}])
+@refusals.other_structures
 def test_another_structure_than_at_init_is_refused(updates: Any) -> None:
-    method = clipax.spam_clip()
-    state = method.init({"w": jnp.ones(2), "n": jnp.array(3)})
-    with pytest.raises(ValueError, match=r"^updates must have the structure that `init` saw"):
-        method.update(updates, state)
+    refusals.assert_structure_must_fit(clipax.spam_clip(), updates)

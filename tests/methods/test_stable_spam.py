@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import refusals
 import sequences
 import trees
 
@@ -391,28 +392,23 @@ def test_edge_a_bad_entry_teaches_no_leaf(halves: Any, steps: int, value: float)
 
 
 def test_edge_leaves_that_are_not_measured() -> None:
-    others = sequences.unmeasured()
-    method = clipax.stable_spam()
-    updates = {"float": jnp.array([3.0, 4.0]), **others}
-    state = method.init({**updates, "float0": jnp.arange(2)})
-    clipped, state = method.update(updates, state)
-    np.testing.assert_allclose(clipped["float"], [0.6, 0.8], rtol=1e-6)
+    method, params = clipax.stable_spam(), {"float0": jnp.arange(2)}
+    clipped, state = sequences.beside_unmeasured(method, jnp.array([3.0, 4.0]), params)
+    np.testing.assert_allclose(clipped, [0.6, 0.8], rtol=1e-6)
     assert jax.tree.leaves(state.clip.norm) == [4]
-    sequences.assert_untouched(clipped, others)
 
 
 # Every bad argument.
 
 
 @pytest.mark.parametrize("name", ["decay_bound", "decay_norm", "decay_square"])
-@pytest.mark.parametrize("bad", [1, 1.0, -0.1, math.inf, *sequences.NO_NUMBERS])
+@pytest.mark.parametrize("bad", [1, 1.0, -0.1, math.inf, *refusals.NO_NUMBERS])
 def test_bad_decays_are_refused(name: str, bad: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} must be a number in \[0, 1\), got ") as caught:
+    with refusals.refused(f"{name} must be a number in [0, 1), got ", bad):
         clipax.stable_spam(**{name: bad})
-    assert repr(bad) in str(caught.value)
 
 
-@pytest.mark.parametrize("bad", [-1, -1e-9, *sequences.NO_NUMBERS])
+@pytest.mark.parametrize("bad", [-1, -1e-9, *refusals.NO_NUMBERS])
 def test_a_bad_eps_is_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match=r"^eps must be a number >= 0, got "):
         clipax.stable_spam(eps=bad)

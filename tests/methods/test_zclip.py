@@ -1,12 +1,12 @@
 """ZClip against its paper's code in NumPy, its traps and its edges."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import refusals
 import sequences
 import trees
 from sequences import FEW_NORMS, run_norms
@@ -100,14 +100,12 @@ def build(setting: dict[str, Any], **more: Any) -> Any:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("seed", trees.mostly_slow([0, 1], [0]))
 def test_equals_the_oracle_globally(setting: dict[str, Any], seed: int) -> None:
-    method, bounds = functools.partial(build, setting), functools.partial(oracle, **setting)
-    sequences.assert_follows(method, bounds, seed)
+    sequences.assert_follows(build, oracle, setting, seed)
 
 
 @pytest.mark.parametrize("setting", trees.mostly_slow(SETTINGS, SETTINGS[:2]))
 def test_equals_the_oracle_leaf_by_leaf(setting: dict[str, Any]) -> None:
-    method, bounds = functools.partial(build, setting), functools.partial(oracle, **setting)
-    sequences.assert_follows_leaf_by_leaf(method, bounds)
+    sequences.assert_follows_leaf_by_leaf(build, oracle, setting)
 
 
 def test_by_hand_without_a_cap() -> None:
@@ -312,7 +310,7 @@ def test_a_cap_may_be_scheduled_and_may_be_infinite() -> None:
     np.testing.assert_allclose(clipped, [4, 3, 2], rtol=1e-6)
 
 
-NUMBERS = [*sequences.NO_NUMBERS, np.ones(2)]
+NUMBERS = [*refusals.NO_NUMBERS, np.ones(2)]
 
 
 @pytest.mark.parametrize("name", ["z_max", "factor", "eps"])

@@ -1,7 +1,7 @@
 """A long sequence of updates, and the arithmetic in NumPy float64 that clipping should equal."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -159,19 +159,23 @@ def is_finite_step(updates: dict[str, np.ndarray]) -> bool:
     return all(bool(np.isfinite(leaf).all()) for leaf in updates.values())
 
 
-def assert_follows(build: Callable[..., Any], oracle: Callable[..., Any], seed: int) -> None:
-    """Holds `build()` against `oracle(norms)`, the bounds of every step, on global norms."""
+def assert_follows(
+    build: Callable[..., Any], oracle: Callable[..., Any], setting: dict[str, Any], seed: int
+) -> None:
+    """Holds `build(setting)` against the bounds that `oracle` gives for all global norms."""
     sequence = long_run(seed)
     norms, _ = long_norms(sequence)
-    assert_bounded_by(build(), sequence, norms, oracle(norms))
+    assert_bounded_by(build(setting), sequence, norms, oracle(norms, **setting))
 
 
-def assert_follows_leaf_by_leaf(build: Callable[..., Any], oracle: Callable[..., Any]) -> None:
+def assert_follows_leaf_by_leaf(
+    build: Callable[..., Any], oracle: Callable[..., Any], setting: dict[str, Any]
+) -> None:
     """The same with a history for each leaf."""
     sequence = long_run(2)
     _, norms = long_norms(sequence)
-    bounds = {name: oracle(norm) for name, norm in norms.items()}
-    assert_bounded_by(build(norm=clipax.leaf_norm), sequence, norms, bounds)
+    bounds = {name: oracle(norm, **setting) for name, norm in norms.items()}
+    assert_bounded_by(build(setting, norm=clipax.leaf_norm), sequence, norms, bounds)
 
 
 def at(sequence: Any, step: int) -> Any:
@@ -213,11 +217,40 @@ def vectors(*entries: Any) -> list[Any]:
     return [jnp.atleast_1d(jnp.asarray(entry, jnp.float32)) for entry in entries]
 
 
-def over_devices(steps: list[Any]) -> list[Any]:
-    """The steps with the first axis of each leaf over four devices."""
+def assert_all_devices_know_of_a_bad_step(method: Any) -> None:
+    """Holds a run over four devices, one of which has a NaN, against the same run on one."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    return [jax.device_put(updates, sharding) for updates in steps]
+    for bad in (0, 3):
+        steps = vectors([2, 1, 2, 2], [2, 2, 2, 2], [2, 80, 2, -2], [1, 1, 1, 1])
+        steps[1] = steps[1].at[bad].set(np.nan)
+        outputs, state = stepped(method, steps)
+        sharded = [jax.device_put(updates, sharding) for updates in steps]
+        got, got_state = stepped(method, sharded)
+        trees.assert_close(jax.device_get(got), jax.device_get(outputs), rtol=1e-6)
+        trees.assert_close(jax.device_get(got_state), jax.device_get(state), rtol=1e-6)
+
+
+def in_two_shards(method: Any, whole: Any, steps: list[Any]) -> Iterator[tuple[Any, ...]]:
+    """After each step: what comes out of `method` for two shards, its state, and those of `whole`.
+
+    The shards are halves of vectors of four entries, on an axis named "shards".
+    """
+    mapped = jax.jit(jax.vmap(method.update, axis_name="shards"))
+    state = jax.vmap(method.init, axis_name="shards")(jnp.zeros((2, 2)))
+    update, whole_state = jax.jit(whole.update), whole.init(jnp.zeros(4))
+    for updates in steps:
+        clipped, state = mapped(updates.reshape(2, 2), state)
+        expected, whole_state = update(updates, whole_state)
+        yield clipped, state, expected, whole_state
+
+
+def assert_has_a_wide_history(method: Any, steps: list[Any]) -> None:
+    """Holds a run on narrow updates against the run on the same updates in float32."""
+    outputs, state = stepped(method, steps)
+    wide, wide_state = stepped(method, [updates.astype(jnp.float32) for updates in steps])
+    trees.assert_bitwise(outputs[-1], wide[-1].astype(steps[-1].dtype))
+    trees.assert_bitwise(state, wide_state)
 
 
 def p_norm(x: np.ndarray, ord: float = 2.0, axes: tuple[int, ...] | None = None) -> np.ndarray:
@@ -300,12 +333,6 @@ far_out = pytest.mark.parametrize(
     ("dtype", "size"), [("float16", 300.0), ("float32", 1e20), ("float32", 1e-30)]
 )
 
-# What is no number: no bound, no ratio and no eps.
-NO_NUMBERS = [
-    *(math.nan, True, np.True_, None, "1", 1j, jnp.array(True)),
-    *(np.array([1.0, np.nan]), jnp.array(np.nan), jnp.array([1.0, -np.inf, np.nan])),
-]
-
 
 def unmeasured() -> dict[str, Any]:
     """A leaf of every kind that passes through as it is."""
@@ -317,6 +344,19 @@ def unmeasured() -> dict[str, Any]:
         "none": None,
         "python": 7,
     }
+
+
+def beside_unmeasured(method: Any, leaf: Any, params: Any = None, **others: Any) -> Any:
+    """What a method makes of one leaf, and its state, beside others that must come out untouched.
+
+    These are `unmeasured()` and `others`. `params` has the leaves that are not like the updates.
+    """
+    others = unmeasured() | others
+    updates = {"float": leaf, **others}
+    params = updates | (params or {})
+    clipped, state = method.update(updates, method.init(params), params)
+    assert_untouched(clipped, others)
+    return clipped["float"], state
 
 
 def assert_untouched(clipped: dict[str, Any], others: dict[str, Any]) -> None:
