@@ -188,11 +188,8 @@ def test_the_norms_of_a_state_say_which_axes_divide_the_units() -> None:
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     specs = {"sharded": PartitionSpec("x", "y"), "replicated": PartitionSpec()}
 
-    def norm_specs(state: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: PartitionSpec(None, "y") if jnp.ndim(leaf) == 2 else PartitionSpec(),
-            state,
-        )
+    def spec_of_norm(norm: Any) -> PartitionSpec:
+        return PartitionSpec(None, "y") if jnp.ndim(norm) == 2 else PartitionSpec()
 
     state = method.init(params)
     step = jax.shard_map(
