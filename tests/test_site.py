@@ -1,10 +1,13 @@
 """The site builds: every link leads somewhere, every public name is documented."""
 
+import importlib
+import importlib.util
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import typing
 
 import pytest
 
@@ -13,6 +16,24 @@ import clipax
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What a page may load: from the site itself. Diagrams, of which there are none, would load more.
 _LOADED = re.compile(r"<(?:script|link|img)\b[^>]*(?:src|href)=\"?(https?://[^\">\s]+)")
+
+
+def module_from(path: pathlib.Path) -> typing.Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_undocumented_public_name_would_end_the_build(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public = module_from(ROOT / "docs" / "hooks" / "public.py")
+    assert public.undocumented() == []
+    path = tmp_path / "room.py"
+    path.write_text('"""A room."""\ndef told():\n    """Says."""\ndef untold(): ...\n')
+    monkeypatch.setattr(public, "rooms", lambda: {"room": module_from(path)})
+    assert public.undocumented() == ["room.untold"]
 
 
 @pytest.fixture(scope="module")
