@@ -1,11 +1,15 @@
 """The README and the pages under `docs/`: their code runs, their links lead somewhere."""
 
+import ast
+import inspect
 import json
 import pathlib
 import re
 
 import jax
 import pytest
+
+import clipax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = {
@@ -59,6 +63,43 @@ def test_links_between_files_lead_somewhere(name: str) -> None:
         assert path.exists(), link
         assert path.is_relative_to(ROOT), link
         assert not anchor or anchor in _anchors(path), link
+
+
+def _calls(text: str) -> list[tuple[str, ast.Call]]:
+    """The calls of public functions in the code spans of a page."""
+    found = []
+    for span in re.findall(r"(?<!`)`([^`\n]+)`", _FENCE.sub("", text)):
+        try:
+            nodes = list(ast.walk(ast.parse(span.removeprefix("clipax."))))
+        except SyntaxError:  # `count -> value`, a command, ...
+            continue
+        names = {name for name, value in vars(clipax).items() if inspect.isfunction(value)}
+        found += [
+            (span, node)
+            for node in nodes
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in names
+        ]
+    return found
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_calls_in_the_text_fit_the_functions(name: str) -> None:
+    for span, call in _calls(PAGES[name].read_text()):
+        given = [each for each in call.args if getattr(each, "value", 0) is not ...]
+        keywords = {each.arg: each.value for each in call.keywords}
+        try:
+            inspect.signature(getattr(clipax, call.func.id)).bind_partial(*given, **keywords)
+        except TypeError as error:
+            pytest.fail(f"`{span}`: {error}")
+
+
+def test_tables_of_methods_call_them() -> None:
+    for name, count in {
+        "docs/choose.md": 20,
+        "docs/howto/migration.md": 20,
+        "README.md": 8,
+    }.items():
+        assert len(_calls(PAGES[name].read_text())) >= count
 
 
 def test_the_readme_is_one_page() -> None:
