@@ -155,7 +155,7 @@ def under_a_clip_from_here(state: Any, updates: list[Any], params: Any) -> list[
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [8, 4])
 def test_a_clip_is_put_before_a_saved_optimizer(devices: int, tmp_path: pathlib.Path) -> None:
-    """The recipe in the README."""
+    """The recipe in `docs/howto/checkpoints.md`."""
     mesh = mesh_of(8)
     params, sequence = params_on(mesh), updates_on(mesh)
     state, path = trained(ADAM, sequence[:CUT], params), tmp_path / "run"
@@ -182,7 +182,7 @@ def test_a_clip_is_put_before_a_saved_optimizer(devices: int, tmp_path: pathlib.
 
 
 class Case(NamedTuple):
-    """A row of the table in the README."""
+    """A row of the table in `docs/howto/checkpoints.md`."""
 
     old: Any
     new: Any

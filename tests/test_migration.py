@@ -1,4 +1,4 @@
-"""Every row of the README's migration table: the peer's rule, the peer itself, and clipax.
+"""Every row of `docs/howto/migration.md`: the peer's rule, the peer itself, and clipax.
 
 The rules are the documented formulas in NumPy, so that every row is checked wherever the
 tests run; the peers themselves are called where they are installed. What is a drop-in for

@@ -1,6 +1,6 @@
 """Where clipax differs from the peers of `test_migration.py`, with both numbers.
 
-Each difference in the README's migration table is a row here: what the peer gives, seen
+Each difference in `docs/howto/migration.md` is a row here: what the peer gives, seen
 wherever it is installed, and what clipax gives.
 """
 
@@ -270,3 +270,36 @@ def test_keras_itself_takes_one_only():
     keras = pytest.importorskip("keras")
     with pytest.raises(ValueError, match="Only one of"):
         keras.optimizers.SGD(clipvalue=3.0, clipnorm=1.0)
+
+
+# -- bitsandbytes: a rule with a history, known by its formula alone ---------------------------
+
+
+def _bitsandbytes_bounds(norms: np.ndarray, rank: int) -> np.ndarray:
+    """A hundred slots, all with the first norm at first; the bound is the norm of that rank."""
+    slots = np.full(100, norms[0])
+    bounds = []
+    for step, norm in enumerate(norms, start=1):
+        slots[step % 100] = norm
+        bounds.append(np.sort(slots)[rank])
+    return np.array(bounds)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 98])
+def test_autoclip_of_each_leaf_is_bitsandbytes_percentile_clipping_once_its_slots_are_full(rank):
+    sizes = np.exp(np.random.default_rng(0).normal(size=(2, 250))).astype(np.float32)
+    clip = clipax.autoclip(rank / 99, 100, norm=clipax.leaf_norm)
+
+    def step(state, size):
+        updates = {"a": jnp.array([0.6, 0.8]) * size[0], "b": jnp.array([1.0]) * size[1]}
+        return clip.update(updates, state)[::-1]
+
+    zeros = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+    _, clipped = jax.lax.scan(step, clip.init(zeros), jnp.asarray(sizes.T))
+    for norms, leaf in zip(sizes, clipped.values(), strict=True):
+        ends = np.linalg.norm(np.float64(leaf), axis=1)
+        bounds = _bitsandbytes_bounds(np.float64(norms), rank)
+        expected = np.minimum(norms, bounds)
+        np.testing.assert_allclose(ends[99:], expected[99:], rtol=1e-6)
+        assert np.mean(norms[99:] > bounds[99:]) > 0
+        assert not np.allclose(ends[:99], expected[:99], rtol=1e-2)

@@ -29,7 +29,7 @@ def mesh_of(*sizes: int) -> Any:
 
 
 def varying(tree: Any, *axes: str) -> Any:
-    """As the README advises."""
+    """As `docs/per-example.md` advises."""
     return jax.tree.map(lambda leaf: _compat.varying_over(leaf, axes), tree)
 
 
