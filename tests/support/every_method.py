@@ -1,5 +1,6 @@
 """One step with every method, to be exported."""
 
+import functools
 from typing import Any
 
 import jax
@@ -41,6 +42,7 @@ def _loss(params: Any, inputs: jax.Array) -> jax.Array:
     return params["scale"] * jnp.sum(jnp.square(hidden))
 
 
+@functools.cache
 def exported() -> bytearray:
     """The step for all platforms, as it would be written to a file."""
     with jax.numpy_dtype_promotion("standard"):  # optax promotes its counters
