@@ -17,6 +17,7 @@ an `optax.GradientTransformation` that chains with any optimizer:
 * round a clip, to feed back what it takes off: `u_clip`, `clip21`
 * round a whole optimizer, to leave out bad steps: `skip_step`
 * what happened: `metrics`, `observe`; an error between steps: `check_finite`, `check_not_stuck`
+* what would have happened: `replay` runs a method over the norms that a run logged
 * each example's gradient by itself: `clipped_grad`, `per_example_norms`, `explain_clipped_grad`,
   `track_quantile`
 * without an optimizer: `global_norm`, `clip_tree`, `clip_cotangent`
@@ -36,6 +37,7 @@ from clipax import states as states
 from clipax import thresholds as thresholds
 from clipax import units as units
 from clipax._core._clip_by import clip_by as clip_by
+from clipax.advice._replay import replay as replay
 from clipax.apply import check_finite as check_finite
 from clipax.apply import check_not_stuck as check_not_stuck
 from clipax.apply import clip_cotangent as clip_cotangent

@@ -73,7 +73,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       >>> {name: round(float(value), 3) for name, value in metrics(opt_state).items()}
       {'norm': 5.0, 'clipped_norm': 1.0, 'max_norm': 1.0, 'coefficient': 0.2, 'clip_fraction': 1.0}
     """
-    states = list(_find(opt_state, ()))
+    states = list(find_states(opt_state))
     names = _distinct([("/".join(path), type(state)) for path, state in states])
     result: dict[str, Array] = {}
     for name, (_, state) in zip(names, states, strict=True):
@@ -107,8 +107,8 @@ def _axes_of_members(state: Any) -> int:
     return int(is_alike and not is_of_layers)
 
 
-def _find(tree: Any, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Clipax states with the names on the way to them, outer ones first."""
+def find_states(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """States of clipax with the names on the way to them, outer ones first."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_state)
     for path, node in found:
         names = (str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
@@ -116,7 +116,7 @@ def _find(tree: Any, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
             here = (*above, *names)
             yield here, node
             if isinstance(node, _WRAPPERS):
-                yield from _find(node.inner_state, here)
+                yield from find_states(node.inner_state, here)
 
 
 def _is_state(node: Any) -> bool:

@@ -27,6 +27,7 @@ FLOORS = [
     {"_core/_clip_by", "per_example"},
     {"methods"},
     {"metrics", "apply", "states"},
+    {"advice"},
     {"__init__", "_demo"},
     {"__main__"},
 ]
