@@ -152,6 +152,11 @@ def _recorded(state: Any) -> Replay:
         kept = jnp.where(is_skipped, jnp.zeros_like(norm), jnp.ones_like(norm))
         return Replay(norm, jnp.full_like(norm, jnp.inf), kept, is_skipped)
     (clip,) = clips
+    if skips and isinstance(clip.norm, dict):
+        raise ValueError(
+            "method must follow one set of norms, got skip_step, which follows the global norm,"
+            f" round a clip that follows those of the leaves {sorted(clip.norm)}."
+        )
     coefficient = jax.tree.map(
         lambda factor: jnp.where(is_skipped, jnp.zeros_like(factor), factor), clip.coefficient
     )
