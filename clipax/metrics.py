@@ -15,9 +15,10 @@ from clipax._core._typing import Array, Norms
 from clipax._core._window import WindowState
 from clipax.methods.observe import ObserveState
 from clipax.methods.skip_step import SkipState
+from clipax.methods.track import TrackState
 
 _QUANTILES = (0.5, 0.9, 0.99)
-_WRAPPERS = (ObserveState, SkipState)
+_WRAPPERS = (ObserveState, SkipState, TrackState)
 
 
 def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
@@ -55,8 +56,19 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       | `skipped` | how many steps were skipped in all |
       | `consecutive_skipped` | how many in a row up to the last one, without `skip_ranges` |
 
-      and what its inner state gives, which after a skipped step is that of the last one
-      taken. Names that lead to a state (of `optax.named_chain`, the labels of
+      a `track` state, of the steps with a finite norm since it was last reset,
+
+      | key | value |
+      |---|---|
+      | `tracked/steps`, `tracked/steps_clipped` | how many there were, and were clipped |
+      | `tracked/steps_not_finite` | how many more had a norm of NaN or inf |
+      | `tracked/mean_norm`, `tracked/largest_norm` | of the norms before clipping |
+      | `tracked/mean_norm/<group>`, `tracked/largest_norm/<group>` | the same of each group |
+      | `tracked/mean_coefficient` | the mean of the norm after clipping over that before |
+      | `tracked/removed_share` | which share of the sum of all norms was clipped off |
+
+      and each gives what its inner state gives, which after a skipped step is that of the last
+      one taken. Names that lead to a state (of `optax.named_chain`, the labels of
       `optax.partition`) come before its keys, as `grads/norm`. States of one kind that no
       name tells apart are numbered in their order, as `0/norm`, `1/norm`.
 
@@ -93,8 +105,7 @@ def _read(state: Any, per_leaf: bool) -> dict[str, Array]:
 def _axes_of_members(state: Any) -> int:
     """How many axes of members a state has, as `vmap` adds one."""
     if not isinstance(state, ClipState):
-        scalar = state.norm_in if isinstance(state, ObserveState) else state.is_skipped
-        return int(jnp.ndim(scalar))
+        return int(jnp.ndim(jax.tree.leaves(state._replace(inner_state=None))[0]))
     if not all(map(jnp.ndim, jax.tree.leaves(state))):
         return 0
     # Norms of units and layers are arrays themselves, which keep summed axes with one entry.
@@ -136,7 +147,9 @@ def _distinct(named: list[tuple[str, type]]) -> list[str]:
     return distinct
 
 
-def _wrapped(state: ObserveState | SkipState) -> dict[str, Array]:
+def _wrapped(state: ObserveState | SkipState | TrackState) -> dict[str, Array]:
+    if isinstance(state, TrackState):
+        return {f"tracked/{key}": value for key, value in _tracked(state).items()}
     if isinstance(state, ObserveState):
         return {"norm_in": state.norm_in, "norm_out": state.norm_out, "cosine": state.cosine}
     return {
@@ -144,6 +157,21 @@ def _wrapped(state: ObserveState | SkipState) -> dict[str, Array]:
         "is_skipped": state.is_skipped.astype(jnp.float32),
         "skipped": state.skipped_count,
         "consecutive_skipped": state.consecutive_count,
+    }
+
+
+def _tracked(state: TrackState) -> dict[str, Array]:
+    whole = jnp.where(state.mean_norm > 0, state.mean_norm, 1)
+    return {
+        "steps": state.step_count,
+        "steps_clipped": state.clipped_count,
+        "steps_not_finite": state.skipped_count,
+        "mean_norm": state.mean_norm,
+        "largest_norm": state.largest_norm,
+        "mean_coefficient": state.mean_coefficient,
+        "removed_share": state.mean_removed / whole,
+        **{f"mean_norm/{name}": norm for name, norm in state.group_mean_norm.items()},
+        **{f"largest_norm/{name}": norm for name, norm in state.group_largest_norm.items()},
     }
 
 

@@ -11,6 +11,7 @@ from clipax.methods.scale_by_stable_adam import StableAdamState as StableAdamSta
 from clipax.methods.skip_step import SkipState as SkipState
 from clipax.methods.spam_clip import SpamClipState as SpamClipState
 from clipax.methods.stable_spam import StableSpamState as StableSpamState
+from clipax.methods.track import TrackState as TrackState
 from clipax.methods.u_clip import UClipState as UClipState
 from clipax.methods.zclip import ZClipState as ZClipState
 from clipax.thresholds import FixedState as FixedState
