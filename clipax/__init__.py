@@ -16,8 +16,8 @@ an `optax.GradientTransformation` that chains with any optimizer:
   `scale_by_stable_adam`
 * round a clip, to feed back what it takes off: `u_clip`, `clip21`
 * round a whole optimizer, to leave out bad steps: `skip_step`
-* what happened: `metrics`, `observe`, `track` and `reset_tracking`; an error between steps:
-  `check_finite`, `check_not_stuck`
+* what happened: `metrics`, `as_floats` for loggers, `observe`, `track` and `reset_tracking`; an
+  error between steps: `check_finite`, `check_not_stuck`
 * what would have happened: `replay` runs a method over the norms that a run logged
 * each example's gradient by itself: `clipped_grad`, `per_example_norms`, `explain_clipped_grad`,
   `track_quantile`
@@ -74,6 +74,7 @@ from clipax.methods.track import reset_tracking as reset_tracking
 from clipax.methods.track import track as track
 from clipax.methods.u_clip import u_clip as u_clip
 from clipax.methods.zclip import zclip as zclip
+from clipax.metrics import as_floats as as_floats
 from clipax.metrics import metrics as metrics
 from clipax.norms import global_norm as global_norm
 from clipax.norms import leaf_norm as leaf_norm

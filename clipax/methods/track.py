@@ -2,14 +2,14 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _moments
+from clipax._core import _checks, _leaves, _moments, _paths
 from clipax._core._clip_by import ClipState
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
@@ -43,7 +43,7 @@ class TrackState(NamedTuple):
 def track(
     inner: optax.GradientTransformation,
     *,
-    groups: Mapping[str, str | Callable[[str, Any], bool]] | None = None,
+    groups: Sequence[str] | Callable[[str, Any], str | None] = (),
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps statistics of a clip over the steps since they were last reset.
@@ -56,9 +56,8 @@ def track(
 
     Args:
       inner: A clip, or any transformation.
-      groups: Leaves whose norm is tracked by itself, by the group's name: a path such as
-        "encoder", with all leaves under it, or a function `(path, leaf) -> bool`. Groups may
-        share leaves.
+      groups: Leaves whose norm is tracked by itself: paths such as "encoder", each with all
+        leaves under it, or a function `(path, leaf) -> name`, None for a leaf in no group.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -67,8 +66,9 @@ def track(
       otherwise they are the global L2 norm before it, and the norm after it over this one.
 
     Raises:
-      ValueError: `inner` is no transformation, or `groups` not a dict of paths and functions;
-        at `init`, a group has no leaf; at `update`, there is no state.
+      ValueError: `inner` is no transformation, or `groups` neither paths nor a function; at
+        `init`, there is no leaf at a path, or the function gives no name; at `update`, there is
+        no state.
 
     | step | result |
     |---|---|
@@ -91,18 +91,13 @@ def track(
     """
     inner = _checks.transformation(inner=inner)
     _checks.axis_name(axis_name=axis_name)
-    masks = _masks(groups)
+    _check(groups)
 
     def init_fn(params: Updates) -> TrackState:
         names = _leaves.names_bound_here(axis_name)
         measured = _leaves.only_measured(params)
         zero = _leaves.zero_norms(functools.partial(global_norm, axis_name=names), measured)
-        for name, mask in masks.items():
-            if jax.tree.leaves(measured) and not any(_leaves.wanted(params, mask)):
-                raise ValueError(
-                    f"groups[{name!r}] must be the path of a leaf, or of leaves under it, or True"
-                    f" for some leaf, got {(groups or {})[name]!r}, which none has."
-                )
+        names_of_groups = _names(groups, measured)
         return TrackState(
             # Arrays of their own, since a buffer can be donated only once.
             step_count=zero.astype(jnp.int32),
@@ -112,8 +107,8 @@ def track(
             largest_norm=zero + 0,
             mean_removed=zero + 0,
             mean_coefficient=zero + 1,
-            group_mean_norm={name: jnp.copy(zero) for name in masks},
-            group_largest_norm={name: jnp.copy(zero) for name in masks},
+            group_mean_norm={name: jnp.copy(zero) for name in names_of_groups},
+            group_largest_norm={name: jnp.copy(zero) for name in names_of_groups},
             inner_state=inner.init(params),
         )
 
@@ -127,11 +122,11 @@ def track(
         dtype = state.mean_norm.dtype
         before, after, is_clipped = _before_and_after(updates, new_updates, inner_state, axis_name)
         before, after = before.astype(dtype), after.astype(dtype)
-        groups = {
-            name: global_norm(updates, mask=mask, axis_name=axis_name).astype(dtype)
-            for name, mask in masks.items()
+        norms = {
+            name: global_norm(updates, mask=_mask(groups, name), axis_name=axis_name).astype(dtype)
+            for name in state.group_mean_norm
         }
-        learned = _learned(state, before, after, is_clipped, groups)
+        learned = _learned(state, before, after, is_clipped, norms)
         is_finite = jnp.isfinite(before) & jnp.isfinite(after)
         left_out = state._replace(skipped_count=optax.safe_increment(state.skipped_count))
         statistics = _leaves.choose(
@@ -188,21 +183,38 @@ def reset_tracking(opt_state: Any) -> Any:
     return state
 
 
-def _masks(groups: Any) -> dict[str, Callable[[str, Any], bool]]:
-    """For each group, which leaves are in it."""
-    if groups is None:
-        return {}
-    is_dict = isinstance(groups, Mapping) and all(isinstance(name, str) for name in groups)
-    if not is_dict or not all(isinstance(rule, str) or callable(rule) for rule in groups.values()):
+def _check(groups: Any) -> None:
+    is_of_paths = isinstance(groups, list | tuple) and all(
+        isinstance(each, str) for each in groups
+    )
+    if not (is_of_paths or callable(groups)):
         raise ValueError(
-            "groups must be a dict from names to paths, as 'encoder/kernel', or functions"
-            f" (path, leaf) -> bool, got {groups!r}."
+            "groups must be a list of paths, as ['encoder', 'head'], or a function (path, leaf) ->"
+            f" name, got {groups!r}."
         )
-    return {name: _under(rule) if isinstance(rule, str) else rule for name, rule in groups.items()}
 
 
-def _under(prefix: str) -> Callable[[str, Any], bool]:
-    return lambda path, _: path == prefix or path.startswith(f"{prefix}/")
+def _names(groups: Any, measured: Updates) -> list[str]:
+    """The groups that a tree has leaves in."""
+    leaves = zip(_paths.of_leaves(measured), jax.tree.leaves(measured), strict=True)
+    if callable(groups):
+        names = {groups(path, leaf) for path, leaf in leaves} - {None}
+        for name in names:
+            if not isinstance(name, str):
+                raise ValueError(f"groups must give a name or None for each leaf, got {name!r}.")
+        return sorted(names)
+    paths = [path for path, _ in leaves]
+    for name in groups:
+        if paths and not any(_mask(groups, name)(path, None) for path in paths):
+            raise ValueError(f"groups must be paths of leaves, or above them, got {name!r}.")
+    return list(groups)
+
+
+def _mask(groups: Any, name: str) -> Callable[[str, Any], bool]:
+    """Which leaves are in a group."""
+    if callable(groups):
+        return lambda path, leaf: bool(groups(path, leaf) == name)
+    return lambda path, _: path == name or path.startswith(f"{name}/")
 
 
 def _before_and_after(

@@ -12,7 +12,13 @@ import trees
 
 import clipax
 
-GROUPS = {"dense": "dense", "vectors": lambda path, leaf: jnp.ndim(leaf) == 1}
+
+def group(path: str, leaf: Any) -> str | None:
+    return "dense" if path.startswith("dense/") else {0: "scalars", 1: "vectors"}.get(leaf.ndim)
+
+
+def everything(path: str, leaf: Any) -> str:
+    return "all"
 
 
 def norm_of(updates: Any) -> float:
@@ -54,12 +60,10 @@ def oracle(inputs: list[Any], outputs: list[Any]) -> dict[str, float]:
 
 
 def groups_of(inputs: list[Any]) -> dict[str, list[float]]:
-    dense = [norm_of(updates["dense"]) for updates in inputs]
-    vectors = [
-        norm_of([leaf for leaf in jax.tree.leaves(updates) if np.ndim(leaf) == 1])
-        for updates in inputs
-    ]
-    return {"dense": dense, "vectors": vectors}
+    return {
+        "dense": [norm_of(updates["dense"]) for updates in inputs],
+        "scalars": [norm_of(updates["scale"]) for updates in inputs],
+    }
 
 
 def tracked(state: Any) -> dict[str, np.ndarray]:
@@ -94,7 +98,7 @@ def rows(stacked: Any, steps: range) -> list[Any]:
 def test_equals_numpy_over_a_spiky_sequence_and_again_after_a_reset(inner: Any) -> None:
     sequence = sequences.spiky()
     sequence["dense"]["bias"][[3, 41], 1] = np.nan
-    clip = clipax.track(inner, groups=GROUPS)
+    clip = clipax.track(inner, groups=group)
     reset_at = 33
 
     def step(state: Any, at: Any) -> Any:
@@ -148,7 +152,7 @@ def test_the_norm_of_a_method_with_one_norm_is_its_own() -> None:
 def test_edge_what_comes_out_is_what_inner_gives() -> None:
     params, updates = trees.params_and_updates()
     inner = clipax.clip_by_leaf_norm(0.5)
-    clip = clipax.track(inner, groups={"dense": "dense"})
+    clip = clipax.track(inner, groups=["dense"])
     clipped, state = clip.update(updates, clip.init(params))
     expected, inner_state = inner.update(updates, inner.init(params))
     trees.assert_bitwise(clipped, expected)
@@ -158,7 +162,7 @@ def test_edge_what_comes_out_is_what_inner_gives() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("inner", [clipax.clip_by_global_norm(1.0), clipax.clip_by_value(1.0)])
 def test_edge_a_norm_that_is_not_finite_is_counted_and_left_out(inner: Any, bad: float) -> None:
-    clip = clipax.track(inner, groups={"all": lambda path, leaf: True})
+    clip = clipax.track(inner, groups=everything)
     _, state = sequences.stepped(clip, sequences.vectors(2.0, bad, 4.0))
     _, finite = sequences.stepped(clip, sequences.vectors(2.0, 4.0))
     values = tracked(state)
@@ -189,7 +193,7 @@ def longer(norm: jax.Array, max_norm: jax.Array) -> jax.Array:
 
 
 def test_edge_before_the_first_step() -> None:
-    clip = clipax.track(clipax.clip_by_global_norm(1.0), groups={"all": lambda path, leaf: True})
+    clip = clipax.track(clipax.clip_by_global_norm(1.0), groups=everything)
     values = tracked(clip.init(jnp.ones(2)))
     assert values.pop("mean_coefficient") == 1
     assert all(value == 0 for value in values.values())
@@ -228,7 +232,7 @@ def test_edge_members_of_vmap_start_again_in_their_shapes() -> None:
 
 
 def test_sharded_steps_have_the_same_statistics() -> None:
-    clip = clipax.track(clipax.clip_by_value(1.0), groups={"all": lambda path, leaf: True})
+    clip = clipax.track(clipax.clip_by_value(1.0), groups=everything)
     steps = [jnp.arange(8.0) * size for size in (0.1, 1.0, 2.0)]
     _, alone = sequences.stepped(clip, steps)
     _, state = sequences.stepped(clip, sequences.over_devices(steps))
@@ -243,24 +247,31 @@ def test_reset_without_a_track_is_refused() -> None:
         clipax.reset_tracking(optax.sgd(1.0).init(jnp.ones(1)))
 
 
-@pytest.mark.parametrize("bad", ["dense", ["dense"], {"a": 1}, {1: "dense"}, {"a": None}])
+@pytest.mark.parametrize("bad", ["dense", [1], {"a": "dense"}, None, {"dense"}])
 def test_bad_groups_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"^groups must be a dict from names to paths"):
+    with pytest.raises(ValueError, match=r"^groups must be a list of paths"):
         clipax.track(optax.identity(), groups=bad)
 
 
 def test_a_group_without_a_leaf_is_refused() -> None:
-    clip = clipax.track(optax.identity(), groups={"head": "haed"})
-    with pytest.raises(ValueError, match=r"^groups\['head'\] must be the path .* got 'haed'"):
+    clip = clipax.track(optax.identity(), groups=["haed"])
+    with pytest.raises(ValueError, match=r"^groups must be paths of leaves, .* got 'haed'"):
         clip.init({"head": jnp.ones(1)})
     clip.init({})
 
 
-def test_a_path_is_not_a_prefix_of_letters() -> None:
-    clip = clipax.track(optax.identity(), groups={"a": "layer_1"})
+def test_what_is_no_name_of_a_group_is_refused() -> None:
+    clip = clipax.track(optax.identity(), groups=lambda path, leaf: 3)
+    with pytest.raises(ValueError, match=r"^groups must give a name or None for each leaf, got 3"):
+        clip.init(jnp.ones(1))
+
+
+def test_a_path_is_no_prefix_of_letters_and_groups_may_share_leaves() -> None:
+    clip = clipax.track(optax.identity(), groups=["layer_1", "layer_1/w"])
     updates = {"layer_1": {"w": jnp.array([3.0])}, "layer_10": {"w": jnp.array([4.0])}}
     _, state = clip.update(updates, clip.init(updates))
-    assert float(tracked(state)["mean_norm/a"]) == 3
+    values = tracked(state)
+    assert (values["mean_norm/layer_1"], values["mean_norm/layer_1/w"]) == (3, 3)
 
 
 @pytest.mark.parametrize("bad", [None, 1.0, optax.sgd])
