@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.extend import core
 
@@ -48,7 +49,9 @@ def clip_tree(
     return clipped, metrics(state, per_leaf=per_leaf)
 
 
-def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> Updates:
+def clip_cotangent(
+    x: Updates, transformation: optax.GradientTransformation, *, probe: Array | None = None
+) -> Updates:
     """Returns a tree unchanged and clips the gradient that flows back through it.
 
     The forward pass is `y = x` and the backward pass is `dx = clip(dy)`. Around the carry of a
@@ -63,17 +66,23 @@ def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> 
       x: Any pytree. Leaves without a tangent (integers) pass through.
       transformation: Any method without a history or parameters. Values that it closes over may
         be traced: a bound, a step count, a key.
+      probe: An array of three floats, such as zeros. Its gradient is the norm before clipping,
+        the norm after clipping and the share clipped: the values `norm`, `clipped_norm` and
+        `clip_fraction` of `metrics`. Gradients of a probe that is used twice add up, so each
+        place and step needs a row of its own, as one input of a `lax.scan`.
 
     Returns:
       `x`. Reverse-mode derivatives are clipped; forward-mode derivatives are not defined. Values
       that `transformation` closes over have no gradient.
 
     Raises:
-      ValueError: `transformation` is not a transformation.
+      ValueError: `transformation` is not a transformation; with a `probe`, it is not one clip of
+        clipax, or `probe` is not an array of three floats.
 
     | cotangent | result |
     |---|---|
     | within the bound | unchanged |
+    | of a `probe` | norm, norm after clipping, share clipped |
     | zero | zero |
     | NaN, inf | what the transformation makes of it |
 
@@ -83,6 +92,11 @@ def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> 
       ...     return 3.0 * y[0] + 4.0 * y[1]
       >>> jax.grad(loss)(jnp.array([1.0, 1.0]))
       Array([1.5, 2. ], dtype=float32)
+      >>> def watched(x, probe):
+      ...     y = clip_cotangent(x, clip_by_global_norm(2.5), probe=probe)
+      ...     return 3.0 * y[0] + 4.0 * y[1]
+      >>> jax.grad(watched, argnums=1)(jnp.array([1.0, 1.0]), jnp.zeros(3))
+      Array([5. , 2.5, 1. ], dtype=float32)
 
     References:
       Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks",
@@ -90,16 +104,37 @@ def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> 
     """
     method = _checks.transformation(transformation=transformation)
     leaves, treedef = jax.tree.flatten(_rules.only_measured(x))
+    probes = [] if probe is None else [_checked_probe(probe)]
 
     def clip(cotangents: list[Array]) -> list[Array]:
         cotangent = jax.tree.unflatten(treedef, cotangents)
-        clipped, _ = method.update(cotangent, method.init(cotangent))
-        return jax.tree.leaves(clipped)
+        clipped, state = method.update(cotangent, method.init(cotangent))
+        return [*jax.tree.leaves(clipped), *(_report(state, probe.dtype) for probe in probes)]
 
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     clip_with, closed_over = _opened(clip, leaves)
-    passed = iter(_identity(clip_with, closed_over, leaves))
+    passed = iter(_identity(clip_with, closed_over, leaves, probes))
     return jax.tree.map(lambda leaf: next(passed) if _leaves.is_measured(leaf) else leaf, x)
+
+
+def _checked_probe(probe: Any) -> Array:
+    is_array = isinstance(probe, (jax.Array, np.ndarray))
+    is_right = is_array and probe.shape == (3,) and jnp.issubdtype(probe.dtype, np.floating)
+    if not is_right:
+        raise ValueError(f"probe must be an array of three floats, got {probe!r}.")
+    return jnp.asarray(probe)
+
+
+def _report(state: Any, dtype: Any) -> Array:
+    """What a method says of its last update."""
+    values = metrics(state)
+    if "norm" not in values:
+        raise ValueError(
+            "transformation must have one clip of clipax to report to probe, got one whose metrics"
+            f" are {sorted(values)}."
+        )
+    names = ("norm", "clipped_norm", "clip_fraction")
+    return jnp.stack([values[name].astype(dtype) for name in names])
 
 
 def _opened(
@@ -136,23 +171,24 @@ def _opened(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _identity(
-    clip: Callable[..., Any], closed_over: list[Array], leaves: list[Array]
+    clip: Callable[..., Any], closed_over: list[Array], leaves: list[Array], probes: list[Array]
 ) -> list[Array]:
-    del clip, closed_over
+    del clip, closed_over, probes
     return leaves
 
 
 def _forwards(
-    clip: Callable[..., Any], closed_over: list[Array], leaves: list[Array]
+    clip: Callable[..., Any], closed_over: list[Array], leaves: list[Array], probes: list[Array]
 ) -> tuple[list[Array], list[Array]]:
-    del clip
+    del clip, probes
     return leaves, closed_over
 
 
 def _backwards(
     clip: Callable[..., Any], closed_over: list[Array], cotangents: list[Array]
-) -> tuple[None, list[Array]]:
-    return None, clip(closed_over, cotangents)
+) -> tuple[None, list[Array], list[Array]]:
+    made = clip(closed_over, cotangents)
+    return None, made[: len(cotangents)], made[len(cotangents) :]
 
 
 _identity.defvjp(_forwards, _backwards)

@@ -34,6 +34,7 @@ FLOORS = [
     {"_core/_clip_by", "per_example"},
     {"methods"},
     {"apply", "checks", "metrics", "states"},
+    {"advice"},
     {"__init__", "_demo"},
     {"__main__"},
 ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 from jax.sharding import PartitionSpec
 
 # JAX gives them no type.
@@ -90,3 +91,9 @@ def is_typed(axis: Hashable) -> bool:
 def untyped_axes() -> tuple[Hashable, ...]:
     """The mapped axes around us of which the types say nothing."""
     return tuple(axis for axis in bound_axes() if not is_typed(axis))
+
+
+def without_unused(program: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[bool]]:
+    """A program of what its outputs need alone, without the other inputs, and which it needs."""
+    jaxpr, is_used = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
+    return core.ClosedJaxpr(jaxpr, program.consts), is_used
