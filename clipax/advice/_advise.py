@@ -60,6 +60,7 @@ def advise(
     | test | a candidate passes if |
     |---|---|
     | spares | it clips at most 5 % of the usual norms, and at most 20 % in any tenth |
+    | spares, for the bound in use | 25 % and 50 %: the learning rate was chosen with it |
     | catches | it clips at least 90 % of the spikes |
     | follows | in no tenth is its bound more than 4 times as large as a spike must be there |
 

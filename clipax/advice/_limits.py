@@ -103,10 +103,11 @@ def _bound_in_use(measured: Any, found: Statistics, max_norm: float) -> Iterator
     if share > 0.5:
         ratio = found.median / max_norm
         yield (
-            f"Your bound of {max_norm:g} clips {percent(share)} of the norms: it normalizes"
-            " the gradient rather than clips it. Adam hardly sees a factor that is the same at"
-            " all steps; with SGD, steps under a bound that seldom acts are some"
-            f" {ratio:.2g} times as long, and the learning rate must be that much smaller."
+            f"Your bound of {max_norm:g} clips {percent(share)} of the norms: it normalizes the"
+            " gradient rather than clips it, and may be what holds the learning rate. Under a"
+            f" bound that seldom acts, SGD takes steps some {ratio:.2g} times as long, so that its"
+            " learning rate must be that much smaller; Adam hardly sees a factor that is nearly"
+            " the same at all steps."
         )
     elif share == 0:
         yield f"Your bound of {max_norm:g} is above all norms: in this log it never acted."

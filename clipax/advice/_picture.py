@@ -29,8 +29,9 @@ def write_png(advice: Advice, path: pathlib.Path) -> None:
     shown = list(_shown(advice))
     for role, candidate in shown:
         _draw_bound(left, right, advice, role, candidate)
-    if shown:
-        _draw_clipped(left, advice, *shown[-1 if len(shown) == 1 else _first(shown)])
+    for role, candidate in shown:
+        if role == "first":
+            _draw_clipped(left, advice, candidate)
     _draw_histogram(right, advice)
     for axes in (left, right):
         axes.set_yscale("log")
@@ -53,10 +54,6 @@ def _shown(advice: Advice) -> Iterator[tuple[str, Candidate]]:
             yield "in use", each
     for role, code in zip(("first", "second"), chosen, strict=False):
         yield role, by_code[code]
-
-
-def _first(shown: list[tuple[str, Candidate]]) -> int:
-    return [role for role, _ in shown].index("first")
 
 
 def _draw_norms(axes: Any, advice: Advice) -> None:
@@ -89,16 +86,21 @@ def _draw_bound(left: Any, right: Any, advice: Advice, role: str, candidate: Can
     right.axhline(np.sqrt(low * high), color=_COLORS[role], linewidth=1.2)
 
 
-def _draw_clipped(axes: Any, advice: Advice, role: str, candidate: Candidate) -> None:
+def _draw_clipped(axes: Any, advice: Advice, candidate: Candidate) -> None:
     """The steps that a candidate clips, or the largest of them where they are many."""
     is_clipped = np.isfinite(advice.norms) & (candidate.coefficient < 1)
     rows = np.flatnonzero(is_clipped)
     if rows.size > _MAX_POINTS:
         rows = np.sort(rows[np.argsort(advice.norms[rows])[-_MAX_POINTS:]])
-    label = f"clipped by it ({percent(candidate.clipped)} of the norms)"
+    label = f"clipped as recommended ({percent(candidate.clipped)} of the norms)"
     size = 12 if rows.size <= 300 else 4
     axes.scatter(
-        advice.steps[rows], advice.norms[rows], s=size, color=_COLORS[role], label=label, zorder=3
+        advice.steps[rows],
+        advice.norms[rows],
+        s=size,
+        color=_COLORS["first"],
+        label=label,
+        zorder=3,
     )
 
 

@@ -7,7 +7,9 @@ from clipax.advice._candidates import Candidate
 from clipax.advice._statistics import Statistics
 
 LEAST_NORMS, LEAST_FOR_TWO = 20, 200
-_USUAL, _USUAL_IN_A_PART, _SPIKES, _SPIKE_RATIOS = 0.05, 0.2, 0.9, 4
+# In the whole log after the start, and in its worst tenth.
+_USUAL, _USUAL_IN_USE = (0.05, 0.2), (0.25, 0.5)
+_SPIKES, _SPIKE_RATIOS = 0.9, 4
 _GROUPS, _JUMPS, _MORE_THAN_USUAL = 3, 0.5, 5
 
 
@@ -43,10 +45,11 @@ def recommend(
 def failures(statistics: Statistics, candidate: Candidate) -> tuple[str, ...]:
     """The tests that a candidate fails, each in words; a fit one fails none."""
     found = []
-    if candidate.usual_clipped > _USUAL or candidate.most_usual_clipped > _USUAL_IN_A_PART:
+    most, most_in_a_part = _USUAL_IN_USE if candidate.kind == "in use" else _USUAL
+    if candidate.usual_clipped > most or candidate.most_usual_clipped > most_in_a_part:
         share = percent(candidate.usual_clipped)
-        most = percent(candidate.most_usual_clipped)
-        found.append(f"it clips {share} of the usual norms, and {most} in one part of the log")
+        worst = percent(candidate.most_usual_clipped)
+        found.append(f"it clips {share} of the usual norms, and {worst} in one part of the log")
     if candidate.late_spikes_clipped < _SPIKES:
         found.append(f"it clips only {percent(candidate.late_spikes_clipped)} of the spikes")
     if candidate.most_ratio == math.inf:
@@ -80,6 +83,11 @@ def _first(
         why += (
             f" The loss jumped after {statistics.spikes_before_jumps} of"
             f" {statistics.spikes_with_losses} groups of spikes: skip_step leaves such steps out."
+        )
+    if candidates[0].kind == "in use" and candidates[0].usual_clipped > 0.5:
+        why += (
+            " Your bound normalizes, which can train as well or better: compare the losses of"
+            " both before you change it."
         )
     if statistics.nonfinite_count:
         why += " skip_step leaves out the steps whose norm is NaN or inf."
