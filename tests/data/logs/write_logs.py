@@ -130,6 +130,8 @@ def write_wandb(path: pathlib.Path) -> None:
         with wandb.init(project="clipax", dir=folder, settings=settings) as run:
             for step, norm, loss in train():
                 run.log({"train/grad_norm": norm, "train/loss": loss}, step=step)
+        # The file is written by a process of its own.
+        wandb.teardown()
         (written,) = pathlib.Path(folder).rglob("*.wandb")
         shutil.copy(written, path)
 
