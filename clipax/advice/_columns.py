@@ -94,6 +94,11 @@ class Columns:
         if steps is None or not np.isfinite(steps).all():
             step_name, steps = None, np.arange(norms.size, dtype=np.float64)
             notes.append(f"{self.source} has no column of steps: its rows are counted instead.")
+        if any(map(_names.is_summary, self._is_kept)):
+            notes.append(
+                f"{self.source} is the export of a chart of Weights & Biases, in which a value of"
+                " a long run may be the mean of several steps: spikes are averaged away then."
+            )
         log = Log(norms, steps, losses, name, loss_name, step_name, self.source, kind)
         log, more = self._forward(log, places)
         return log._replace(notes=(*notes, *more))

@@ -29,7 +29,7 @@ _TOTAL = re.compile(
 _AFTER_CLIP = re.compile(
     r"(.*_)?clipped_(grad_)?norm|.*norm_(after|post)_?clip.*|learning_grad_norm"
 )
-_SUMMARY = re.compile(r".*__(min|max)$")
+_SUMMARIES = ("__min", "__max")
 _LOSSES = (
     re.compile(r"(.*_)?(train|training|lm|learning|ce|total)_loss(_total)?|loss"),
     re.compile(r"loss_train(_total)?|(.*_)?loss"),
@@ -50,9 +50,9 @@ def plain(name: str) -> str:
 
 def norm_rank(name: str) -> int | None:
     """How surely a name is that of a global norm before a clip: 0 is surest; None is no norm."""
-    name = plain(name)
-    if _SUMMARY.fullmatch(name):
+    if is_summary(name):
         return None
+    name = plain(name)
     if _RAW.fullmatch(name):
         return 0
     if _AFTER_CLIP.fullmatch(name):
@@ -85,4 +85,4 @@ def step_rank(name: str) -> int | None:
 
 def is_summary(name: str) -> bool:
     """Whether a column is Weights & Biases' smallest or largest value of a bucket."""
-    return _SUMMARY.fullmatch(plain(name)) is not None
+    return name.strip().lower().endswith(_SUMMARIES)

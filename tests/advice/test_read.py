@@ -167,7 +167,9 @@ def test_the_norms_of_every_trainer_are_found(kind: str, tmp_path: pathlib.Path)
     log = _read.read(write(tmp_path, ALL[kind]))
     assert_read(log, with_losses=kind != "an MLflow metric")
     assert log.column == COLUMNS[kind]
-    assert log.notes == ()
+    assert ["mean of several steps" in note for note in log.notes] == (
+        [True] if kind == "a Weights & Biases export" else []
+    )
 
 
 @pytest.mark.parametrize("separator", ["\t", ";"])
