@@ -16,7 +16,8 @@ an `optax.GradientTransformation` that chains with any optimizer:
   `scale_by_stable_adam`
 * round a clip, to feed back what it takes off: `u_clip`, `clip21`
 * round a whole optimizer, to leave out bad steps: `skip_step`
-* what happened: `metrics`, `observe`; an error between steps: `check_finite`, `check_not_stuck`
+* what happened: `metrics`, `as_floats` for loggers, `observe`, `track` and `reset_tracking`; an
+  error between steps: `check_finite`, `check_not_stuck`
 * which bound: `advise` recommends one from the norms that a run logged (`clipax.advice` reads
   the logs of trainers), and `replay` runs a method over them
 * each example's gradient by itself: `clipped_grad`, `per_example_norms`, `explain_clipped_grad`,
@@ -72,8 +73,11 @@ from clipax.methods.smooth_clip_by_global_norm import (
 from clipax.methods.smooth_clip_by_value import smooth_clip_by_value as smooth_clip_by_value
 from clipax.methods.spam_clip import spam_clip as spam_clip
 from clipax.methods.stable_spam import stable_spam as stable_spam
+from clipax.methods.track import reset_tracking as reset_tracking
+from clipax.methods.track import track as track
 from clipax.methods.u_clip import u_clip as u_clip
 from clipax.methods.zclip import zclip as zclip
+from clipax.metrics import as_floats as as_floats
 from clipax.metrics import metrics as metrics
 from clipax.norms import global_norm as global_norm
 from clipax.norms import leaf_norm as leaf_norm

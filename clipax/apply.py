@@ -50,7 +50,9 @@ def clip_tree(
     return clipped, metrics(state, per_leaf=per_leaf)
 
 
-def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> Updates:
+def clip_cotangent(
+    x: Updates, transformation: optax.GradientTransformation, *, probe: Array | None = None
+) -> Updates:
     """Passes a tree on unchanged, and clips what flows back through it.
 
     Forwards `y = x`; backwards `dx = clip(dy)`. Round the carry of a `lax.scan` it bounds
@@ -63,17 +65,23 @@ def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> 
       x: Any pytree. Leaves without a tangent (integers) pass through.
       transformation: Any method without a history or parameters. What it closes over may be
         traced: a bound, the number of a step, a key.
+      probe: An array of three floats, zeros for instance. What flows back to it, its gradient,
+        is the norm before the clip, the norm after it and the share clipped, as `metrics` has
+        `norm`, `clipped_norm` and `clip_fraction`. Each place and step needs a row of its own,
+        as one of the inputs of a `lax.scan`: gradients of one that is used twice add up.
 
     Returns:
       `x`. Reverse-mode derivatives are clipped; forward-mode ones are not defined. What
       `transformation` closes over has no gradient.
 
     Raises:
-      ValueError: `transformation` is no transformation.
+      ValueError: `transformation` is no transformation; with a `probe`, it has not one clip of
+        clipax, or `probe` is no array of three floats.
 
     | cotangent | result |
     |---|---|
     | within the bound | as it was |
+    | of a `probe` | norm, norm after the clip, share clipped |
     | zero | zero |
     | NaN, inf | as the transformation has it |
 
@@ -83,6 +91,11 @@ def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> 
       ...     return 3.0 * y[0] + 4.0 * y[1]
       >>> jax.grad(loss)(jnp.array([1.0, 1.0]))
       Array([1.5, 2. ], dtype=float32)
+      >>> def watched(x, probe):
+      ...     y = clip_cotangent(x, clip_by_global_norm(2.5), probe=probe)
+      ...     return 3.0 * y[0] + 4.0 * y[1]
+      >>> jax.grad(watched, argnums=1)(jnp.array([1.0, 1.0]), jnp.zeros(3))
+      Array([5. , 2.5, 1. ], dtype=float32)
 
     References:
       Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks",
@@ -90,16 +103,37 @@ def clip_cotangent(x: Updates, transformation: optax.GradientTransformation) -> 
     """
     method = _checks.transformation(transformation=transformation)
     leaves, treedef = jax.tree.flatten(_leaves.only_measured(x))
+    probes = [] if probe is None else [_checked_probe(probe)]
 
     def clip(cotangents: list[Array]) -> list[Array]:
         cotangent = jax.tree.unflatten(treedef, cotangents)
-        clipped, _ = method.update(cotangent, method.init(cotangent))
-        return jax.tree.leaves(clipped)
+        clipped, state = method.update(cotangent, method.init(cotangent))
+        return [*jax.tree.leaves(clipped), *(_report(state, probe.dtype) for probe in probes)]
 
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     clip_with, closed_over = _opened(clip, leaves)
-    passed = iter(_identity(clip_with, closed_over, leaves))
+    passed = iter(_identity(clip_with, closed_over, leaves, probes))
     return jax.tree.map(lambda leaf: next(passed) if _leaves.is_measured(leaf) else leaf, x)
+
+
+def _checked_probe(probe: Any) -> Array:
+    is_array = isinstance(probe, (jax.Array, np.ndarray))
+    is_right = is_array and probe.shape == (3,) and jnp.issubdtype(probe.dtype, np.floating)
+    if not is_right:
+        raise ValueError(f"probe must be an array of three floats, got {probe!r}.")
+    return jnp.asarray(probe)
+
+
+def _report(state: Any, dtype: Any) -> Array:
+    """What a method says of its last update."""
+    values = metrics(state)
+    if "norm" not in values:
+        raise ValueError(
+            "transformation must have one clip of clipax to report to probe, got one whose metrics"
+            f" are {sorted(values)}."
+        )
+    names = ("norm", "clipped_norm", "clip_fraction")
+    return jnp.stack([values[name].astype(dtype) for name in names])
 
 
 def check_finite(tree: Any, name: str = "tree") -> None:
@@ -287,23 +321,24 @@ def _opened(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _identity(
-    clip: Callable[..., Any], closed_over: list[Array], leaves: list[Array]
+    clip: Callable[..., Any], closed_over: list[Array], leaves: list[Array], probes: list[Array]
 ) -> list[Array]:
-    del clip, closed_over
+    del clip, closed_over, probes
     return leaves
 
 
 def _forwards(
-    clip: Callable[..., Any], closed_over: list[Array], leaves: list[Array]
+    clip: Callable[..., Any], closed_over: list[Array], leaves: list[Array], probes: list[Array]
 ) -> tuple[list[Array], list[Array]]:
-    del clip
+    del clip, probes
     return leaves, closed_over
 
 
 def _backwards(
     clip: Callable[..., Any], closed_over: list[Array], cotangents: list[Array]
-) -> tuple[None, list[Array]]:
-    return None, clip(closed_over, cotangents)
+) -> tuple[None, list[Array], list[Array]]:
+    made = clip(closed_over, cotangents)
+    return None, made[: len(cotangents)], made[len(cotangents) :]
 
 
 _identity.defvjp(_forwards, _backwards)

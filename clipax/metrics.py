@@ -2,22 +2,25 @@
 
 import functools
 import itertools
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipax._core import _leaves, _paths, _window
 from clipax._core._clip_by import ClipState
 from clipax._core._typing import Array, Norms
 from clipax._core._window import WindowState
+from clipax.methods.measure import DEFAULT_QUANTILES, Quantiles
 from clipax.methods.observe import ObserveState
 from clipax.methods.skip_step import SkipState
+from clipax.methods.track import TrackState
 
-_QUANTILES = (0.5, 0.9, 0.99)
-_WRAPPERS = (ObserveState, SkipState)
+_WRAPPERS = (ObserveState, SkipState, TrackState)
 
 
 def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
@@ -44,9 +47,9 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       | `clip_fraction` | the share of norms whose factor is not one |
       | `norm_q50`, `norm_q90`, `norm_q99` | quantiles of a window of norms, where there is one |
 
-      with `per_leaf`, also `norm/<path>`, `clipped_norm/<path>`, `max_norm/<path>` and
-      `coefficient/<path>`; an `observe` state gives `norm_in`, `norm_out`, `cosine`. A
-      `skip_step` state gives
+      or the quantiles that `measure` was given; with `per_leaf`, also `norm/<path>`,
+      `clipped_norm/<path>`, `max_norm/<path>` and `coefficient/<path>`; an `observe` state gives
+      `norm_in`, `norm_out`, `cosine`. A `skip_step` state gives
 
       | key | value |
       |---|---|
@@ -55,8 +58,19 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       | `skipped` | how many steps were skipped in all |
       | `consecutive_skipped` | how many in a row up to the last one, without `skip_ranges` |
 
-      and what its inner state gives, which after a skipped step is that of the last one
-      taken. Names that lead to a state (of `optax.named_chain`, the labels of
+      a `track` state, of the steps with a finite norm since it was last reset,
+
+      | key | value |
+      |---|---|
+      | `tracked/steps`, `tracked/steps_clipped` | how many there were, and were clipped |
+      | `tracked/steps_not_finite` | how many more had a norm of NaN or inf |
+      | `tracked/mean_norm`, `tracked/largest_norm` | of the norms before clipping |
+      | `tracked/mean_norm/<group>`, `tracked/largest_norm/<group>` | the same of each group |
+      | `tracked/mean_coefficient` | the mean of the norm after clipping over that before |
+      | `tracked/removed_share` | which share of the sum of all norms was clipped off |
+
+      and each gives what its inner state gives, which after a skipped step is that of the last
+      one taken. Names that lead to a state (of `optax.named_chain`, the labels of
       `optax.partition`) come before its keys, as `grads/norm`. States of one kind that no
       name tells apart are numbered in their order, as `0/norm`, `1/norm`.
 
@@ -86,6 +100,70 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
     return result
 
 
+def as_floats(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, float]:
+    """Turns metrics into plain floats under keys that every logger takes.
+
+    It is called between steps, and fetches all values at once. `json.dumps` takes the result, and
+    so do `mlflow.log_metrics`, `wandb.log` and, value by value, TensorBoard's `add_scalar`.
+
+    Args:
+      values: A dict from names to scalars, as `metrics` gives it, or to arrays of them, as of
+        members of `vmap`.
+      prefix: What comes before each key, such as "train/".
+
+    Returns:
+      A dict from keys to floats. A key has letters and digits of ASCII, `_`, `-`, `.` and `/`
+      alone, and names no folder of another key, which MLflow keeps in files.
+
+    Raises:
+      ValueError: A value is no number, or has none, as under `jit`.
+
+    | key or value | result |
+    |---|---|
+    | a segment without letters and digits, as Haiku's `~`, or none | left out |
+    | any other character | `_` |
+    | a folder of other keys, as `norm` of `norm/w` | `norm/all` |
+    | equal to one before it by then | its number behind it, as `a_b_2` |
+    | an array | a key for each entry, `key/0`, `key/1`, `key/0_1` |
+    | NaN, inf | as it is, which `json.dumps` writes as `NaN` and `Infinity` |
+
+    Example:
+      >>> values = {"norm": jnp.array(5.0), "norm/mlp/~/linear": jnp.array(3.0)}
+      >>> as_floats(values, prefix="train/")
+      {'train/norm/all': 5.0, 'train/norm/mlp/linear': 3.0}
+    """
+    for name, value in values.items():
+        if isinstance(value, jax.core.Tracer):
+            raise ValueError(
+                f"values must have values, got {value!r} for {name!r}: call as_floats outside of"
+                " jit, on what comes out."
+            )
+    fetched = {name: np.asarray(value) for name, value in jax.device_get(dict(values)).items()}
+    entries: list[tuple[str, Any]] = []
+    for name, array in fetched.items():
+        if not (jnp.issubdtype(array.dtype, np.number) or array.dtype == bool) or np.iscomplexobj(
+            array
+        ):
+            raise ValueError(f"values must be real numbers, got {array!r} for {name!r}.")
+        key = _accepted(prefix + name)
+        for place, entry in np.ndenumerate(array):
+            entries.append(("/".join(filter(None, (key, "_".join(map(str, place))))), entry))
+    folders = {key[:end] for key, _ in entries for end, sign in enumerate(key) if sign == "/"}
+    result: dict[str, float] = {}
+    for key, entry in entries:
+        key = f"{key}/all" if key in folders else key
+        numbered = (f"{key}_{number}" for number in itertools.count(2))
+        free = key if key not in result else next(each for each in numbered if each not in result)
+        result[free] = float(entry)
+    return result
+
+
+def _accepted(name: str) -> str:
+    """The name in the characters that all loggers take."""
+    segments = (re.sub(r"[^A-Za-z0-9_.-]", "_", segment) for segment in name.split("/"))
+    return "/".join(segment for segment in segments if re.search(r"[A-Za-z0-9]", segment))
+
+
 def _read(state: Any, per_leaf: bool) -> dict[str, Array]:
     return _clipped(state, per_leaf) if isinstance(state, ClipState) else _wrapped(state)
 
@@ -93,8 +171,7 @@ def _read(state: Any, per_leaf: bool) -> dict[str, Array]:
 def _axes_of_members(state: Any) -> int:
     """How many axes of members a state has, as `vmap` adds one."""
     if not isinstance(state, ClipState):
-        scalar = state.norm_in if isinstance(state, ObserveState) else state.is_skipped
-        return int(jnp.ndim(scalar))
+        return int(jnp.ndim(jax.tree.leaves(state._replace(inner_state=None))[0]))
     if not all(map(jnp.ndim, jax.tree.leaves(state))):
         return 0
     # Norms of units and layers are arrays themselves, which keep summed axes with one entry.
@@ -136,7 +213,9 @@ def _distinct(named: list[tuple[str, type]]) -> list[str]:
     return distinct
 
 
-def _wrapped(state: ObserveState | SkipState) -> dict[str, Array]:
+def _wrapped(state: ObserveState | SkipState | TrackState) -> dict[str, Array]:
+    if isinstance(state, TrackState):
+        return {f"tracked/{key}": value for key, value in _tracked(state).items()}
     if isinstance(state, ObserveState):
         return {"norm_in": state.norm_in, "norm_out": state.norm_out, "cosine": state.cosine}
     return {
@@ -144,6 +223,21 @@ def _wrapped(state: ObserveState | SkipState) -> dict[str, Array]:
         "is_skipped": state.is_skipped.astype(jnp.float32),
         "skipped": state.skipped_count,
         "consecutive_skipped": state.consecutive_count,
+    }
+
+
+def _tracked(state: TrackState) -> dict[str, Array]:
+    whole = jnp.where(state.mean_norm > 0, state.mean_norm, 1)
+    return {
+        "steps": state.step_count,
+        "steps_clipped": state.clipped_count,
+        "steps_not_finite": state.skipped_count,
+        "mean_norm": state.mean_norm,
+        "largest_norm": state.largest_norm,
+        "mean_coefficient": state.mean_coefficient,
+        "removed_share": state.mean_removed / whole,
+        **{f"mean_norm/{name}": norm for name, norm in state.group_mean_norm.items()},
+        **{f"largest_norm/{name}": norm for name, norm in state.group_largest_norm.items()},
     }
 
 
@@ -156,11 +250,12 @@ def _clipped(state: ClipState, per_leaf: bool) -> dict[str, Array]:
     }
     result = {name: _extreme(name, *jax.tree.leaves(tree)) for name, tree in trees.items()}
     result["clip_fraction"] = _clip_fraction(state.coefficient)
+    quantiles = _quantiles(state.threshold)
     for window in jax.tree.leaves(state.threshold, is_leaf=_is_window):
         if _is_window(window):
-            for q in _QUANTILES:
+            for q in quantiles:
                 value = jnp.max(_window.quantile(window, q))
-                key = f"norm_q{round(100 * q)}"
+                key = f"norm_q{100 * q:g}"
                 result[key] = jnp.maximum(result[key], value) if key in result else value
     if per_leaf:
         for name, tree in trees.items():
@@ -191,6 +286,12 @@ def _clip_fraction(coefficient: Norms) -> Array:
     zero = jnp.zeros((), jnp.int32)
     clipped = sum((jnp.sum(~(leaf >= 1), dtype=jnp.int32) for leaf in leaves), start=zero)
     return clipped.astype(jnp.float32) / max(total, 1)
+
+
+def _quantiles(threshold: Any) -> tuple[float, ...]:
+    """Which quantiles of its windows a threshold asks for."""
+    asked = threshold[-1] if type(threshold) is tuple and threshold else None
+    return tuple(map(float, asked.names)) if isinstance(asked, Quantiles) else DEFAULT_QUANTILES
 
 
 def _is_window(node: Any) -> bool:

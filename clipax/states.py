@@ -6,11 +6,13 @@ from clipax.methods.acclip import AcclipState as AcclipState
 from clipax.methods.adagc import AdaGCState as AdaGCState
 from clipax.methods.clip21 import Clip21State as Clip21State
 from clipax.methods.clip_by_quantile import QuantileState as QuantileState
+from clipax.methods.measure import Quantiles as Quantiles
 from clipax.methods.observe import ObserveState as ObserveState
 from clipax.methods.scale_by_stable_adam import StableAdamState as StableAdamState
 from clipax.methods.skip_step import SkipState as SkipState
 from clipax.methods.spam_clip import SpamClipState as SpamClipState
 from clipax.methods.stable_spam import StableSpamState as StableSpamState
+from clipax.methods.track import TrackState as TrackState
 from clipax.methods.u_clip import UClipState as UClipState
 from clipax.methods.zclip import ZClipState as ZClipState
 from clipax.thresholds import FixedState as FixedState

@@ -144,6 +144,58 @@ def test_a_traced_bound_in_scan_remat_and_jit() -> None:
     np.testing.assert_allclose(gradient, oracle(1.4, 1.0), rtol=1e-5)
 
 
+def test_edge_a_probe_has_what_happened_as_its_gradient() -> None:
+    def loss(x: Any, probe: Any) -> Any:
+        y = clipax.clip_cotangent(x, clipax.clip_by_leaf_norm(4.0), probe=probe)
+        return (y["a"] * jnp.array([3.0, 4.0])).sum() + 2.0 * y["b"].sum()
+
+    x = {"a": jnp.ones(2), "b": jnp.ones(1)}
+    for wrap in (lambda f: f, jax.jit):
+        gradient, probe = wrap(jax.grad(loss, argnums=(0, 1)))(x, jnp.zeros(3))
+        np.testing.assert_allclose(gradient["a"], [2.4, 3.2], rtol=1e-6)
+        np.testing.assert_allclose(probe, [5.0, 4.0, 0.5], rtol=1e-6)
+
+
+def test_rows_of_a_probe_watch_each_step_of_a_scan() -> None:
+    method = clipax.clip_by_global_norm(1.0)
+
+    def loss(weight: Any, probes: Any) -> Any:
+        def step(hidden: Any, probe: Any) -> Any:
+            return clipax.clip_cotangent(hidden, method, probe=probe) * weight, None
+
+        return jax.lax.scan(step, jnp.ones(2), probes)[0].sum()
+
+    gradient, rows = jax.jit(jax.grad(loss, argnums=(0, 1)))(1.4, jnp.zeros((30, 3)))
+    np.testing.assert_allclose(gradient, oracle(1.4, 1.0), rtol=1e-5)
+    last = 1.4 * np.sqrt(2)
+    before = np.array([*[1.4] * 29, last])
+    np.testing.assert_allclose(rows[:, 0], before, rtol=1e-5)
+    np.testing.assert_allclose(rows[:, 1:], np.ones((30, 2)), rtol=1e-5)
+
+
+def test_a_probe_in_vmap_has_a_row_for_each_member() -> None:
+    method = clipax.clip_by_global_norm(1.0)
+
+    def loss(scale: Any, probe: Any) -> Any:
+        return (scale * clipax.clip_cotangent(jnp.ones(2), method, probe=probe)).sum()
+
+    scales = jnp.array([0.1, 10.0])
+    rows = jax.vmap(jax.grad(loss, argnums=1))(scales, jnp.zeros((2, 3)))
+    np.testing.assert_allclose(rows[:, 0], scales * np.sqrt(2), rtol=1e-6)
+    np.testing.assert_allclose(rows[:, 2], [0, 1])
+
+
+@pytest.mark.parametrize("bad", [1.0, jnp.zeros(2), jnp.zeros((1, 3)), jnp.zeros(3, int), "a"])
+def test_what_is_no_probe_is_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"^probe must be an array of three floats, got "):
+        clipax.clip_cotangent(jnp.ones(2), clipax.clip(1.0), probe=bad)
+
+
+def test_a_probe_needs_a_clip_that_reports() -> None:
+    with pytest.raises(ValueError, match=r"^transformation must have one clip of clipax"):
+        clipax.clip_cotangent(jnp.ones(2), optax.clip(1.0), probe=jnp.zeros(3))
+
+
 def test_the_bound_has_no_gradient() -> None:
     def loss(bound: Any) -> Any:
         return clipax.clip_cotangent(jnp.ones(2), clipax.clip_by_global_norm(bound)).sum()

@@ -22,7 +22,7 @@ STEPS, SEEDS = 12, 2
 # One of each kind: a table of all of them is long in compiling.
 SOME = ["none", "clip_by_global_norm", "clip_by_leaf_norm", "clip_by_value", "clip_cotangent"]
 SOME += ["autoclip", "clip_by_quantile", "zclip", "adagc", "skip_step"]
-BUILDERS = {"clip_by", "observe"}
+BUILDERS = {"clip_by", "observe", "track"}
 ALIASES = {"clip": "clip_by_value", "measure": "none"}
 TIMES = "milliseconds_per_step_of_all_seeds"
 

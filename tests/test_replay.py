@@ -76,10 +76,10 @@ LEAF_BY_LEAF: dict[str, Callable[[], Any]] = {
     "adagc, raw": lambda: clipax.adagc(1.5, warmup_steps=20, raw_history=True),
     "zclip": lambda: clipax.zclip(1.5, warmup_steps=10, max_norm=None, norm=clipax.leaf_norm),
     "autoclip": lambda: clipax.autoclip(0.5, 20, norm=clipax.leaf_norm),
-    "masked": lambda: clipax.adagc(warmup_steps=20, mask={"dense": True, "head": False}),
+    "masked": lambda: clipax.adagc(warmup_steps=20, mask=lambda path, _: path != "head"),
 }
 SKIPPING: dict[str, Callable[[], Any]] = {
-    "bound": lambda: clipax.skip_step(optax.scale(1.0), 20.0),
+    "bound": lambda: clipax.skip_step(optax.scale(1.0), 2.0),
     "norms and losses": lambda: clipax.skip_step(
         optax.chain(clipax.zclip(warmup_steps=10), optax.scale_by_adam()),
         z_max=4.0,

@@ -16,9 +16,11 @@ import clipax
 WRAPPERS = {
     "observe": clipax.observe,
     "skip_step": clipax.skip_step,
+    "track": clipax.track,
     "u_clip": clipax.u_clip,
     "clip21": clipax.clip21,
 }
+HOLD_NOTHING_BACK = {"observe", "track"}
 wrappers = pytest.mark.parametrize("name", sorted(WRAPPERS))
 
 
@@ -219,8 +221,7 @@ def test_states_that_are_no_numbers_stay_as_they_are(name: str, x: Any) -> None:
     state = wrapped.update({"x": x}, start)[1].inner_state
     for kind, leaf in NO_NUMBERS.items():
         assert leaf is state["leaf"][kind], kind
-    # `observe` holds nothing back.
-    expected = int(x is GOOD or name == "observe")
+    expected = int(x is GOOD or name in HOLD_NOTHING_BACK)
     assert int(state["count"]) == int(jax.jit(counted)(x)) == expected
 
 
@@ -254,7 +255,7 @@ def test_small_integers_are_chosen_as_others_are(name: str, x: Any) -> None:
     counting = optax.GradientTransformation(lambda _: SMALL_INTEGERS, update_leaves)
     wrapped = WRAPPERS[name](counting)
     _, state = jax.jit(wrapped.update)({"x": x}, wrapped.init({"x": x}))
-    is_kept = x is BAD and name != "observe"
+    is_kept = x is BAD and name not in HOLD_NOTHING_BACK
     for kind, leaf in SMALL_INTEGERS.items():
         trees.assert_bitwise(state.inner_state[kind], leaf if is_kept else flipped(leaf))
 
@@ -274,7 +275,7 @@ def test_keys_in_a_state_are_chosen(name: str, x: Any) -> None:
         return fold(key, 7)
 
     wrapped = WRAPPERS[name](optax.GradientTransformation(lambda _: keys, split))
-    is_kept = x is BAD and name != "observe"
+    is_kept = x is BAD and name not in HOLD_NOTHING_BACK
     for update in (wrapped.update, jax.jit(wrapped.update)):
         _, state = update({"x": x}, wrapped.init({"x": x}))
         for kind, key in keys.items():

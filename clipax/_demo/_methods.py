@@ -22,8 +22,8 @@ _USUAL: dict[str, Any] = {
     "ratio": 0.01,
     "inner": clipax.clip_by_global_norm(1.0),
 }
-# `clip_by` builds others, `observe` changes nothing, and `clip` is `clip_by_value`.
-_NO_METHODS = {"clip", "clip_by", "measure", "observe"}
+# `clip_by` builds others, `observe` and `track` change nothing, and `clip` is `clip_by_value`.
+_NO_METHODS = {"clip", "clip_by", "measure", "observe", "track"}
 
 
 def _factories() -> dict[str, Build]:

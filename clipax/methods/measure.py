@@ -1,7 +1,8 @@
 """Recording norms without clipping, to choose a bound from."""
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +17,33 @@ from clipax.coefficients import unclipped
 from clipax.norms import global_norm
 from clipax.thresholds import Threshold, per_norm
 
+DEFAULT_QUANTILES = (0.5, 0.9, 0.99)
+
+
+class Quantiles(NamedTuple):
+    """Which quantiles of the windows beside it `metrics` gives."""
+
+    names: dict[str, optax.EmptyState]
+    """The quantiles as keys, which hold nothing."""
+
 
 @injectable
 def measure(
-    norm: Norm = global_norm, *, window_size: int = 1000, axis_name: AxisName = None
+    norm: Norm = global_norm,
+    *,
+    window_size: int = 1000,
+    quantiles: Sequence[float] = DEFAULT_QUANTILES,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Never clips: records the norms and a window of them, to choose a bound from.
 
-    `u <- u`. `clipax.metrics` gives the last norm and the quantiles 0.5, 0.9 and 0.99 of
-    the last `window_size` finite ones: a bound at `norm_q90` would clip one step in ten.
+    `u <- u`. `clipax.metrics` gives the last norm and quantiles of the last `window_size`
+    finite ones: a bound at `norm_q90` would clip one step in ten.
 
     Args:
       norm: What is measured: `global_norm`, `leaf_norm`, `block_rms`, ..., or your own.
       window_size: How many norms are remembered, >= 1; one float each.
+      quantiles: Which quantiles `metrics` gives, in (0, 1): 0.999 as `norm_q99.9`.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -37,7 +52,7 @@ def measure(
       argument `norm=`.
 
     Raises:
-      ValueError: `window_size` is not an integer >= 1.
+      ValueError: `window_size` is not an integer >= 1, or `quantiles` no numbers in (0, 1).
 
     | updates | result |
     |---|---|
@@ -53,6 +68,9 @@ def measure(
       (Array(1., dtype=float32), Array(3., dtype=float32))
     """
     _checks.positive_integer(window_size=window_size)
+    wanted = _checked(quantiles)
+    # The usual ones are not written down, so that a state is what it was before there were others.
+    asked = () if tuple(map(float, wanted.names)) == DEFAULT_QUANTILES else (wanted,)
 
     def remember(norm: Array, state: WindowState, params: Any = None) -> tuple[Array, WindowState]:
         del params
@@ -62,10 +80,24 @@ def measure(
         optax.GradientTransformation(functools.partial(_window.empty, window_size), remember)
     )
 
+    def init_fn(norms: Norms) -> Any:
+        return *window.init(norms), *asked
+
     def update_fn(norms: Norms, state: Any, params: Any = None, **extra_args: Any) -> Any:
         del params, extra_args
-        _, state = window.update(norms, state)
-        return jax.tree.map(lambda norm: _leaves.filled_like(norm, jnp.inf), norms), state
+        _, windows = window.update(norms, state[: len(state) - len(asked)])
+        bounds = jax.tree.map(lambda norm: _leaves.filled_like(norm, jnp.inf), norms)
+        return bounds, (*windows, *asked)
 
-    recorder = Threshold(window.init, update_fn)
+    recorder = Threshold(init_fn, update_fn)
     return clip_by(norm, recorder, unclipped, known_norm=True, axis_name=axis_name)
+
+
+def _checked(quantiles: Any) -> Quantiles:
+    _checks.static(quantiles=quantiles)
+    if isinstance(quantiles, str) or not isinstance(quantiles, Sequence):
+        raise ValueError(f"quantiles must be a sequence of numbers in (0, 1), got {quantiles!r}.")
+    for place, quantile in enumerate(quantiles):
+        _checks.static(**{f"quantiles[{place}]": quantile})
+        _checks.scalar(_checks.inside_unit_interval, **{f"quantiles[{place}]": quantile})
+    return Quantiles({repr(float(each)): optax.EmptyState() for each in quantiles})

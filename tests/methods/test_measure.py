@@ -191,3 +191,28 @@ def test_integers_of_any_kind_are_window_sizes(size: Any) -> None:
 def test_a_window_size_that_is_traced_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^window_size must be known while tracing, got "):
         jax.jit(lambda size: run(clipax.measure(window_size=size), [1.0])[1])(3)
+
+
+def test_the_quantiles_are_those_that_are_asked_for() -> None:
+    norms = np.random.default_rng(0).lognormal(size=40).astype(np.float32)
+    for norm in (clipax.global_norm, clipax.leaf_norm):
+        method = clipax.measure(norm, window_size=30, quantiles=(0.25, 0.999, 0.07))
+        _, states = sequences.run_norms(method, norms)
+        values = clipax.metrics(jax.tree.map(lambda leaf: leaf[-1], states))
+        found = {key: value for key, value in values.items() if key.startswith("norm_q")}
+        assert set(found) == {"norm_q25", "norm_q99.9", "norm_q7"}
+        for key, q in (("norm_q25", 0.25), ("norm_q99.9", 0.999), ("norm_q7", 0.07)):
+            np.testing.assert_allclose(found[key], np.quantile(norms[-30:], q), rtol=1e-5)
+
+
+def test_the_usual_quantiles_leave_the_state_as_it_was() -> None:
+    usual = clipax.measure(quantiles=[0.5, 0.9, 0.99]).init(GRADS)
+    assert jax.tree.structure(usual) == jax.tree.structure(clipax.measure().init(GRADS))
+    none = clipax.metrics(clipax.measure(quantiles=()).init(GRADS))
+    assert not any(key.startswith("norm_q") for key in none)
+
+
+@pytest.mark.parametrize("bad", [0.5, "0.5", None, [0.0], [1.0], [True], ["a"], [math.nan]])
+def test_bad_quantiles_are_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"^quantiles(\[0\])? must be "):
+        clipax.measure(quantiles=bad)
