@@ -18,7 +18,8 @@ an `optax.GradientTransformation` that chains with any optimizer:
 * round a whole optimizer, to leave out bad steps: `skip_step`
 * what happened: `metrics`, `as_floats` for loggers, `observe`, `track` and `reset_tracking`; an
   error between steps: `check_finite`, `check_not_stuck`
-* what would have happened: `replay` runs a method over the norms that a run logged
+* which bound: `advise` recommends one from the norms that a run logged (`clipax.advice` reads
+  the logs of trainers), and `replay` runs a method over them
 * each example's gradient by itself: `clipped_grad`, `per_example_norms`, `explain_clipped_grad`,
   `track_quantile`
 * without an optimizer: `global_norm`, `clip_tree`, `clip_cotangent`
@@ -31,6 +32,7 @@ an `optax.GradientTransformation` that chains with any optimizer:
   `clipax.states`
 """
 
+from clipax import advice as advice
 from clipax import coefficients as coefficients
 from clipax import norms as norms
 from clipax import per_example as per_example
@@ -38,6 +40,7 @@ from clipax import states as states
 from clipax import thresholds as thresholds
 from clipax import units as units
 from clipax._core._clip_by import clip_by as clip_by
+from clipax.advice._advise import advise as advise
 from clipax.advice._replay import replay as replay
 from clipax.apply import clip_cotangent as clip_cotangent
 from clipax.apply import clip_tree as clip_tree

@@ -1,6 +1,18 @@
-"""`python -m clipax`: trains a recurrent network with and without clipping."""
+"""`python -m clipax`: trains a network with and without clipping; with `advise`, reads a log."""
 
-from clipax._demo._command import main
+import sys
+
+from clipax._demo import _command as _demonstration
+from clipax.advice import _command as _advice
+
+
+def main() -> None:
+    """Runs the command that the first argument names, or else the demonstration."""
+    if sys.argv[1:2] == ["advise"]:
+        _advice.main(sys.argv[2:])
+    else:
+        _demonstration.main()
+
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ import trees
 import clipax
 
 FUNCTIONS = {name: value for name, value in vars(clipax).items() if inspect.isfunction(value)}
-ROOMS = ("coefficients", "norms", "per_example", "states", "thresholds", "units")
+ROOMS = ("advice", "coefficients", "norms", "per_example", "states", "thresholds", "units")
 METHODS = {
     path.stem for path in (pathlib.Path(clipax.__file__).parent / "methods").glob("[a-z]*.py")
 }
