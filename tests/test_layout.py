@@ -17,6 +17,7 @@ FLOORS = [
         "_core/_leaves",
         "_core/_paths",
         "_core/_patience",
+        "_core/_select",
         "_core/_transformation",
         "_core/_window",
         "units",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipax._core import _checks, _leaves, _window
+from clipax._core import _checks, _leaves, _select, _window
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Updates
 from clipax.norms import global_norm
@@ -189,7 +189,9 @@ def skip_step(
             (threshold, norm_window, loss_window),
             (state.threshold, state.norm_window, state.loss_window),
         )
-        new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        new_updates, inner_state = _select.update_if(
+            ~is_skipped, inner.update, updates, state.inner_state, params, **extra_args
+        )
         in_a_row = jnp.where(is_bad, optax.safe_increment(state.consecutive_count), 0)
 
         def leave_out(leaf: Any) -> Any:
@@ -205,7 +207,7 @@ def skip_step(
             threshold,
             norm_window,
             loss_window,
-            _leaves.choose(is_skipped, state.inner_state, inner_state),
+            inner_state,
         )
 
     return transformation(init_fn, update_fn, SkipState)
