@@ -51,6 +51,18 @@ def update_if(
     return new_updates, _leaves.choose(is_taken, new_state, state)
 
 
+def learned_if(is_taken: Array, learn: Callable[[Any], Any], memory: Any) -> tuple[Any, Any]:
+    """`learn(memory)`, and the memory after it, which is the old one unless the step is taken.
+
+    For updates that depend on what was learned in every step, taken or not.
+    """
+    kept = _leaves.choose(is_taken, learn(memory), memory)
+    # Written before it is read, so that what follows does not read the old one too.
+    kept = _compat.optimization_barrier(kept)
+    # Where the old one was kept, the same is learned from it once more.
+    return _leaves.choose(is_taken, kept, learn(kept)), kept
+
+
 class _Step(NamedTuple):
     """The program of a step, and how its results are made of what the program returns."""
 
