@@ -230,7 +230,9 @@ def step_of(inner: Any) -> Any:
 def test_a_step_is_taken_as_a_whole_or_leaves_no_trace(name: str, choices: list[int]) -> None:
     make, at_once = INNER[name]
     inner = make()
-    step, alone = jax.jit(step_of(inner)), jax.jit(optax.with_extra_args_support(inner).update)
+    step, alone = map(
+        trees.quick_jit, (step_of(inner), optax.with_extra_args_support(inner).update)
+    )
     state = expected = inner.init(PARAMS)
     for seed, bad in enumerate((None, np.nan, None, np.inf, 1e30, None)):
         if bad is None:
@@ -254,9 +256,17 @@ def test_the_types_of_a_state_are_those_of_a_choice_behind_it(name: str) -> None
         updates, new_state = inner.update(updates, state, PARAMS)
         return updates, _leaves.choose(is_taken, new_state, state)
 
-    given = True, gradients(0), inner.init(PARAMS)
-    at_once, by_choice = (jax.jit(each)(*given) for each in (step_of(inner), behind))
-    trees.assert_same_type(at_once, by_choice)
+    def types(step: Any) -> list[Any]:
+        found: list[Any] = []
+
+        def look(is_taken: Any, updates: Any) -> None:
+            made, state = step(is_taken, updates, inner.init(PARAMS))
+            found[:] = map(str, map(jax.typeof, numbers((made, state))))
+
+        jax.eval_shape(look, True, gradients(0))
+        return found
+
+    assert types(step_of(inner)) == types(behind)
 
 
 @promotes
@@ -269,10 +279,9 @@ def test_under_vmap_each_step_is_taken_or_not(name: str) -> None:
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), gradients(0), bad_gradients(np.nan))
     both = jax.vmap(lambda is_taken, updates: step(is_taken, updates, state)[1])
     _, expected = step(True, gradients(0), state)
-    for program in (both, jax.jit(both)):
-        states = program(jnp.array([True, False]), stacked)
-        trees.assert_close(jax.tree.map(lambda leaf: leaf[0], states), expected)
-        assert_bitwise(jax.tree.map(lambda leaf: leaf[1], states), state)
+    states = trees.quick_jit(both)(jnp.array([True, False]), stacked)
+    trees.assert_close(jax.tree.map(lambda leaf: leaf[0], states), expected)
+    assert_bitwise(jax.tree.map(lambda leaf: leaf[1], states), state)
 
 
 # The compiled program.
@@ -292,7 +301,7 @@ def share_of_temporaries(update: Callable[..., Any], init: Callable[..., Any]) -
 
 
 IN_PLACE: dict[str, Callable[[], Any]] = {
-    "clip and adam": lambda: optax.chain(clipax.clip_by_global_norm(1.0), optax.adam(0.1)),
+    "adam": lambda: optax.adam(0.1),
     "weight decay": lambda: optax.adamw(0.1, weight_decay=0.1),
     "momentum": lambda: optax.sgd(0.1, momentum=0.9),
     "injected": lambda: optax.inject_hyperparams(optax.adam)(0.1),
@@ -307,8 +316,12 @@ IN_PLACE: dict[str, Callable[[], Any]] = {
 @promotes
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_a_guarded_step_of_training_holds_no_state_twice(name: str) -> None:
-    method = clipax.skip_step(IN_PLACE[name](), 10.0, z_max=6.0)
-    assert share_of_temporaries(method.update, method.init) < 0.01
+    # XLA before jax 0.10 holds a tree for the norm.
+    clipped = optax.chain(clipax.clip_by_global_norm(1.0), IN_PLACE[name]())
+    method = clipax.skip_step(clipped, 10.0, z_max=6.0)
+    alone = share_of_temporaries(clipped.update, clipped.init)
+    assert alone < 0.01 or jax.__version_info__ < (0, 10)
+    assert share_of_temporaries(method.update, method.init) < alone + 0.01
 
 
 @promotes
