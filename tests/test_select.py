@@ -337,6 +337,29 @@ def test_a_choice_behind_a_step_holds_a_state_twice() -> None:
     assert share_of_temporaries(behind, inner.init) > 0.9
 
 
+@promotes
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="XLA before jax 0.10 holds more for the norms"
+)
+def test_a_method_that_learns_where_it_stands_holds_one_tree_for_its_record() -> None:
+    method = optax.chain(clipax.scale_by_stable_adam(), optax.scale(-0.1))
+    # The larger of the ratios that are summed, and of the means that must be finite.
+    assert share_of_temporaries(method.update, method.init) < 1.1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_learned_is_seen_in_every_step_and_kept_if_it_is_taken(compiled: bool) -> None:
+    memory, learned = PARAMS, jax.tree.map(lambda leaf: 2 * leaf + 1, PARAMS)
+
+    def step(is_taken: Any, memory: Any) -> Any:
+        learn = lambda old: jax.tree.map(lambda leaf: 2 * leaf + 1, old)  # noqa: E731
+        return _select.learned_if(is_taken, learn, memory)
+
+    run = jax.jit(step) if compiled else step
+    assert_bitwise(run(jnp.array(True), memory), (learned, learned))
+    assert_bitwise(run(jnp.array(False), memory), (learned, memory))
+
+
 # What cannot be traced apart, and what an inner transformation may do.
 
 
@@ -351,6 +374,15 @@ def test_python_of_a_step_runs_once_for_each_trace() -> None:
     for is_taken in (True, False):
         step(is_taken, gradients(0), zeros(PARAMS))
     assert runs == [(2,)]
+
+
+def test_extra_arguments_may_have_any_name() -> None:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf * extra_args["update"], updates), state
+
+    method = clipax.skip_step(optax.GradientTransformationExtraArgs(zeros, update))
+    run = jax.jit(lambda update: method.update(PARAMS, method.init(PARAMS), update=update)[0])
+    assert_bitwise(run(2.0), jax.tree.map(lambda leaf: leaf * 2, PARAMS))
 
 
 def test_an_error_of_a_step_arrives_as_it_is() -> None:

@@ -12,7 +12,8 @@ chosen leaf, and XLA writes it in the place of the old one.
     behind          what could not be chosen so is chosen as a whole, when all is evaluated
 
 In a step that is taken, this changes no value. In one that is not, the updates are computed from
-old leaves, and are of no use.
+old leaves, and are of no use. As under `jit` and `scan`, values that `update` stores elsewhere
+are of no use either.
 """
 
 from collections.abc import Callable, Container, Sequence
@@ -35,6 +36,7 @@ def update_if(
     update: Callable[..., tuple[Updates, Any]],
     updates: Updates,
     state: Any,
+    /,
     *args: Any,
     **extra_args: Any,
 ) -> tuple[Updates, Any]:
@@ -78,7 +80,7 @@ class _Step(NamedTuple):
 _TRACED = object()
 
 
-def _traced(update: Callable[..., Any], *args: Any, **extra_args: Any) -> _Step | None:
+def _traced(update: Callable[..., Any], /, *args: Any, **extra_args: Any) -> _Step | None:
     """The program of a step, or None where it has to run as it is written."""
     given, structure = jax.tree.flatten((args, extra_args))
     # What is no tracer, such as a number that an `if` asks for, stays as it is.
@@ -108,12 +110,14 @@ def _traced(update: Callable[..., Any], *args: Any, **extra_args: Any) -> _Step 
     except Exception:
         # It asks a tracer for its value, or is wrong: the call itself gives the error.
         return None
+    # Of callbacks and mutable arrays. What is summed over a mapped axis has one too.
     if any(type(effect).__name__ != "NamedAxisEffect" for effect in program.effects):
         return None
     return _Step(program, dynamic, *found)
 
 
 def _evaluated(step: _Step, is_taken: Array) -> tuple[Updates, Any]:
+    """The updates and the state, chosen leaf by leaf or, what cannot be, as a whole."""
     leaves, olds = list(step.leaves), list(step.olds)
     places = [place for place, leaf in enumerate(leaves) if leaf is _TRACED]
     made = zip(step.program.out_avals, (olds[place] for place in places), strict=True)

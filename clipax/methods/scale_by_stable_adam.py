@@ -150,10 +150,11 @@ def scale_by_stable_adam(
         # No finite mean makes NaN, but what is written has to wait until all of it was read.
         for size in jax.tree.leaves(clip.norm):
             is_finite &= ~jnp.isnan(size)
-        (mu, root_nu), kept = _select.learned_if(is_finite, learn, before)
+        (mu, root_nu), (kept_mu, kept_nu) = _select.learned_if(is_finite, learn, before)
         steps = jax.tree.map(lambda m, root: _moments.divided(m, root + like(root)), mu, root_nu)
         clipped = scale_updates(steps, clip.coefficient)
         count = jnp.where(is_finite, count, state.step_count)
-        return _moments.narrowed(clipped, updates), StableAdamState(clip, *kept, count)
+        new_state = StableAdamState(clip, kept_mu, kept_nu, count)
+        return _moments.narrowed(clipped, updates), new_state
 
     return transformation(init_fn, update_fn, StableAdamState)
