@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _compat, _moments, _select
+from clipax._core import _checks, _leaves, _moments
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
@@ -119,26 +119,18 @@ def acclip(
         def bound(old: Array, x: Array) -> Array:
             return _moments.power_mean(old, x, 1 - decay_bound, ord)
 
-        def learn(memory: Any, wide: Any = wide) -> Any:
-            momentum, bounds = memory
-            return jax.tree.map(average, momentum, wide), jax.tree.map(bound, bounds, wide)
-
-        before = state.momentum, state.max_value
-        # Read to be summed alone, so that they are not kept for what follows.
-        momentum, bounds = learn(*_compat.optimization_barrier((before, wide)))
+        momentum = jax.tree.map(average, state.momentum, wide)
+        bounds = jax.tree.map(bound, state.max_value, wide)
         sizes = jax.tree.map(jnp.abs, momentum)
+        factors = jax.tree.map(functools.partial(hard, eps=eps), sizes, bounds)
         relative = jax.tree.map(functools.partial(_relative, eps=eps), sizes, bounds)
         _, clip = record.update(relative, state.clip)
         # A mean that overflows is no history either.
         is_finite = _moments.all_finite(momentum, axis_name=axis_name)
-        # No finite mean makes NaN, but what is written has to wait until all of it was read.
-        for size in jax.tree.leaves(clip.norm):
-            is_finite &= ~jnp.isnan(size)
-        (momentum, bounds), kept = _select.learned_if(is_finite, learn, before)
-        sizes = jax.tree.map(jnp.abs, momentum)
-        factors = jax.tree.map(functools.partial(hard, eps=eps), sizes, bounds)
+        before = state.momentum, state.max_value
+        learned = _leaves.choose(is_finite, (momentum, bounds), before)
         clipped = scale_updates(momentum, factors)
-        return _moments.narrowed(clipped, updates), AcclipState(clip, *kept)
+        return _moments.narrowed(clipped, updates), AcclipState(clip, *learned)
 
     return transformation(init_fn, update_fn, AcclipState)
 
