@@ -341,10 +341,11 @@ def test_a_choice_behind_a_step_holds_a_state_twice() -> None:
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="XLA before jax 0.10 holds more for the norms"
 )
-def test_a_method_that_learns_where_it_stands_holds_one_tree_for_its_record() -> None:
+def test_stable_adam_holds_no_more_than_what_is_summed() -> None:
     method = optax.chain(clipax.scale_by_stable_adam(), optax.scale(-0.1))
-    # The larger of the ratios that are summed, and of the means that must be finite.
-    assert share_of_temporaries(method.update, method.init) < 1.1
+    # The ratios of the record and the means that must be finite: XLA stores what it sums. With
+    # choices behind the step it holds two more, and those of jax 0.10 share the memory of one.
+    assert share_of_temporaries(method.update, method.init) < 2.1
 
 
 @pytest.mark.parametrize("compiled", [False, True])
