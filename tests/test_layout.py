@@ -24,6 +24,7 @@ FLOORS = [
         "_core/_placement",
         "_core/_rules",
         "_core/_scaling",
+        "_core/_select",
         "_core/_transformation",
         "_core/_window",
         "units",

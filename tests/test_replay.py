@@ -112,9 +112,7 @@ ONE_NORM: dict[str, Callable[[], Any]] = {
     "clip_by_mean_std": lambda: clipax.clip_by_mean_std(1.0, 30),
     "zclip": lambda: clipax.zclip(1.5, warmup_steps=10, max_norm=None),
     "zclip, raw": lambda: clipax.zclip(1.5, raw_history=True),
-    "own rule": lambda: clipax.clip_by(
-        clipax.global_norm, at_most_doubling(), drawn_out, known_norm=True
-    ),
+    "own rule": lambda: clipax.clip_by(clipax.global_norm, at_most_doubling(), drawn_out),
     "injected": lambda: optax.inject_hyperparams(clipax.clip_by_global_norm)(max_norm=SCHEDULE),
     "recorder": lambda: clipax.measure(window_size=10),
     "observed, before Adam": lambda: optax.chain(
@@ -134,12 +132,6 @@ def test_replay_equals_the_run_that_logged_the_norms_bit_for_bit(name: str) -> N
     assert name == "recorder" or 0.05 < shares <= 1
 
 
-waits_for_known_norms = pytest.mark.xfail(
-    reason="not every method takes a known norm yet", raises=ValueError
-)
-
-
-@waits_for_known_norms
 @pytest.mark.parametrize("name", LEAF_BY_LEAF)
 def test_replay_of_each_leaf_equals_the_run_bit_for_bit(name: str) -> None:
     log = train(LEAF_BY_LEAF[name](), batches(bad=(5, 40, 41)))
@@ -155,7 +147,6 @@ def test_replay_of_each_leaf_equals_the_run_bit_for_bit(name: str) -> None:
     assert 0.05 < max(shares) <= 1
 
 
-@waits_for_known_norms
 def test_columns_are_the_leaves_in_the_order_of_the_parameters() -> None:
     build = LEAF_BY_LEAF["adagc"]
     norms = of_leaves(train(build(), batches()), "norm")
@@ -169,7 +160,6 @@ def test_columns_are_the_leaves_in_the_order_of_the_parameters() -> None:
                 np.testing.assert_array_equal(field[:, column], series[path])
 
 
-@waits_for_known_norms
 def test_stacked_layers_and_units_have_series_of_arrays() -> None:
     rng = np.random.default_rng(4)
     for norm, shape in ((clipax.unit_norm, (1, 3)), (clipax.leaf_norm, ())):
@@ -183,7 +173,6 @@ def test_stacked_layers_and_units_have_series_of_arrays() -> None:
             np.testing.assert_allclose(steps.max_norm["w"][row], median, rtol=1e-6)
 
 
-@waits_for_known_norms
 def test_edge_a_bare_series_is_that_of_one_leaf() -> None:
     norms = [1.0, 3.0, 2.0]
     bare = clipax.replay(clipax.adagc(warmup_steps=1), norms)
@@ -191,7 +180,6 @@ def test_edge_a_bare_series_is_that_of_one_leaf() -> None:
     np.testing.assert_array_equal(bare.max_norm, named.max_norm["w"])
 
 
-@waits_for_known_norms
 @pytest.mark.parametrize("name", SKIPPING)
 def test_replay_skips_the_steps_that_training_skipped(name: str) -> None:
     log = train(SKIPPING[name](), batches(bad=(5, 40, 41)))
@@ -230,7 +218,7 @@ def test_skipping_round_norms_of_leaves_is_refused() -> None:
 
 
 def test_a_rule_that_sums_products_agrees_but_for_rounding() -> None:
-    method = clipax.clip_by(clipax.global_norm, optax.ema(0.9), known_norm=True)
+    method = clipax.clip_by(clipax.global_norm, optax.ema(0.9))
     log = train(method, batches())
     np.testing.assert_allclose(
         clipax.replay(method, log["norm"]).max_norm, log["max_norm"], rtol=1e-6
@@ -281,7 +269,7 @@ def needs_its_params() -> Any:
         return params, state
 
     rule = optax.GradientTransformation(lambda _: optax.EmptyState(), bound)
-    return clipax.clip_by(clipax.global_norm, rule, known_norm=True)
+    return clipax.clip_by(clipax.global_norm, rule)
 
 
 def test_methods_that_need_the_parameters_are_refused() -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _choice, _mapped, _moments, _placement
+from clipax._core import _checks, _compat, _mapped, _moments, _placement, _select
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
@@ -116,18 +116,28 @@ def scale_by_stable_adam(
         def like(x: Array) -> Array:
             return jnp.asarray(eps).astype(x.dtype)
 
-        mu = jax.tree.map(average, state.mu, wide)
-        root_nu = jax.tree.map(average_square, state.root_nu, wide)
+        def learn(memory: Any, wide: Any = wide) -> Any:
+            mu, root_nu = memory
+            return jax.tree.map(average, mu, wide), jax.tree.map(average_square, root_nu, wide)
+
+        before = state.mu, state.root_nu
+        # Read to be summed alone, so that they are not kept for what follows.
+        read_before, read = _compat.optimization_barrier((before, wide))
+        mu, root_nu = learn(read_before, read)
         relative = jax.tree.map(
-            lambda x, root: jnp.abs(x) / jnp.maximum(root, like(root)), wide, root_nu
+            lambda x, root: jnp.abs(x) / jnp.maximum(root, like(root)), read, root_nu
         )
         _, clip = record.update(relative, state.clip)
+        # A mean that overflows is no history either.
+        is_finite = _moments.all_finite(mu, axis_name=axis_name)
+        # No finite mean makes NaN, but what is written has to wait until all of it was read.
+        for size in jax.tree.leaves(clip.norm):
+            is_finite &= ~jnp.isnan(size)
+        (mu, root_nu), (kept_mu, kept_nu) = _select.learned_if(is_finite, learn, before)
         steps = jax.tree.map(lambda m, root: _moments.divided(m, root + like(root)), mu, root_nu)
         clipped = scale_updates(steps, clip.coefficient)
-        # Finite updates can have a mean that overflows, which must not be learned either.
-        is_finite = _moments.all_finite(mu, axis_name=axis_name)
-        before = (state.mu, state.root_nu, state.step_count)
-        learned = _choice.choose(is_finite, (mu, root_nu, count), before)
-        return _moments.narrowed(clipped, updates), StableAdamState(clip, *learned)
+        count = jnp.where(is_finite, count, state.step_count)
+        new_state = StableAdamState(clip, kept_mu, kept_nu, count)
+        return _moments.narrowed(clipped, updates), new_state
 
     return transformation(init_fn, update_fn, StableAdamState)

@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipax._core import _checks, _choice, _leaves, _mapped, _placement, _rules, _window
+from clipax._core import (
+    _checks,
+    _choice,
+    _leaves,
+    _mapped,
+    _norm_trees,
+    _placement,
+    _rules,
+    _select,
+    _window,
+)
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Updates
 from clipax.norms import global_norm
@@ -160,7 +170,12 @@ def skip_step(
         params: Updates | None = None,
         **extra_args: Any,
     ) -> tuple[Updates, SkipState]:
-        norm = global_norm(updates, axis_name=axis_name).astype(state.norm.dtype)
+        given = extra_args.get("norm")
+        norm = (
+            global_norm(updates, axis_name=axis_name).astype(state.norm.dtype)
+            if given is None
+            else _norm_trees.known(given, state.norm)
+        )
         loss = None if loss_z_max is None else _given_loss(norm, extra_args.get("loss"))
         is_finite = jnp.isfinite(norm) & (True if loss is None else jnp.isfinite(loss))
         bound, threshold = limit.update(norm, state.threshold)
@@ -174,7 +189,9 @@ def skip_step(
             (threshold, norm_window, loss_window),
             (state.threshold, state.norm_window, state.loss_window),
         )
-        new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        new_updates, inner_state = _select.update_if(
+            ~is_skipped, inner.update, updates, state.inner_state, params, **extra_args
+        )
         in_a_row = jnp.where(is_bad, optax.safe_increment(state.consecutive_count), 0)
 
         def leave_out(leaf: Any) -> Any:
@@ -191,7 +208,7 @@ def skip_step(
             threshold,
             norm_window,
             loss_window,
-            _choice.choose(is_skipped, state.inner_state, inner_state),
+            inner_state,
         )
 
     return transformation(init_fn, update_fn, SkipState)
