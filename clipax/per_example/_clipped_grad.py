@@ -40,12 +40,9 @@ def clipped_grad(
 
         grads = mean over b of coefficient(|g_b|, max_norm) * g_b,   g_b = grad loss_fn(., b)
 
-    Most of the `g_b` are never made: `explain_clipped_grad` prints how their norms are found.
-
     Args:
       loss_fn: `loss_fn(params, example) -> loss`, the scalar loss of *one* example.
-      max_norm: The bound, >= 0; `inf` never clips. With a tree prefix of the parameters, each
-        part has a norm and a coefficient of its own.
+      max_norm: The bound, >= 0, or a tree prefix of the parameters with a bound for each part.
       coefficient: `(norm, max_norm) -> factor`, such as `hard`, `normalized` or `auto_s`.
       argnums: The position or positions of the parameters.
       batch_argnums: The position or positions of the arguments with the examples along the
@@ -56,16 +53,12 @@ def clipped_grad(
       microbatch_size: How many examples to process at once; all by default.
 
     Returns:
-      `grad_fn(*args, mask=None, max_norm=None, **shared) -> (grads, info)`, which takes the
-      arguments of `loss_fn`. `grads` has the structure, shapes and dtypes of the parameters;
-      `info` is a `PerExampleInfo`. `mask`, one boolean an example, says which examples count,
-      and `max_norm` replaces the bound above. In `shard_map`, `pmap` and `vmap` with a name,
-      the result is of the device's own examples, and no `axis_name=` is needed.
+      `grad_fn(*args, mask=None, max_norm=None, **shared) -> (grads, PerExampleInfo)`, which
+      takes the arguments of `loss_fn`. `mask`, one boolean an example, says which examples
+      count; `max_norm` replaces the bound above. `grads` are like the parameters.
 
     Raises:
-      ValueError: An argument is not as above. At a call, a parameter is no array of floats, the
-        loss is not a scalar, the examples cannot be counted or divided, the mask does not fit,
-        or `loss_fn` communicates with other devices in a way that may mix examples.
+      ValueError: An argument is not as above, or `loss_fn` may mix examples of several devices.
 
     | example | result |
     |---|---|
@@ -88,7 +81,6 @@ def clipped_grad(
 
     References:
       Abadi et al., Deep Learning with Differential Privacy, 2016, arXiv:1607.00133.
-      Goodfellow, Efficient Per-Example Gradient Computations, 2015, arXiv:1510.01799.
     """
     check_max_norm(max_norm)
     _checks.function(loss_fn=loss_fn, coefficient=coefficient)

@@ -23,16 +23,14 @@ def track_quantile(
         max_norm <- max_norm * exp(-learning_rate * (share of norms <= max_norm - quantile))
 
     Args:
-      max_norm: The bound that `clipped_grad` had, >= 0, in the structure of `info.norms`. It
-        is all the state there is; 0.1 is a usual start.
+      max_norm: The bound that `clipped_grad` had, >= 0; 0.1 is a usual start.
       info: What `clipped_grad` returned.
       quantile: The share of examples that should not be clipped, in (0, 1).
       learning_rate: The speed, > 0. With 0.2 and a quantile of 0.5, a bound moves by at most
         10 % a step.
 
     Returns:
-      The bound for the next batch, in the same structure and dtype. It does not move if no
-      example was counted.
+      The bound for the next batch, which has not moved if no example was counted.
 
     Raises:
       ValueError: An argument is not as above.
