@@ -1,4 +1,4 @@
-"""`python -m clipax`: trains a network with and without clipping; with `advise`, reads a log."""
+"""`python -m clipax`: trains a network clipped or not; with `advise`, reads a log."""
 
 import sys
 

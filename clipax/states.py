@@ -1,4 +1,4 @@
-"""The states that `init` and `update` return and `clipax.metrics` reads."""
+"""The states that `init` or `update` return, for `clipax.metrics` or a checkpoint."""
 
 from clipax._core._clip_by import ClipState as ClipState
 from clipax._core._window import WindowState as WindowState

@@ -98,3 +98,12 @@ def test_private_modules_are_not_public_names() -> None:
             for alias in node.names:
                 assert alias.name == alias.asname
                 assert not alias.name.startswith("_")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_each_module_has_one_idea(module: str) -> None:
+    text = (ROOT / f"{module}.py").read_text()
+    first_line = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    assert text.count("\n") <= 350
+    assert first_line.endswith((".", ":")), first_line
+    assert " and " not in first_line.replace("JAX and Optax", ""), first_line

@@ -1,4 +1,4 @@
-"""Argument checks, whose errors name the argument, what was given and what would be right."""
+"""Argument checks: each error names the argument, its value, what would be right."""
 
 import inspect
 import math

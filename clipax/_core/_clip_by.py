@@ -1,4 +1,4 @@
-"""The one place where updates are measured, scaled and remembered."""
+"""The one place that joins a norm, a threshold, a coefficient into a method."""
 
 from typing import Any, NamedTuple
 

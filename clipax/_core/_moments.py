@@ -1,4 +1,4 @@
-"""Running moments of every entry, in wide dtypes and trees like the parameters.
+"""Running moments of every entry, in wide dtypes, in trees like the parameters.
 
 A second moment is kept as its root, because the squares of 1e20 and of 1e-25 are not float32.
 """

@@ -1,4 +1,4 @@
-"""One path for each leaf: the same in rules, masks, bounds, states and logs.
+"""One path for each leaf: the same in rules, masks, bounds, states, logs.
 
 A path is what a person would write, "encoder/kernel". Containers that only wrap one value, as
 a variable of Flax or a field of coordax does, leave no trace in it: `init` often sees them where

@@ -1,4 +1,4 @@
-"""Where the state of a norm lies: on the devices, and in the sharding, of what is measured."""
+"""Where the state of a norm lies: on the devices, as sharded, as what is measured."""
 
 from collections.abc import Callable
 from typing import Any

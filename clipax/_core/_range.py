@@ -1,4 +1,4 @@
-"""Norms whose sums stay in the range of floats: Blue's algorithm, or one sum and a branch.
+"""Norms whose sums stay in the range of floats: Blue's algorithm, or a branch.
 
 A sum of squares overflows from entries of 2^64 and loses those below 2^-63. Blue's algorithm
 sums three times in one read: as it is, scaled down, and scaled up. The sum in range is taken.

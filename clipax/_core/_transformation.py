@@ -1,4 +1,4 @@
-"""What every transformation, and its factory, does before its own rule."""
+"""What every transformation does before its own rule."""
 
 import functools
 import inspect

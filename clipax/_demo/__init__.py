@@ -1,4 +1,4 @@
-"""Trains a recurrent network unclipped and under several methods, and shows what happened.
+"""Trains a recurrent network unclipped, then under several methods, to compare them.
 
 The network reads scikit-learn's handwritten digits pixel by pixel, in 64 steps, and learns
 by back-propagation through time. Its recurrent matrix starts as an orthogonal one times

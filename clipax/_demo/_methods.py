@@ -1,4 +1,4 @@
-"""The methods that take part, each with its usual bound, and the optimizers."""
+"""The methods that take part, each with its usual bound."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""What happened, as a table and as JSON."""
+"""What happened, as a table or as JSON."""
 
 import argparse
 import json

@@ -1,1 +1,1 @@
-"""Singular values and functions of them, for `clip_by_spectral_norm`."""
+"""Functions of singular values, for `clip_by_spectral_norm`."""

@@ -1,4 +1,4 @@
-"""A run's own log of norms: what a method would have done with it, and which one it needs.
+"""What methods would have done with the norms that a run logged.
 
 From a file to a recommendation:
 

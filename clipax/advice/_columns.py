@@ -1,4 +1,4 @@
-"""Columns of numbers as they come from a log row by row, and the choice among them."""
+"""Columns of numbers, collected row by row from a log."""
 
 from array import array
 from collections.abc import Callable, Iterable

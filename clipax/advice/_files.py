@@ -1,4 +1,4 @@
-"""Files as lines: compressed or not, from a path or from standard input, and never binary."""
+"""Files as lines: compressed or not, from a path or from standard input, never binary."""
 
 import contextlib
 import gzip

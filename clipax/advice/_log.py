@@ -1,4 +1,4 @@
-"""What the readers give: norms with their steps and losses, and where they came from."""
+"""What the readers give: norms with their steps, losses, origin."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""Which name means what: the columns of norms, losses and steps that trainers write.
+"""Which name means what: the columns of norms, losses, steps that trainers write.
 
 | trainer | norm before its clip | loss |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""Advice as a picture: the norms with the bounds over them, and how they are distributed."""
+"""Advice as a picture: the norms with the bounds over them, beside their distribution."""
 
 import importlib
 import pathlib

@@ -1,4 +1,4 @@
-"""A log from its file, whatever wrote it; and one log from the files of a resumed run."""
+"""A log from its file, or from the files of a resumed run, whatever wrote them."""
 
 import functools
 import re

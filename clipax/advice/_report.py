@@ -1,4 +1,4 @@
-"""Advice as a page of text, and as JSON."""
+"""Advice as a page of text or as JSON."""
 
 import math
 import textwrap

@@ -1,4 +1,4 @@
-"""Which candidate is recommended, and why: the rules are those in the docstring of `advise`."""
+"""Which candidate is recommended: the rules are those in the docstring of `advise`."""
 
 import math
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What norms have done: their usual size and its drift, their spread, tail and spikes."""
+"""What norms have done: their usual size, drift, spread, tail, spikes."""
 
 import itertools
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Tables with one row a line: CSV, TSV, and the metric files of MLflow."""
+"""Tables with one row a line: CSV, TSV, or the metric files of MLflow."""
 
 import csv
 import re

@@ -1,4 +1,4 @@
-"""Recording how a transformation changes the length and direction of updates."""
+"""Recording how a transformation changes the length or the direction of updates."""
 
 import functools
 from typing import Any, NamedTuple

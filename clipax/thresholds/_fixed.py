@@ -1,4 +1,4 @@
-"""Bounds that no history changes: numbers, schedules, and trees of them."""
+"""Bounds that no history changes: numbers, schedules, trees of them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

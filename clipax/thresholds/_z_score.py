@@ -1,4 +1,4 @@
-"""Outliers against a running mean and standard deviation of the norms."""
+"""Outliers against running statistics of the norms."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
