@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend import core
 
 from clipax._core import _checks, _leaves, _rules
+from clipax._core._compat import core
 from clipax._core._typing import Array, Updates
 from clipax.metrics import metrics
 

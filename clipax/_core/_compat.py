@@ -1,13 +1,26 @@
 """What differs between the versions of JAX, each with the version it belongs to."""
 
+from __future__ import annotations
+
+import importlib
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.extend import core
 from jax.interpreters import partial_eval
 from jax.sharding import PartitionSpec
+
+if TYPE_CHECKING:
+    from jax.extend import core as core
+else:
+
+    class _Core:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(importlib.import_module("jax.extend.core"), name)
+
+    # Loaded when it is first used: it takes as long as a tenth of `import optax`.
+    core = _Core()
 
 # JAX gives them no type.
 partition_spec: Callable[..., PartitionSpec] = PartitionSpec

@@ -16,15 +16,17 @@ old leaves, and are of no use. As under `jit` and `scan`, values that `update` s
 are of no use either.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 from jax.sharding import Sharding
 
 from clipax._core import _choice, _compat, _leaves
+from clipax._core._compat import core
 from clipax._core._typing import Array, Updates
 
 # Calls of a program. What is traced under `jit` had another name before jax 0.7.

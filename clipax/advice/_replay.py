@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend import core
 
 from clipax._core import _checks, _compat, _leaves, _paths
 from clipax._core._clip_by import ClipState
+from clipax._core._compat import core
 from clipax._core._typing import Array, Norms, Updates
 from clipax.methods.skip_step import SkipState
 from clipax.metrics import find_states

@@ -1,12 +1,14 @@
 """Evaluates the variables of a program that are wanted, with as little else as possible."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend import core
 
 from clipax._core import _compat
+from clipax._core._compat import core
 from clipax._core._typing import Array
 from clipax.per_example._programs import (
     REMATS,

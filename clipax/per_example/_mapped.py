@@ -18,13 +18,15 @@ over which mapped axes a value varies, where the mapping keeps types (`shard_map
 gradient communicates over it, as `jax.lax.psum` does.
 """
 
+from __future__ import annotations
+
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend import core
 
 from clipax._core import _compat, _paths
+from clipax._core._compat import core
 from clipax.per_example import _programs
 from clipax.per_example._programs import Equation, Program, is_variable
 

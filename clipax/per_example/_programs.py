@@ -1,16 +1,16 @@
 """The inside of a JAX program: everything that clipax knows about it is in this module."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from jax.extend import core
-
+from clipax._core._compat import core
 from clipax._core._typing import Array
 
-Program = core.Jaxpr
-Equation = core.JaxprEqn
-Variable = core.Var
-Literal = core.Literal
+Program: TypeAlias = "core.Jaxpr"
+Equation: TypeAlias = "core.JaxprEqn"
+Variable: TypeAlias = "core.Var"
 
 # Calls and rematerializations only wrap a program. Calls had another name before jax 0.7.
 _CALLS = {"jit", "pjit", "closed_call", "core_call"}
@@ -46,12 +46,12 @@ Values: TypeAlias = dict[Ref, Array]
 class Constant:
     """A literal of a program, which unlike JAX's own can be a key of a dict."""
 
-    def __init__(self, literal: Literal):
+    def __init__(self, literal: core.Literal):
         self.val, self.aval = literal.val, literal.aval
 
 
 def is_variable(atom: Any) -> bool:
-    return isinstance(atom, Variable)
+    return isinstance(atom, core.Var)
 
 
 def shape_of(atom: Any) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """Scopes, which say where each variable of a program comes from."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -16,7 +18,7 @@ class Scope:
         program: Program,
         depends: Sequence[bool],
         path: tuple[Equation, ...] = (),
-        outer: "Scope | None" = None,
+        outer: Scope | None = None,
         is_step: bool = False,
     ):
         self.program, self.path, self.outer, self.is_step = program, path, outer, is_step
@@ -49,17 +51,17 @@ class Scope:
         """The equation that makes a variable, with the position among its outputs."""
         return self.made_by.get(atom, (None, 0)) if is_variable(atom) else (None, 0)
 
-    def caller(self, atom: Any) -> "Origin | None":
+    def caller(self, atom: Any) -> Origin | None:
         """The operand of a call that is an input of its body; None for other variables."""
         if self.outer is None or self.is_step or atom not in self.inputs:
             return None
         return self.outer, self.path[-1].invars[self.inputs[atom]]
 
-    def origin(self, atom: Any) -> "Origin":
+    def origin(self, atom: Any) -> Origin:
         """Follows a value back through calls and changes of type."""
         return _followed((self, atom), _passed_on, lambda scope: scope._origins)
 
-    def number(self, atom: Any) -> "Origin | None":
+    def number(self, atom: Any) -> Origin | None:
         """The scalar that fills an array, or None if its entries may differ."""
         place = _followed((self, atom), _repeated, lambda scope: scope._numbers)
         return None if place[1].aval.ndim else place
@@ -67,7 +69,7 @@ class Scope:
     def depends_on_example(self, variable: Any) -> bool:
         return is_variable(variable) and variable in self.depending
 
-    def inside(self, equation: Equation, body: Body) -> "Scope":
+    def inside(self, equation: Equation, body: Body) -> Scope:
         if id(equation) not in self._bodies:
             # What one step of a scan makes of an example reaches all later steps.
             anything = any(map(self.depends_on_example, equation.invars))

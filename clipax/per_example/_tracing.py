@@ -1,13 +1,15 @@
 """The program that makes the gradient of one example."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
+from clipax._core._compat import core
 from clipax.per_example import _arguments, _mapped
 from clipax.per_example._calls import Call
 from clipax.per_example._scopes import Scope

@@ -1,5 +1,7 @@
 """The vocabulary of rules: a rule turns a site into a recipe."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
