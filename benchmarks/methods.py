@@ -131,6 +131,7 @@ GROUPS: dict[str, Group] = {name: _group(clips) for name, clips in CLIPS.items()
             ALONE: _alone,
             "measure": _before(clipax.measure()),
             "observe(clip_by_global_norm)": _before(clipax.observe(_GLOBAL)),
+            "track(clip_by_global_norm)": _before(clipax.track(_GLOBAL)),
             "skip_step": lambda inner: clipax.skip_step(inner, z_max=6.0),
         }
     ),

@@ -217,16 +217,20 @@ def vectors(*entries: Any) -> list[Any]:
     return [jnp.atleast_1d(jnp.asarray(entry, jnp.float32)) for entry in entries]
 
 
-def assert_all_devices_know_of_a_bad_step(method: Any) -> None:
-    """Holds a run over four devices, one of which has a NaN, against the same run on one."""
+def over_devices(steps: list[Any]) -> list[Any]:
+    """The steps with the first axis of each leaf over four devices."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    return [jax.device_put(updates, sharding) for updates in steps]
+
+
+def assert_all_devices_know_of_a_bad_step(method: Any) -> None:
+    """Holds a run over four devices, one of which has a NaN, against the same run on one."""
     for bad in (0, 3):
         steps = vectors([2, 1, 2, 2], [2, 2, 2, 2], [2, 80, 2, -2], [1, 1, 1, 1])
         steps[1] = steps[1].at[bad].set(np.nan)
         outputs, state = stepped(method, steps)
-        sharded = [jax.device_put(updates, sharding) for updates in steps]
-        got, got_state = stepped(method, sharded)
+        got, got_state = stepped(method, over_devices(steps))
         trees.assert_close(jax.device_get(got), jax.device_get(outputs), rtol=1e-6)
         trees.assert_close(jax.device_get(got_state), jax.device_get(state), rtol=1e-6)
 
