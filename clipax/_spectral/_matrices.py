@@ -103,8 +103,8 @@ def _require_whole(leaf: Any, name: Any) -> None:
     if axes:
         raise ValueError(
             f"A matrix in a leaf of shape {jnp.shape(leaf)} may be sharded over {axes!r}, and the"
-            " singular values of a shard are not those of the matrix. Clip outside of the mapped"
-            " program, or pass axis_name=() for this leaf if each of its matrices is whole."
+            " singular values of a shard are not those of the matrix. Pass axis_name=() for this"
+            " leaf if each of its matrices is whole, or clip outside of the mapped program."
         )
 
 
