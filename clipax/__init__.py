@@ -87,4 +87,4 @@ from clipax.per_example import explain_clipped_grad as explain_clipped_grad
 from clipax.per_example import per_example_norms as per_example_norms
 from clipax.per_example import track_quantile as track_quantile
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

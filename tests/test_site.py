@@ -36,6 +36,13 @@ def test_an_undocumented_public_name_would_end_the_build(
     assert public.undocumented() == ["room.untold"]
 
 
+def test_every_method_can_be_drawn() -> None:
+    pictures = module_from(ROOT / "docs" / "hooks" / "pictures.py")
+    public = module_from(ROOT / "docs" / "hooks" / "public.py")
+    known = {*pictures.OTHERS, *pictures._methods.METHODS}
+    assert set(public.methods()) - known == set()
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     for package in ("mkdocs", "mkdocs_jupyter", "mkdocstrings", "material"):

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 import clipax
+from clipax import __main__
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = {
@@ -17,6 +18,8 @@ PAGES = {
     for path in (
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
+        ROOT / "SECURITY.md",
+        ROOT / "SUPPORT.md",
         ROOT / "benchmarks" / "README.md",
         *sorted((ROOT / "docs").rglob("*.md")),
     )
@@ -100,6 +103,16 @@ def test_tables_of_methods_call_them() -> None:
         "README.md": 8,
     }.items():
         assert len(_calls(PAGES[name].read_text())) >= count
+
+
+def test_the_page_on_choosing_shows_what_the_command_prints(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (_, command), (_, shown) = _FENCE.findall(PAGES["docs/choose.md"].read_text())[:2]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", [*command.split(), "--output", str(tmp_path)])
+    __main__.main()
+    assert capsys.readouterr().out.startswith(shown)
 
 
 def test_the_readme_is_one_page() -> None:

@@ -11,7 +11,9 @@ class Threshold(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
     norm that is not finite should leave the state as it was. `per_norm` makes a threshold of a
     rule for one norm, and does this by itself.
 
-    Example (each leaf may be at most twice as long as the leaves are on average):
+    The rule in the example lets each leaf be at most twice as long as the leaves are on average.
+
+    Example:
       >>> def init(norms):
       ...     return optax.EmptyState()
       >>> def update(norms, state, param_norms=None, **extra_args):

@@ -29,6 +29,7 @@ OTHERS = {
     "observe": functools.partial(clipax.observe, clipax.clip_by_global_norm(1.0)),
     "measure": clipax.measure,
     "skip_step": functools.partial(clipax.skip_step, optax.identity(), z_max=6.0),
+    "track": functools.partial(clipax.track, clipax.clip_by_global_norm(1.0)),
 }
 RAW, CLIPPED, BOUND = "#a9a9a9", "#0072b2", "#d55e00"
 
@@ -60,7 +61,7 @@ def stream() -> dict[str, np.ndarray]:
 
 
 def run(name: str) -> Run:
-    method = OTHERS.get(name, _methods.METHODS.get(name))()
+    method = (OTHERS.get(name) or _methods.METHODS[name])()
     params = {name: jnp.full(shape, 30.0) for name, shape in SHAPES.items()}
 
     def step(state: Any, updates: Any) -> Any:

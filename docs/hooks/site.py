@@ -28,6 +28,8 @@ PLACES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "SUPPORT.md": "support.md",
     "benchmarks/README.md": "benchmarks-in-full.md",
     "assets/training.png": "assets/training.png",
     **{
