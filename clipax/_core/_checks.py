@@ -88,7 +88,7 @@ def scalar(requirement: Callable[..., None], **arguments: Any) -> None:
 
 
 def axes(**arguments: Any) -> None:
-    """Requires an integer, a tuple of integers or None, or else a function or a tree."""
+    """Requires an integer, a tuple of integers, None, a function or a tree."""
     static(**arguments)
     for name, value in arguments.items():
         if callable(value) or not (jax.tree_util.all_leaves([value]) or isinstance(value, tuple)):

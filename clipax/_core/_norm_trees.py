@@ -10,9 +10,9 @@ from clipax._core._typing import Array, Norm, Norms, Updates
 
 
 def conformed(norms: Norms, template: Norms, *, name: str = "updates since `init`") -> Norms:
-    """The norms in the structure and dtypes of the template; that of a frozen leaf is zero."""
+    """Brings norms into the structure and dtypes of the template; a frozen leaf has norm zero."""
     kept, given = _paths.by_path(template), _paths.by_path(norms)
-    # A node without leaves may replace all leaves below it, as where they are frozen together.
+    # A node without leaves can replace all leaves below it, if they are frozen together.
     hollow = [path for path, norm in given.items() if norm is None]
 
     def is_there(path: str) -> bool:
@@ -40,7 +40,7 @@ def conformed(norms: Norms, template: Norms, *, name: str = "updates since `init
 
 
 def known(norms: Any, template: Norms) -> Norms:
-    """Norms that a caller measured; None where they are those of another method in a chain."""
+    """Checks norms that a caller measured; None if they are for another method in the chain."""
     is_whole = jax.tree_util.all_leaves([norms]) and norms is not None
     if is_whole and isinstance(template, dict):
         return None
@@ -51,7 +51,7 @@ def known(norms: Any, template: Norms) -> Norms:
 def of_params(
     measure: Norm, updates: Updates, params: Updates | None, template: Norms
 ) -> Norms | None:
-    """Norms of the parameters where updates are measured; unused ones cost nothing in jit."""
+    """Norms of the parameters whose updates are measured; under jit, unused ones cost nothing."""
     if params is None:
         return None
     by_path = {path: leaf for path, leaf, is_leaf in _paths.positions(params) if is_leaf}

@@ -35,7 +35,7 @@ def clip_by_unit_norm(
         Haiku except embeddings and attention's last projection. `clipax.units` has others.
       mask: Which leaves are clipped, as in `clip_by_leaf_norm`.
       axis_name: As in `clip_by_global_norm`, but only the axes that shard what is summed, not
-        those that shard the units. Under `shard_map` with types, a state made outside says which
+        those that shard the units. Under `shard_map` with types, a state made outside shows which
         is which; a state made inside needs `axis_name`.
 
     Returns:

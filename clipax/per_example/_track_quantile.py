@@ -43,7 +43,7 @@ def track_quantile(
       >>> batch = jnp.array([[3.0, 4.0], [0.0, 0.5]])
       >>> bound = jnp.array(1.0)
       >>> grads, info = clipped_grad(loss_fn, 1.0)(jnp.zeros(2), batch, max_norm=bound)
-      >>> track_quantile(bound, info, quantile=0.5)  # half of them are at or under it
+      >>> track_quantile(bound, info, quantile=0.5)  # half of the norms are at or under it
       Array(1., dtype=float32)
 
     References:

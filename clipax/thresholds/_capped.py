@@ -18,10 +18,10 @@ def capped(threshold: Bound | optax.GradientTransformation, max_norm: Bound | No
 
     Args:
       threshold: Any threshold, in the forms that `clip_by` takes.
-      max_norm: The cap, > 0, in the forms that `fixed` takes. None is no cap.
+      max_norm: The cap, > 0, in the forms that `fixed` takes. None sets no cap.
 
     Returns:
-      A threshold with the states of both; without a cap, that of `threshold`.
+      A threshold whose state is the pair of both states; without a cap, `threshold` itself.
 
     Raises:
       ValueError: A number in `max_norm` is not > 0; at `init` and `update`, it does not fit.
