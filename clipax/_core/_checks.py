@@ -216,7 +216,7 @@ def known_norm(**arguments: Any) -> None:
             _require(
                 {name + jax.tree_util.keystr(path): leaf},
                 lambda item: not item < 0,
-                "a norm, a number >= 0, or a tree of them in the structure of the method's",
+                "a norm, a number >= 0, or a tree of norms with the structure of the state's norm",
                 is_nan_allowed=True,
             )
 

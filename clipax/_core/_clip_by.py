@@ -112,7 +112,7 @@ def clip_by(
       {'w': Array([2.25, 3.  ], dtype=float32)}
     """
     _checks.function(norm=norm, coefficient=coefficient)
-    threshold = as_threshold(threshold)
+    rule = as_threshold(threshold=threshold)
     _checks.static(mask=mask)
     _checks.axis_name(axis_name=axis_name)
     takes_names = _mapped.takes_axis_name(norm)
@@ -134,7 +134,7 @@ def clip_by(
         shapes = jax.tree.map(lambda norm: (norm.shape, norm.dtype), state.norm)
         key = jax.tree.structure(state.norm), tuple(jax.tree.leaves(shapes))
         if key not in structures:
-            structures[key] = jax.tree.structure(jax.eval_shape(threshold.init, state.norm))
+            structures[key] = jax.tree.structure(jax.eval_shape(rule.init, state.norm))
         return bool(jax.tree.structure(state.threshold) == structures[key])
 
     def init_fn(params: Updates) -> ClipState:
@@ -147,7 +147,7 @@ def clip_by(
             return ClipState(*[zeros] * len(ClipState._fields))
         nothing_bounds = jax.tree.map(lambda zero: zero + jnp.inf, zeros)
         ones = jax.tree.map(lambda zero: zero + 1, zeros)
-        history = threshold.init(zeros)
+        history = rule.init(zeros)
         for zero in jax.tree.leaves(zeros)[:1]:
             history = _placement.beside(zero, history)
         return ClipState(zeros, nothing_bounds, ones, history)
@@ -171,9 +171,9 @@ def clip_by(
                 last = None
             if last is not None:
                 norms = _norm_trees.conformed(norms, last.norm)
-        max_norms, history = threshold.update(
+        max_norms, history = rule.update(
             norms,
-            _no_history(threshold, norms, state) if last is None else last.threshold,
+            _no_history(rule, norms, state) if last is None else last.threshold,
             _norm_trees.of_params(measure, wanted, params, norms),
             max_norm=norms if last is None else last.max_norm,
         )

@@ -1,5 +1,6 @@
 """Norms of the updates or the parameters, in the structure that a state has."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,8 +22,8 @@ def conformed(norms: Norms, template: Norms, *, name: str = "updates since `init
     added = [path for path in given if given[path] is not None and kept.get(path) is None]
     if added or not all(map(is_there, kept)):
         raise ValueError(
-            f"{name} must have the structure that `init` saw, with the norms"
-            f" {sorted(kept)}, got {sorted(given)}."
+            f"{name} must have the structure that `init` saw, with {_named(kept)}, got"
+            f" {_named(given)}."
         )
 
     def conform(path: str, zero: Array | None) -> Array | None:
@@ -64,3 +65,7 @@ def of_params(
     if any(_leaves.is_measured(leaf) and param is None for leaf, param in found):
         return None  # Only a threshold that needs them can decide whether this is an error.
     return conformed(_paths.flat(measure(jax.tree.unflatten(treedef, matching))), template)
+
+
+def _named(by_path: Mapping[str, Any]) -> str:
+    return "one norm" if set(by_path) == {""} else f"the norms {sorted(by_path)}"

@@ -78,7 +78,7 @@ def axis_tuple(leaf: Any, **argument: Axes) -> tuple[int, ...]:
     given: tuple[Any, ...] = axes if isinstance(axes, tuple) else (axes,)
     for axis in given:
         if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
-            raise ValueError(f"{name} must be an integer, got {axis!r} in {axes!r}.")
+            raise ValueError(f"{name} must be an integer, got {axis!r}{_inside(axes)}.")
         if not -rank <= axis < rank:
             raise ValueError(
                 f"A leaf of shape {jnp.shape(leaf)} has no axis {axis}, got"
@@ -86,3 +86,7 @@ def axis_tuple(leaf: Any, **argument: Axes) -> tuple[int, ...]:
                 " (path, leaf) -> axes."
             )
     return tuple(sorted({int(axis) % rank for axis in given}))
+
+
+def _inside(axes: Any) -> str:
+    return f" in {axes!r}" if isinstance(axes, tuple) else ""

@@ -35,11 +35,12 @@ def transformation(
 
 
 def no_state(kind: type, given: Any) -> ValueError:
-    name = "None" if given is None else f"a {type(given).__name__}"
+    name = "None" if given is None else f"an object of type {type(given).__name__}"
     return ValueError(
-        f"state must be the {kind.__name__} that init(params) or the last update returned, got"
-        f" {name}: this method has a memory, or a schedule. Call state = method.init(params)"
-        " once, and pass the state that each update returns to the next."
+        f"state must be the {kind.__name__} that init(params) or the last update returned, because"
+        f" this method remembers earlier steps or counts them for a schedule, got {name}. Call"
+        " state = method.init(params) once, and pass the state that each update returns to the"
+        " next."
     )
 
 

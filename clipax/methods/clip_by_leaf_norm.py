@@ -9,6 +9,7 @@ from clipax._core._clip_by import clip_by
 from clipax._core._transformation import injectable
 from clipax._core._typing import AxisName, Bound, LeafRule
 from clipax.norms import leaf_norm
+from clipax.thresholds import fixed
 
 
 @injectable
@@ -69,4 +70,4 @@ def clip_by_leaf_norm(
     norm = functools.partial(
         leaf_norm, ord=_checks.order(ord), axes=axes, stack_axis=stack_axis, mask=mask
     )
-    return clip_by(norm, max_norm, axis_name=axis_name)
+    return clip_by(norm, fixed(max_norm), axis_name=axis_name)

@@ -51,6 +51,8 @@ def track_quantile(
       arXiv:1905.03871.
     """
     check_max_norm(max_norm)
+    if not isinstance(info, PerExampleInfo):
+        raise ValueError(f"info must be the PerExampleInfo of clipped_grad, got {info!r}.")
     _checks.scalar(_checks.inside_unit_interval, quantile=quantile)
     _checks.scalar(_checks.positive, learning_rate=learning_rate)
 

@@ -9,7 +9,7 @@ import optax
 
 from clipax._core import _alike, _checks, _choice, _placement
 from clipax._core._typing import Array, Bound, Norms
-from clipax.thresholds._fixed import fixed, not_negative
+from clipax.thresholds._fixed import bounded, not_negative
 from clipax.thresholds._threshold import Threshold
 
 
@@ -74,13 +74,14 @@ def per_norm(rule: optax.GradientTransformation) -> Threshold:
     return Threshold(init_fn, update_fn)
 
 
-def as_threshold(value: Bound | optax.GradientTransformation) -> Threshold:
+def as_threshold(**argument: Bound | optax.GradientTransformation) -> Threshold:
     """Returns a threshold as it is, lifts other transformations, and makes the rest `fixed`."""
+    ((name, value),) = argument.items()
     if isinstance(value, Threshold):
         return value
     if _checks.is_transformation(value):
         return per_norm(value)
-    return fixed(value)
+    return bounded(_checks.non_negative, is_lower=False, **{name: value})
 
 
 def _first_states(rule: optax.GradientTransformation, norms: Array) -> Any:

@@ -38,8 +38,8 @@ def relative_to_params(ratio: Bound, eps: jax.typing.ArrayLike = 1e-3) -> Thresh
         del extra_args
         if params is None:
             raise ValueError(
-                "A bound relative to the parameters needs params with the structure of the"
-                " updates: call update(updates, state, params)."
+                "update needs params with the structure of the updates, because the bound is"
+                " relative to their norms: call update(updates, state, params)."
             )
         ratio_tree, state = ratios.update(norms, state)
         bounds = jax.tree.map(
