@@ -14,8 +14,8 @@ an `optax.GradientTransformation` that chains with any optimizer:
   `zclip`
 * with a memory of each entry or leaf: `spam_clip`, `stable_spam`, `acclip`,
   `scale_by_stable_adam`
-* round a clip, to feed back what it takes off: `u_clip`, `clip21`
-* round a whole optimizer, to leave out bad steps: `skip_step`
+* around a clip, to feed back what it takes off: `u_clip`, `clip21`
+* around a whole optimizer, to leave out bad steps: `skip_step`
 * what happened: `metrics`, `as_floats` for loggers, `observe`, `track` and `reset_tracking`; an
   error between steps: `check_finite`, `check_not_stuck`
 * which bound: `advise` recommends one from the norms that a run logged (`clipax.advice` reads

@@ -144,8 +144,9 @@ def _skip_states(tree: Any, above: tuple[Any, ...]) -> Iterator[tuple[tuple[Any,
 def _require_values(function: str, name: str, leaves: list[tuple[str, Any]], advice: str) -> None:
     for path, leaf in leaves:
         if isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+            place = f" at {path!r}" if path else ""
             raise ValueError(
-                f"{function} needs values, got {leaf!r} at {path!r} of {name}."
+                f"{function} needs values, got {leaf!r}{place} of {name}."
                 f" Call it outside of jit, on the results; {advice}"
             )
 

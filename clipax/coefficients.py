@@ -62,7 +62,7 @@ def unclipped(norm: Array, max_norm: Array) -> Array:
 def rational(norm: Array, max_norm: Array) -> Array:
     """Computes `coefficient = 1 / (1 + norm / max_norm)`, a smooth bound.
 
-    Of the smooth coefficients, it shortens small updates the most.
+    It shortens small updates more than the other smooth coefficients do.
 
     Args:
       norm: Norms, of any shape.
@@ -109,8 +109,8 @@ def square_root(norm: Array, max_norm: Array) -> Array:
 def tanh(norm: Array, max_norm: Array) -> Array:
     """Computes a smooth bound from the hyperbolic tangent.
 
-    `coefficient = tanh(x) / x` for `x = norm / max_norm`. Of the smooth coefficients, it is
-    nearest to `hard`.
+    `coefficient = tanh(x) / x` for `x = norm / max_norm`. It is the smooth coefficient nearest
+    to `hard`.
 
     Args:
       norm: Norms, of any shape.
@@ -209,7 +209,7 @@ def psac(eps: jax.typing.ArrayLike = 0.1) -> Coefficient:
     of 0.2 becomes 0.375.
 
     Args:
-      eps: The strength of that correction, > 0; 0.1 and 0.01 are usual.
+      eps: The strength of the correction in the divisor, > 0; 0.1 and 0.01 are usual.
 
     Returns:
       A coefficient with the edge cases of `normalized`; it may exceed one.

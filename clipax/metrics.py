@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax._core import _leaves, _paths, _window
+from clipax._core import _checks, _leaves, _paths, _window
 from clipax._core._clip_by import ClipState
 from clipax._core._typing import Array, Norms
 from clipax._core._window import WindowState
@@ -75,6 +75,9 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       order, as in `0/norm`, `1/norm`. If `vmap` gave the states an axis of members, every value
       has that axis; where all norms are of units or layers, use `jax.vmap(clipax.metrics)`.
 
+    Raises:
+      ValueError: `per_leaf` is not a boolean.
+
     | opt_state | result |
     |---|---|
     | no clipax state | {} |
@@ -88,6 +91,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       >>> {name: round(float(value), 3) for name, value in metrics(opt_state).items()}
       {'norm': 5.0, 'clipped_norm': 1.0, 'max_norm': 1.0, 'coefficient': 0.2, 'clip_fraction': 1.0}
     """
+    _checks.flag(per_leaf=per_leaf)
     states = list(find_states(opt_state))
     names = _distinct([("/".join(path), type(state)) for path, state in states])
     result: dict[str, Array] = {}

@@ -39,15 +39,15 @@ def global_norm(
         `(path, leaf) -> bool` with paths such as "encoder/kernel".
       axis_name: Which mapped axes shard the leaves, where the types do not say: under
         `pmap`, `vmap(axis_name=...)` and `shard_map(check_vma=False)`. One name, several,
-        or a tree prefix of them. `()` sums over no mapped axis: the leaves are replicated,
-        or what varies is no shard of a whole, as the gradients of examples.
+        or a tree prefix of them. `()` sums over no mapped axis, because the leaves are
+        replicated or hold whole gradients of different examples.
 
     Returns:
       A scalar, float32 or float64 (where a leaf is).
 
     Raises:
       ValueError: `ord` is not a number > 0, `axis_name` is not bound or does not fit, or
-        the leaves lie in a mapped program and nothing says over which axes.
+        the program is mapped and neither `axis_name` nor types show what is sharded.
 
     | updates | norm |
     |---|---|
@@ -80,17 +80,17 @@ def leaf_norm(
     mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> Norms:
-    """Measures one p-norm a leaf, or a leaf's slices along chosen axes.
+    """Measures one p-norm per leaf, or one per slice of a leaf along chosen axes.
 
     Args:
       updates: Any pytree.
       ord: The order `p > 0` of the norm; `inf` gives the largest modulus.
       axes: The axes that are summed over, kept with size one, as in `tf.clip_by_norm`.
-        None is all of them. One value for every leaf, a tree prefix of values, or a
-        function `(path, leaf) -> axes` with paths such as "encoder/kernel". A tuple is
-        several axes of a leaf, and never a prefix.
+        None sums over all. One value for every leaf, a tree prefix of values, or a
+        function `(path, leaf) -> axes` with paths such as "encoder/kernel". A tuple means
+        several axes of one leaf, and is never a prefix.
       stack_axis: The axes along which layers are stacked, as by `scan`; each layer then
-        has a norm of its own. Same forms as `axes`; None where nothing is stacked.
+        has a norm of its own. It takes the forms of `axes`; None where nothing is stacked.
       mask: Which leaves are measured: True, a tree prefix of booleans, or a function
         `(path, leaf) -> bool`.
       axis_name: As in `global_norm`. Where only some axes of a sharded leaf are summed,
@@ -136,7 +136,7 @@ def unit_norm(
     mask: LeafRule = True,
     axis_name: AxisName = None,
 ) -> Norms:
-    """Measures one p-norm an output unit: the weights that feed one neuron.
+    """Measures one p-norm per output unit, the weights that feed one neuron.
 
     Args:
       updates: Any pytree.
@@ -145,11 +145,11 @@ def unit_norm(
         tuple of axes (`(0, -1)`: stacked layers), a tree prefix, or a function
         `(path, leaf) -> axes | None`, where None makes the whole leaf one unit. Leaves
         of rank one or less are one unit, unless a function says otherwise. None is
-        `output_last`; the others at hand are `output_first`, `nfnets` and `whole_leaf`.
+        `output_last`; `clipax.units` also has `output_first`, `nfnets` and `whole_leaf`.
       mask: As in `leaf_norm`.
-      axis_name: As in `global_norm`: the mapped axes that shard what is summed. Where types
-        say that a leaf varies, it must be given: they do not say whether the units are
-        sharded, or what is summed.
+      axis_name: As in `global_norm`: the mapped axes that shard the summed axes. It is needed
+        even where types show that a leaf varies, because they do not show whether its units
+        or the entries within a unit are sharded.
 
     Returns:
       The tree of the updates with an array at each measured leaf that broadcasts
@@ -177,6 +177,13 @@ def unit_norm(
 def block_rms(updates: Updates, *, axis_name: AxisName = None) -> Norms:
     """Measures each leaf's root mean square, `norm = sqrt(mean(|u|^2))`.
 
+    Args:
+      updates: Any pytree.
+      axis_name: As in `global_norm`.
+
+    Returns:
+      The tree of the updates with a scalar at each measured leaf; None at the other leaves.
+
     Example:
       >>> block_rms(jnp.array([3.0, 4.0, 0.0, 0.0]))
       Array(2.5, dtype=float32)
@@ -186,6 +193,13 @@ def block_rms(updates: Updates, *, axis_name: AxisName = None) -> Norms:
 
 def average_norm(updates: Updates, *, axis_name: AxisName = None) -> Norms:
     """Measures each leaf's L2 norm over its number of entries, `norm = |u|_2 / n`.
+
+    Args:
+      updates: Any pytree.
+      axis_name: As in `global_norm`.
+
+    Returns:
+      The tree of the updates with a scalar at each measured leaf; None at the other leaves.
 
     Example:
       >>> average_norm(jnp.array([3.0, 4.0]))
@@ -198,7 +212,7 @@ class _Leaf(NamedTuple):
     position: int
     array: Array
     shards: tuple[Hashable, ...]
-    """The mapped axes over which this leaf's sum goes on."""
+    """The mapped axes over which this leaf's sum continues."""
 
 
 def _sharded_leaves(
@@ -227,7 +241,7 @@ def _leafwise(
     divisor: Callable[[int], float] = lambda _: 1.0,
     axis_name: AxisName,
 ) -> Norms:
-    """Measures each wanted leaf over its summed axes, None being all of them."""
+    """Measures each wanted leaf over its summed axes; None means all axes."""
     every_leaf = jax.tree.leaves(updates)
     summed = summed or [None] * len(every_leaf)
     wanted = wanted or _rules.wanted(updates)

@@ -13,6 +13,6 @@ from clipax.methods.spam_clip import SpamClipState as SpamClipState
 from clipax.methods.stable_spam import StableSpamState as StableSpamState
 from clipax.methods.track import TrackState as TrackState
 from clipax.methods.u_clip import UClipState as UClipState
-from clipax.thresholds import FixedState as FixedState
+from clipax.thresholds._fixed import FixedState as FixedState
 from clipax.thresholds._quantile_tracker import QuantileState as QuantileState
 from clipax.thresholds._z_score import ZClipState as ZClipState

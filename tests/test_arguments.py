@@ -151,3 +151,47 @@ def test_names_of_axes_are_no_function() -> None:
         given = trees.required(factory, trees.ACTIVE)
         with pytest.raises(ValueError, match="axis_name must be a name, several names, or a tree"):
             factory(**given, axis_name=lambda path, leaf: "x")
+
+
+def test_errors_name_the_argument_that_the_user_gave() -> None:
+    for build in (
+        lambda: clipax.clip_by(clipax.global_norm, "x"),
+        lambda: clipax.thresholds.capped("x", 1.0),
+    ):
+        with pytest.raises(ValueError, match=r"^threshold must be a number >= 0, got 'x'"):
+            build()
+    for factory in (clipax.clip_by_leaf_norm, clipax.clip_by_spectral_norm):
+        with pytest.raises(ValueError, match=r"^max_norm must be a number >= 0, got 'x'"):
+            factory("x")
+
+
+def test_a_known_norm_with_another_structure_is_refused_in_words() -> None:
+    clip = clipax.clip_by_global_norm(1.0)
+    wanted = r"with one norm, got the norms \['w'\]\.$"
+    with pytest.raises(ValueError, match=wanted):
+        clip.update(jnp.ones(2), clip.init(jnp.ones(2)), norm={"w": 1.0})
+
+
+@pytest.mark.parametrize("given", [None, optax.EmptyState(), (1,)])
+def test_a_missing_state_is_refused_with_what_was_given(given: object) -> None:
+    clip = clipax.autoclip()
+    shown = "None" if given is None else f"an object of type {type(given).__name__}"
+    with pytest.raises(ValueError, match=rf"^state must be the ClipState .*, got {shown}\. Call"):
+        clip.update(jnp.ones(2), given)
+
+
+def test_flags_that_are_no_booleans_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^per_leaf must be True or False, got 3"):
+        clipax.metrics({}, per_leaf=3)
+    with pytest.raises(ValueError, match=r"^has_aux must be True or False, got 3"):
+        clipax.explain_clipped_grad(jnp.dot, jnp.ones(2), jnp.ones((3, 2)), has_aux=3)
+
+
+def test_only_the_record_of_clipped_grad_moves_a_bound() -> None:
+    with pytest.raises(ValueError, match=r"^info must be the PerExampleInfo of clipped_grad, got"):
+        clipax.track_quantile(1.0, None)
+
+
+def test_an_axis_that_is_a_boolean_is_refused_once() -> None:
+    with pytest.raises(ValueError, match=r"^axes must be an integer, got True\.$"):
+        clipax.leaf_norm(jnp.ones(2), axes=True)

@@ -12,14 +12,14 @@ from clipax._core._typing import Array
 class Alike:
     """Stacks the scalars of a tree that have one dtype, so that one operation serves them.
 
-    Arrays stand alone, for each may be sharded in its own way.
+    Each array is a stack of its own, because it may be sharded in its own way.
     """
 
     def __init__(self, tree: Any):
         leaves, self._treedef = jax.tree.flatten(tree)
         groups: dict[Any, list[int]] = {}
         for index, leaf in enumerate(leaves):
-            # By nothing that depends on how a leaf is sharded: a state has one structure.
+            # Sharding does not matter here, because a state must always have one structure.
             is_scalar = jnp.ndim(leaf) == 0
             groups.setdefault(leaf.dtype if is_scalar else index, []).append(index)
         self._groups = list(groups.values())

@@ -88,7 +88,7 @@ def scalar(requirement: Callable[..., None], **arguments: Any) -> None:
 
 
 def axes(**arguments: Any) -> None:
-    """Requires an integer, a tuple of integers or None, or else a function or a tree."""
+    """Requires an integer, a tuple of integers, None, a function or a tree."""
     static(**arguments)
     for name, value in arguments.items():
         if callable(value) or not (jax.tree_util.all_leaves([value]) or isinstance(value, tuple)):
@@ -216,7 +216,7 @@ def known_norm(**arguments: Any) -> None:
             _require(
                 {name + jax.tree_util.keystr(path): leaf},
                 lambda item: not item < 0,
-                "a norm, a number >= 0, or a tree of them in the structure of the method's",
+                "a norm, a number >= 0, or a tree of norms with the structure of the state's norm",
                 is_nan_allowed=True,
             )
 

@@ -11,7 +11,7 @@ from clipax._core._typing import Array
 
 
 def choose(condition: Array, new: Any, old: Any) -> Any:
-    """The new tree where the condition holds, else the old one, bit for bit.
+    """Returns the new tree where the condition holds and the old one elsewhere, bit for bit.
 
     A leaf that is neither a number nor an array of numbers or keys stays the object that it is.
     """

@@ -36,19 +36,19 @@ from clipax.thresholds._per_norm import as_threshold
 class ClipState(NamedTuple):
     """What happened at the last update; `clipax.metrics` reads it.
 
-    The first three have the structure of the method's norms: a scalar for a global norm; for
-    leaf norms a dict of them by the leaves' paths, such as "encoder/kernel", whatever
-    contains the leaves; of arrays for unit norms. All are float32, or float64 where the
-    parameters are.
+    The first three fields have the structure of the method's norms: a scalar for a global norm,
+    a dict of scalars for leaf norms, a dict of arrays for unit norms. Its keys are the paths of
+    the leaves, such as "encoder/kernel", whatever contains the leaves. All are float32, or
+    float64 where the parameters are.
     """
 
     norm: Norms
     """The norm before clipping."""
     max_norm: Norms
-    """The bound that it was held against."""
+    """The bound on that norm."""
     coefficient: Norms
-    """The factor that was applied: in [0, 1], but of `normalized`, which has no upper end. Below
-    the smallest normal number of its dtype, it may be recorded as 0."""
+    """The factor that was applied, in [0, 1]; that of `normalized` can exceed 1. A factor below
+    the smallest normal number of its dtype may be recorded as 0."""
     threshold: Any
     """The state of the rule that gives the bound."""
 
@@ -64,20 +64,20 @@ def clip_by(
 ) -> optax.GradientTransformationExtraArgs:
     """Builds a clipping method from a norm, a threshold and a coefficient.
 
-    `u <- c * u` with `c = coefficient(norm(u), max_norm)`; `max_norm` is the threshold's.
+    `u <- c * u` with `c = coefficient(norm(u), max_norm)`, where the threshold gives `max_norm`.
 
     Args:
       norm: Measures updates: `(updates) -> norms`, a tree prefix of them. `global_norm`,
-        `leaf_norm`, `unit_norm`, `block_rms`, `average_norm`, or your own, which in mapped
-        programs sums over shards itself.
+        `leaf_norm`, `unit_norm`, `block_rms`, `average_norm`, or your own, which must
+        sum over shards itself in mapped programs.
       threshold: What bounds the norms: a number, a schedule `count -> value`, a tree
         prefix of them, `relative_to_params(...)`, or any `optax.GradientTransformation`
         that turns one norm into its bound, as `optax.ema(0.9)` does.
       coefficient: `(norm, max_norm) -> factor`, element by element: `hard`, the smooth
         `rational`, `square_root` and `tanh`, `normalized`, or your own.
       mask: Which leaves are measured and clipped: True, a tree prefix of booleans, or a
-        function `(path, leaf) -> bool`. The norm sees None in the place of the others.
-      axis_name: As in `global_norm`; the norm is called with it if it is given.
+        function `(path, leaf) -> bool`. The norm sees None in place of the others.
+      axis_name: As in `global_norm`. If it is given, the norm is called with it.
 
     Returns:
       A transformation whose state is a `ClipState`. `init` takes arrays or
@@ -89,8 +89,8 @@ def clip_by(
 
     Raises:
       ValueError: A number in `threshold` is negative, NaN, boolean, None or a string; at
-        `init` and `update`, a prefix does not fit; at `update`, there is no state of this
-        method and its threshold has a history, or a schedule.
+        `init` and `update`, a prefix does not fit; at `update`, the state is missing or
+        another method's, and the threshold has a history or a schedule.
 
     | updates | result |
     |---|---|
@@ -98,11 +98,11 @@ def clip_by(
     | all zero | zeros, also for max_norm = 0 |
     | an inf entry | NaN there, zero elsewhere; the history stays as it was |
     | a NaN entry | NaN wherever that norm reaches; the history stays as it was |
-    | None, integer, bool, float0 leaf | as it was, not measured |
+    | None, integer, bool, float0 leaf | unchanged, not measured |
 
-    A rule of your own recovers as it forgets: whatever finite norms came before, under
-    `optax.ema(0.9)` half of a usual norm passes within 7 steps, under `optax.ema(decay)` within
-    `log(2) / -log(decay)`.
+    A rule of your own recovers as fast as it forgets. After any finite norms, half of a usual
+    norm passes within 7 steps under `optax.ema(0.9)`, and within `log(2) / -log(decay)` steps
+    under `optax.ema(decay)`.
 
     Example:
       >>> rule = optax.chain(optax.ema(0.5, debias=False), optax.scale(1.5))
@@ -112,7 +112,7 @@ def clip_by(
       {'w': Array([2.25, 3.  ], dtype=float32)}
     """
     _checks.function(norm=norm, coefficient=coefficient)
-    threshold = as_threshold(threshold)
+    rule = as_threshold(threshold=threshold)
     _checks.static(mask=mask)
     _checks.axis_name(axis_name=axis_name)
     takes_names = _mapped.takes_axis_name(norm)
@@ -128,26 +128,26 @@ def clip_by(
     structures: dict[Any, Any] = {}
 
     def is_own(state: Any) -> bool:
-        """Whether it may be a state of this method, and is none of another threshold."""
+        """Whether this may be a state of this method, with the history of this threshold."""
         if not isinstance(state, ClipState):
             return False
         shapes = jax.tree.map(lambda norm: (norm.shape, norm.dtype), state.norm)
         key = jax.tree.structure(state.norm), tuple(jax.tree.leaves(shapes))
         if key not in structures:
-            structures[key] = jax.tree.structure(jax.eval_shape(threshold.init, state.norm))
+            structures[key] = jax.tree.structure(jax.eval_shape(rule.init, state.norm))
         return bool(jax.tree.structure(state.threshold) == structures[key])
 
     def init_fn(params: Updates) -> ClipState:
-        # Mapped axes are rarely bound outside a step, and only its type is asked of the norm.
+        # Mapped axes are rarely bound where a state is made, and only types matter here.
         names = None if axis_name is None else _mapped.bound_here(axis_name)
         zeros = _placement.zero_norms(measured_over(names), _rules.only_measured(params, mask))
         if _compat.stands_for_params(params) and not jax.tree.leaves(zeros):
-            # In the place of all leaves, none of which is known here.
+            # One placeholder is in place of all parameters, so no leaf is known here.
             zeros = jnp.zeros((), jnp.float32)
             return ClipState(*[zeros] * len(ClipState._fields))
         nothing_bounds = jax.tree.map(lambda zero: zero + jnp.inf, zeros)
         ones = jax.tree.map(lambda zero: zero + 1, zeros)
-        history = threshold.init(zeros)
+        history = rule.init(zeros)
         for zero in jax.tree.leaves(zeros)[:1]:
             history = _placement.beside(zero, history)
         return ClipState(zeros, nothing_bounds, ones, history)
@@ -171,9 +171,9 @@ def clip_by(
                 last = None
             if last is not None:
                 norms = _norm_trees.conformed(norms, last.norm)
-        max_norms, history = threshold.update(
+        max_norms, history = rule.update(
             norms,
-            _no_history(threshold, norms, state) if last is None else last.threshold,
+            _no_history(rule, norms, state) if last is None else last.threshold,
             _norm_trees.of_params(measure, wanted, params, norms),
             max_norm=norms if last is None else last.max_norm,
         )
@@ -193,7 +193,7 @@ def clip_by(
 
 
 def _no_history(threshold: Threshold, norms: Norms, state: Any) -> Any:
-    """The state of a threshold that remembers nothing, for who calls a clip without a state."""
+    """Makes the state of a threshold that remembers nothing, for callers without a state."""
     fresh = threshold.init(norms)
     if jax.tree.leaves(fresh):
         raise _transformation.no_state(ClipState, state)

@@ -27,45 +27,45 @@ partition_spec: Callable[..., PartitionSpec] = PartitionSpec
 shape_dtype_struct: Callable[..., jax.ShapeDtypeStruct] = jax.ShapeDtypeStruct
 reshard: Callable[..., jax.Array] = jax.sharding.reshard
 optimization_barrier: Callable[[Any], Any] = jax.lax.optimization_barrier
-# Before, derivatives of doubles need that JAX computes with doubles everywhere.
+# Before jax 0.10, doubles have derivatives only if JAX computes with doubles everywhere.
 HAS_DOUBLES = jax.__version_info__ >= (0, 10)
 
-# Before, second derivatives of a scan forget the rules of what has rules of its own.
+# Before jax 0.12, second derivatives of a scan ignore custom derivative rules.
 RULES_LAST = jax.__version_info__ >= (0, 12)
 
 
 def doubles() -> AbstractContextManager[Any]:
-    """Where float64 stays float64, whatever is set elsewhere."""
+    """A context in which float64 stays float64, whatever `jax_enable_x64` is."""
     made: AbstractContextManager[Any] = jax.enable_x64(True)
     return made
 
 
 def stands_for_params(params: Any) -> bool:
-    """Whether Optax asks, by `optax.tree_map_params`, where parameters would be in a state."""
+    """Whether Optax asks, in `optax.tree_map_params`, where a state holds parameters."""
     return type(params).__name__ == "_ParamsPlaceholder"
 
 
 def bound_axes() -> tuple[Hashable, ...]:
-    """The mapped axes around us: of `shard_map`, of `pmap`, and of `vmap` where it has a name."""
+    """The mapped axes of the enclosing `shard_map`, `pmap` and named `vmap`."""
     if hasattr(core, "unsafe_get_axis_names_DO_NOT_USE"):  # jax >= 0.10
         return tuple(core.unsafe_get_axis_names_DO_NOT_USE())
     return tuple(jax.core.unsafe_get_axis_names_DO_NOT_USE())  # jax < 0.10
 
 
 def varying_axes(x: Any) -> frozenset[Hashable]:
-    """The manual mesh axes over which `x` varies, as far as its type says."""
+    """The manual mesh axes over which `x` varies, according to its type."""
     return varying_axes_of(jax.typeof(x))
 
 
 def varying_axes_of(aval: Any) -> frozenset[Hashable]:
-    """The manual mesh axes over which what has this type varies."""
+    """The manual mesh axes over which a value of this type varies."""
     if hasattr(aval, "manual_axis_type"):  # jax >= 0.10
         return frozenset(aval.manual_axis_type.varying)
     return frozenset(getattr(aval, "vma", ()))  # jax < 0.10
 
 
 def varying_over(x: Any, axes: Iterable[Hashable]) -> Any:
-    """The same values, of a type that varies over these manual mesh axes."""
+    """The same values, with a type that varies over these manual mesh axes too."""
     more = tuple(axis for axis in axes if axis not in varying_axes(x))
     if not more:
         return x
@@ -76,12 +76,12 @@ def varying_over(x: Any, axes: Iterable[Hashable]) -> Any:
 
 
 def varying_like(x: Any, other: Any) -> Any:
-    """`x`, of a type that varies over the manual mesh axes over which that of `other` does."""
+    """The values of `x`, with a type that varies over the axes of the type of `other` too."""
     return varying_over(x, varying_axes(other))
 
 
 def unreduced_axes(x: Any) -> tuple[Hashable, ...]:
-    """The manual mesh axes over which `x` is still to be summed."""
+    """The manual mesh axes over which `x` must still be summed."""
     aval = jax.typeof(x)
     if hasattr(aval, "manual_axis_type"):  # jax >= 0.10
         return tuple(aval.manual_axis_type.unreduced)
@@ -89,7 +89,7 @@ def unreduced_axes(x: Any) -> tuple[Hashable, ...]:
 
 
 def reduced_spec(x: Any) -> PartitionSpec | None:
-    """How `x` is sharded once it is summed over its devices; None where it is already."""
+    """How `x` is sharded once it is summed over its devices, or None if it is summed already."""
     spec = jax.typeof(x).sharding.spec
     if spec.unreduced or spec.reduced:
         return partition_spec(*getattr(spec, "partitions", spec))  # jax >= 0.9
@@ -97,12 +97,12 @@ def reduced_spec(x: Any) -> PartitionSpec | None:
 
 
 def is_typed(axis: Hashable) -> bool:
-    """Whether types say what varies over `axis`: not in `pmap`, nor with the check off."""
+    """Whether types show what varies over `axis`; not in `pmap`, nor with `check_vma=False`."""
     return axis in varying_axes(jax.lax.axis_index(axis))
 
 
 def untyped_axes() -> tuple[Hashable, ...]:
-    """The mapped axes around us of which the types say nothing."""
+    """The enclosing mapped axes over which types do not show what varies."""
     return tuple(axis for axis in bound_axes() if not is_typed(axis))
 
 

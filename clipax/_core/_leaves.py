@@ -12,7 +12,7 @@ from clipax._core._typing import Array, Updates
 
 
 def is_measured(leaf: Any) -> bool:
-    """Floating and complex leaves are; integer, bool, float0 and foreign ones are not."""
+    """Whether a leaf is floating or complex, not integer, bool, float0 or foreign."""
     if isinstance(leaf, (float, complex)):
         return True
     dtype = getattr(leaf, "dtype", None)
@@ -34,25 +34,28 @@ def wide_dtype(*dtypes: Any) -> Any:
 
 
 def widened(leaf: Array, *dtypes: Any) -> Array:
-    """The leaf in the width of its dtype, or of the given ones; complex if it is."""
+    """Casts a leaf to the wide dtype of its own dtype, or of the given ones.
+
+    A complex leaf stays complex.
+    """
     kind = np.complex64 if jnp.iscomplexobj(leaf) else np.float32
     return leaf.astype(np.result_type(wide_dtype(*(dtypes or (leaf.dtype,))), kind))
 
 
 def in_dtype_of(norm: Array, *values: Any) -> tuple[Array, ...]:
-    """Numbers, or arrays that were traced in another dtype, in the dtype of a norm."""
+    """Casts numbers, or arrays that were traced in another dtype, to the dtype of a norm."""
     return tuple(jnp.asarray(value).astype(norm.dtype) for value in values)
 
 
 def unit_of(largest: Array) -> Array:
-    """What to divide by, so that numbers up to the largest are about one at most; 1 for 0."""
-    # XLA multiplies by the inverse, which for the largest floats is flushed to zero.
+    """A divisor that brings numbers up to the largest to about one at most; 1 for zero."""
+    # XLA may multiply by the inverse instead, and that of the largest floats is flushed to zero.
     invertible = jnp.minimum(largest, np.finfo(largest.dtype).max / 16)
     return jnp.where(largest > 0, invertible, 1)
 
 
 def over(updates: Updates, some: Updates) -> Updates:
-    """Some leaves, with None in the place of the others, over the leaves that were there."""
+    """Replaces leaves of the updates by those of a tree that has None for the others."""
     leaves, treedef = jax.tree.flatten(updates)
     rows = zip(leaves, up_to(treedef, some), strict=True)
     return jax.tree.unflatten(treedef, [old if new is None else new for old, new in rows])
@@ -66,7 +69,7 @@ def up_to(treedef: Any, tree: Any) -> list[Any]:
 def map_measured(
     function: Callable[..., Any], updates: Updates, *prefixes: Any, name: str = "coefficients"
 ) -> Updates:
-    """Maps `function(leaf, *values)` over measured leaves of which every prefix says something.
+    """Maps `function(leaf, *values)` over measured leaves for which every prefix has a value.
 
     A leaf without entries stays as it is.
     """
@@ -85,7 +88,7 @@ def map_measured(
 
 
 def holds_numbers(leaf: Any) -> bool:
-    """Whether it is a number or an array of them: no key, float0, function or string."""
+    """Whether a leaf is a number or an array of numbers, not a key, float0, function or string."""
     if isinstance(leaf, (bool, int, float, complex)) or hasattr(leaf, "__jax_array__"):
         return True
     return is_array_of(leaf, np.bool_, np.number)
@@ -97,5 +100,5 @@ def is_array_of(leaf: Any, *kinds: Any) -> bool:
 
 
 def is_float0(leaf: Any) -> bool:
-    """Such a leaf has no values, and nothing can be done to it."""
+    """Whether a leaf has the dtype float0, and so no values."""
     return getattr(leaf, "dtype", None) == jax.dtypes.float0

@@ -6,7 +6,7 @@
 | mapped, no types: `pmap`, `vmap`, `check_vma=False` | None | none | refused |
 | the same | names | none | these names |
 | `shard_map` | None, names | varies, all axes summed | what it varies over |
-| `shard_map` | None | varies, some axes summed | what the state says, or refused |
+| `shard_map` | None | varies, some axes summed | what the state shows, or refused |
 | `shard_map` | names | varies, some axes summed | names that it varies over |
 | any | `()` | any | none |
 | any, at `update` | a name that is not bound | any | refused |
@@ -16,8 +16,8 @@
 `tests/test_mapped.py` has a test for each row.
 
 A type says that a leaf varies over an axis. It does not say whether the axis divides the units
-or what is summed within a unit. A state that was made outside of the program says so: the norms
-in it vary over the axes that divide the units.
+or what is summed within a unit. A state that was made outside of the program shows it: its
+norms vary over the axes that divide the units.
 """
 
 import inspect
@@ -47,7 +47,8 @@ def sharding_axes(
     for name in names:
         if name not in _compat.bound_axes():
             raise ValueError(
-                f"axis_name {name!r} is not bound here: mapped are {_compat.bound_axes()}."
+                f"axis_name {name!r} is not bound here; the mapped axes that are bound:"
+                f" {', '.join(map(repr, _compat.bound_axes())) or 'none'}."
             )
     if axis_name is None and (untyped := _compat.untyped_axes()):
         raise ValueError(
@@ -62,7 +63,7 @@ def sharding_axes(
             f"A leaf of shape {array.shape} varies over {sorted(map(str, varying))}, and only"
             " some of its axes are summed. Pass axis_name= with the names of the axes that shard"
             " the summed ones, or axis_name=() if none does. A state that is made outside of the"
-            " mapped program also says it."
+            " mapped program shows them too."
         )
     shards = {name for name in names if name in varying or not _compat.is_typed(name)}
     if axis_name is None or (names and not is_partial):
@@ -71,7 +72,7 @@ def sharding_axes(
 
 
 def bound_here(axis_name: AxisName) -> AxisName:
-    """The prefix without the names that are not bound, as where a state is made."""
+    """Drops the names that are not bound, because states are often made outside a program."""
     if axis_name is None:
         return None
     bound = _compat.bound_axes()
@@ -88,9 +89,9 @@ def takes_axis_name(norm: Norm) -> bool:
 
 
 def summed_according_to(last_norms: Norms, updates: Updates) -> AxisName:
-    """The `axis_name` that the norms in a state imply for leaves with units; None where none is.
+    """The `axis_name` that the norms in a state imply for leaves with units, or None.
 
-    What a leaf varies over and the norms of its units do not, is summed.
+    A leaf is summed over those axes that it varies over and the norms of its units do not.
     """
     if _compat.untyped_axes() or not any(jnp.ndim(norm) for norm in jax.tree.leaves(last_norms)):
         return None

@@ -1,5 +1,6 @@
 """Norms of the updates or the parameters, in the structure that a state has."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,9 +11,9 @@ from clipax._core._typing import Array, Norm, Norms, Updates
 
 
 def conformed(norms: Norms, template: Norms, *, name: str = "updates since `init`") -> Norms:
-    """The norms in the structure and dtypes of the template; that of a frozen leaf is zero."""
+    """Brings norms into the structure and dtypes of the template; a frozen leaf has norm zero."""
     kept, given = _paths.by_path(template), _paths.by_path(norms)
-    # A node without leaves may replace all leaves below it, as where they are frozen together.
+    # A node without leaves can replace all leaves below it, if they are frozen together.
     hollow = [path for path, norm in given.items() if norm is None]
 
     def is_there(path: str) -> bool:
@@ -21,8 +22,8 @@ def conformed(norms: Norms, template: Norms, *, name: str = "updates since `init
     added = [path for path in given if given[path] is not None and kept.get(path) is None]
     if added or not all(map(is_there, kept)):
         raise ValueError(
-            f"{name} must have the structure that `init` saw, with the norms"
-            f" {sorted(kept)}, got {sorted(given)}."
+            f"{name} must have the structure that `init` saw, with {_named(kept)}, got"
+            f" {_named(given)}."
         )
 
     def conform(path: str, zero: Array | None) -> Array | None:
@@ -40,7 +41,7 @@ def conformed(norms: Norms, template: Norms, *, name: str = "updates since `init
 
 
 def known(norms: Any, template: Norms) -> Norms:
-    """Norms that a caller measured; None where they are those of another method in a chain."""
+    """Checks norms that a caller measured; None if they are for another method in the chain."""
     is_whole = jax.tree_util.all_leaves([norms]) and norms is not None
     if is_whole and isinstance(template, dict):
         return None
@@ -51,7 +52,7 @@ def known(norms: Any, template: Norms) -> Norms:
 def of_params(
     measure: Norm, updates: Updates, params: Updates | None, template: Norms
 ) -> Norms | None:
-    """Norms of the parameters where updates are measured; unused ones cost nothing in jit."""
+    """Norms of the parameters whose updates are measured; under jit, unused ones cost nothing."""
     if params is None:
         return None
     by_path = {path: leaf for path, leaf, is_leaf in _paths.positions(params) if is_leaf}
@@ -64,3 +65,7 @@ def of_params(
     if any(_leaves.is_measured(leaf) and param is None for leaf, param in found):
         return None  # Only a threshold that needs them can decide whether this is an error.
     return conformed(_paths.flat(measure(jax.tree.unflatten(treedef, matching))), template)
+
+
+def _named(by_path: Mapping[str, Any]) -> str:
+    return "one norm" if set(by_path) == {""} else f"the norms {sorted(by_path)}"

@@ -53,7 +53,7 @@ def _largest_across(parts: list[Array], axes: Any) -> list[Array]:
 
 @_largest_across.defjvp
 def _largest_across_jvp(axes: Any, primals: Any, tangents: Any) -> Any:
-    # Of a maximum over devices there is no derivative, and this says so.
+    # A maximum over devices has no derivative, and JAX raises its own error for that here.
     return jax.jvp(lambda parts: _MAX_ACROSS(parts, axes), primals, tangents)
 
 

@@ -13,12 +13,12 @@ import jax
 from jax.tree_util import FlattenedIndexKey, GetAttrKey
 
 _SEPARATOR = "/"
-# Under which attribute boxes keep their one value: those of Flax, and classes without names.
+# The keys under which boxes hold their one value: boxes of Flax, and classes without names.
 _BOXED = (GetAttrKey("value"), GetAttrKey("raw_value"), FlattenedIndexKey(0))
 
 
 class Position(NamedTuple):
-    """A leaf of a tree, or a node without leaves, as None is one."""
+    """A leaf of a tree, or a node without leaves, such as None."""
 
     path: str
     node: Any
@@ -30,7 +30,7 @@ class _Place(NamedTuple):
     node: Any
     is_leaf: bool
     tuples: tuple[tuple[tuple[Any, ...], int], ...]
-    """The tuples round it: where each is, and its length."""
+    """The tuples that enclose it: the keys and the length of each."""
 
 
 def positions(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Position]:
@@ -49,7 +49,7 @@ def of_leaves(tree: Any) -> list[str]:
 
 
 def flat(tree: Any) -> Any:
-    """A tree as a dict from paths to leaves, None where a node has none; a bare leaf as it is."""
+    """Makes a dict from paths to leaves, or to None for a node without any; keeps a bare leaf."""
     found = positions(tree)
     if [position.path for position in found] == [""]:
         return found[0].node if found[0].is_leaf else {}
@@ -57,15 +57,15 @@ def flat(tree: Any) -> Any:
 
 
 def by_path(flattened: Any) -> dict[str, Any]:
-    """What `flat` returns as a dict, where it is a bare leaf too."""
+    """Makes the result of `flat` a dict, even if it is a bare leaf."""
     return flattened if isinstance(flattened, dict) else {"": flattened}
 
 
 def rebuilt(tree: Any, leaves: Sequence[Any]) -> Any:
-    """Other leaves in a tree of this structure, or by paths where a class refuses them."""
+    """Puts other leaves into a tree's structure, or into a dict if a class refuses them."""
     try:
         return jax.tree.unflatten(jax.tree.structure(tree), leaves)
-    except Exception:  # Whatever a class raises that looks at the shapes of what it holds.
+    except Exception:  # A class that checks the shapes of its leaves can raise anything.
         return dict(zip(of_leaves(tree), leaves, strict=True))
 
 
@@ -77,7 +77,7 @@ def spread(
     is_optional: Callable[[Any], bool] = lambda leaf: leaf is None,
     name: str,
 ) -> list[Any]:
-    """What a tree prefix says of each leaf, in the order of `jax.tree.leaves`.
+    """The value of a tree prefix for each leaf, in the order of `jax.tree.leaves`.
 
     A leaf that `is_optional` may be left out, and then has None.
     """
@@ -96,16 +96,16 @@ def spread(
             raise _misfit(name, prefix, tree, f"nothing is said of {position.path!r}")
         if position.is_leaf:
             result.append(by_path[covering] if covering is not None else None)
-    # What is said of the inside of a node without leaves, as of a masked one, is not missed.
+    # A value for the inside of a node without leaves, such as a masked one, may go unused.
     hollow = {each.path for each in of_tree if not each.is_leaf or is_optional(each.node)}
     for path in by_path.keys() - used:
         if hollow.isdisjoint(_upwards(path)):
-            raise _misfit(name, prefix, tree, f"there is no {path!r}")
+            raise _misfit(name, prefix, tree, f"the updates have no {path!r}")
     return result
 
 
 def covered(prefix: Any, tree: Any, *, name: str) -> list[list[int]]:
-    """For each leaf of a tree prefix, the numbers of the leaves that it speaks of."""
+    """For each leaf of a tree prefix, the positions of the leaves that it covers."""
     leaves, structure = jax.tree.flatten(prefix)
     numbered = jax.tree.unflatten(structure, range(len(leaves)))
     result: list[list[int]] = [[] for _ in leaves]
@@ -115,7 +115,7 @@ def covered(prefix: Any, tree: Any, *, name: str) -> list[list[int]]:
 
 
 def paired_tuples(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool]) -> Iterator[Any]:
-    """The tuples that are one value of a prefix and stand for a tuple as long in the tree."""
+    """The tuples that are one value of a prefix where the tree has a tuple of equal length."""
     lengths = {
         (_joined(keys), length) for place in _places(tree, None) for keys, length in place.tuples
     }
@@ -159,7 +159,7 @@ def _joined(keys: tuple[Any, ...]) -> str:
 
 
 def _distinct(keys: list[tuple[Any, ...]]) -> list[str]:
-    """The paths; in JAX's own notation, which tells all apart, where two would be the same."""
+    """The paths, in JAX's own notation where two would otherwise be the same."""
     paths = [_joined(each) for each in keys]
     number = Counter(paths)
     return [

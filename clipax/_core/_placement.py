@@ -1,4 +1,4 @@
-"""Where the state of a norm lies: on the devices, as sharded, as what is measured."""
+"""Places the state of a norm on the devices of what is measured, sharded alike."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from clipax._core._typing import Array
 def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:
     """Zeros in the type and sharding of the norms of `params`, flat by path."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
-        # Only the norm itself lies, and varies, as norms do in the program around us.
+        # Only the norm itself is placed, and varies over mapped axes, as norms in this program do.
         return jax.tree.map(lambda size: filled_like(size, 0.0), _paths.flat(norm(params)))
     shapes = jax.tree.map(_shape_in_place, params)
     sharded = {
@@ -27,7 +27,7 @@ def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:
     def zero(path: str, norm: Any) -> Any:
         sharding = sharded.get(path, whole)
         if isinstance(sharding, NamedSharding):
-            # What is summed has one entry left, on every device.
+            # A summed axis has one entry left, which is on every device.
             kept = zip(norm.shape, tuple(sharding.spec), strict=False)
             spec = [part if size != 1 else None for size, part in kept]
             sharding = NamedSharding(sharding.mesh, _compat.partition_spec(*spec))
@@ -40,23 +40,23 @@ def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:
 
 
 def filled_like(norm: Array, value: Any) -> Array:
-    """An array of a value in the shape, dtype and sharding of a norm."""
-    # Chosen by the norm: a constant would not have its sharding. And what XLA knows to be one
-    # value, it computes elsewhere and copies, in a kernel for each norm.
+    """Fills an array with a value, in the shape, dtype and sharding of a norm."""
+    # The selection has the sharding of the norm, which a constant would not have. Without the
+    # barrier, XLA would compute the value once and copy it in a kernel for each norm.
     filled = _compat.optimization_barrier(jnp.asarray(value).astype(norm.dtype))
     return jnp.where(jnp.isnan(norm), value, filled)
 
 
 def zeros_like(leaf: Any) -> Array:
-    """Zeros as wide as moments of a leaf are, which lie where it does."""
+    """Zeros in the width of moments, placed like the leaf."""
     wide = _leaves.widened(jnp.zeros_like(leaf))
-    # In jit, nothing but a value of the program itself tells it where that runs.
+    # Under jit, only a value that depends on the leaf is placed like it.
     is_on_mesh = isinstance(leaf, jax.core.Tracer) and _sharding_of(leaf) is not None
     return jnp.where(jnp.isnan(leaf), wide, wide) if is_on_mesh else wide
 
 
 def beside(norm: Array, state: Any) -> Any:
-    """The state laid on the mesh of a norm; what has its shape, as for each unit, like it."""
+    """Puts a state on the mesh of a norm; arrays of the norm's shape are sharded like it."""
     sharding = _sharding_of(norm)
     if sharding is None:
         return state
@@ -87,7 +87,7 @@ def _shape_in_place(leaf: Any) -> Any:
 
 
 def _sharding_of(array: Array) -> NamedSharding | None:
-    """How an array is sharded over a mesh, as far as it is known here."""
+    """How an array is sharded over a mesh, or None if that is not known here."""
     if not isinstance(array, jax.core.Tracer):
         return array.sharding if isinstance(array.sharding, NamedSharding) else None
     sharding = jax.typeof(array).sharding

@@ -11,7 +11,7 @@ from clipax._core._typing import Array
 
 @jax.custom_jvp
 def _square(modulus: Array, signed: Array) -> Array:
-    """The square of a modulus, with the derivative of that of the signed: it has no corner."""
+    """The square of a modulus, with the derivative of the signed square, which has no corner."""
     del signed
     return modulus * modulus
 
@@ -26,13 +26,13 @@ def powers(x: Array, width: Any, scale: Any, power: float) -> Array:
     """|scale * x|^2 or |x / scale|^power in the given width."""
 
     def squared(part: Array) -> Array:
-        # By products: of a square, the derivative 2 * x overflows for the largest floats.
+        # A product, because the derivative 2 * x of a square overflows for the largest floats.
         if scale is None:
             return part.astype(width) * part.astype(width)
         signed = part.astype(width) * scale
-        # XLA keeps this maximum: of constants, it would else square the scale first. What it
-        # puts in the place of zero has a square of zero. Taken from the scale, lest leaves of
-        # one shape share it: then it would be spread out for all of them, and kept in memory.
+        # Without this maximum, XLA would square the scale first. The number that replaces zero
+        # has a square of zero. It depends on the scale, because leaves of one shape would share
+        # a constant, which XLA would broadcast for all of them and keep in memory.
         modulus = jnp.maximum(jnp.abs(signed), jnp.minimum(scale, np.finfo(width).tiny))
         # Entries that are not tiny must stay finite too, or their derivative would be NaN.
         if isinstance(scale, float) and scale > 1:

@@ -1,7 +1,8 @@
 """Norms whose sums stay in the range of floats: Blue's algorithm, or a branch.
 
-A sum of squares overflows from entries of 2^64 and loses those below 2^-63. Blue's algorithm
-sums three times in one read: as it is, scaled down, and scaled up. The sum in range is taken.
+A sum of squares overflows for entries from 2^64 and loses those below 2^-63. Blue's algorithm
+sums squares three times in one read: unscaled, scaled down and scaled up. The sum that stays in
+range is taken.
 
     order        where       sharded  form
     1            everywhere  either   one sum of moduli (a)
@@ -19,13 +20,13 @@ Each form is there because of what a test or a measurement shows:
     a  It is in range if the norm is: `test_any_representable_norm_is_measured`.
     b  Maxima of integers are scalar loops on a CPU: `python -m benchmarks`, `clip_by_value`.
     c  A maximum of floats can drop a NaN: `test_nan_and_inf_reach_their_norm_and_no_other`.
-    d  It reads no faster than it computes, and accelerators do: `test_accelerators_read_once`.
+    d  Only accelerators compute so fast that three sums are free: `test_accelerators_read_once`.
     e  XLA writes scaled copies of columns to memory: `test_gpus_sum_units_in_doubles`.
     f  A GPU launches kernels for each sum: `test_small_leaves_share_kernels`.
     g  A second read is not fused: `test_one_chip_compiles_it_without_another_pass`.
-    h  Devices could take different branches, and wait for each other in them:
+    h  Devices could take different branches and then wait for each other:
        `test_collectives_do_not_grow_with_the_number_of_leaves`.
-    i  No power of the others overflows: `test_global_norm_of_any_order_and_dtype`.
+    i  The powers of the other entries do not overflow: `test_global_norm_of_any_order_and_dtype`.
 """
 
 import functools
@@ -80,17 +81,17 @@ def p_norms(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
         return ways.usual.sums(arrays, SUM, 1.0)
     if order != 2:
         return _over_the_largest(ways, arrays)
-    # Where units are sharded, devices could take different branches, and wait in one of them
-    # for those in the other.
+    # Where arrays are sharded, devices could take different branches and then wait for each
+    # other.
     if ways.shards:
         return _at_every_scale(ways.usual, arrays)
-    # For sums of columns, a GPU's compiler writes what it has scaled to memory first.
+    # For sums of columns, a GPU's compiler writes the scaled array to memory first.
     doubled = ways.units and _can_be_doubled(arrays)
     on_gpus = functools.partial(_in_doubles if doubled else _at_every_scale, ways.on_gpus)
     return _by_platform(
         arrays,
-        # An accelerator computes faster than it reads; and what may be read again cannot be
-        # fused with what produces it.
+        # An accelerator computes faster than it reads. An array that may be read again cannot
+        # be fused with the computation that makes it.
         default=functools.partial(_at_every_scale, ways.usual),
         cpu=functools.partial(_at_the_right_scale, ways.usual),
         gpu=on_gpus if doubled or ways.on_gpus != ways.usual else None,
@@ -121,7 +122,7 @@ def _largest_entries(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
     return _by_platform(
         arrays,
         default=functools.partial(of_integers, ways.usual),
-        # A CPU's library reduces floats alone, and them many times as fast.
+        # A CPU reduces floats many times as fast as integers.
         cpu=of_floats,
         gpu=functools.partial(of_integers, ways.on_gpus) if ways.on_gpus != ways.usual else None,
     )
@@ -148,7 +149,7 @@ def _at_the_right_scale(reduction: Reduction, arrays: Sequence[Array]) -> list[A
 
 
 def _in_doubles(reduction: Reduction, arrays: Sequence[Array]) -> list[Array]:
-    """Norms from sums of squares in twice the width, which have every float32 in their range."""
+    """Norms from sums of squares in twice the width, where no square of a float32 overflows."""
     with _compat.doubles():
         wide = [_leaves.widened(array, np.float64) for array in arrays]
         norms = reduction.roots(reduction.sums(wide, SUM, 2.0))
@@ -182,9 +183,10 @@ def _can_be_doubled(arrays: Sequence[Array]) -> bool:
     return _compat.HAS_DOUBLES and widths == {np.dtype(np.float32)}
 
 
-# What is read of these shares nothing with what becomes of the updates. XLA would else make
-# their squares once for a norm and for Adam, or convert a leaf of half the width once for a norm
-# and for its scaling, and keep that in memory. Each waits for itself only.
+# A barrier separates the reads for a norm from other uses of the updates. Without it, XLA would
+# compute squares once for a norm and for Adam, or convert a 16-bit leaf once for a norm and for
+# its scaling, and keep the result in memory. Each array has a barrier of its own, so that none
+# waits for another.
 def _apart(arrays: Sequence[Array]) -> list[Array]:
     return [_compat.optimization_barrier(array) for array in arrays]
 
@@ -218,7 +220,7 @@ def finite_or_one(largest: Array) -> Array:
 
 
 def _in_range(norm: Array, unit: Array) -> Array:
-    """`norm * unit`, which is no float only if the exact norm is none."""
+    """`norm * unit`, which overflows only if the exact norm does."""
     last = np.finfo(norm.dtype).max * (1 - 1e-6) / unit
     is_rounded_out = (norm > last) & (norm * (1 - 4e-6) <= last)
     return jnp.where(is_rounded_out, last, norm) * unit

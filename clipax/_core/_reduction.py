@@ -24,9 +24,9 @@ def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float)
 def separate_norms(
     arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float
 ) -> list[Array]:
-    """A norm for each array: a scalar over all of its axes, else with size one at the summed."""
-    # A GPU launches kernels for each sum, and for what follows from it. Other compilers make
-    # one kernel for all that is alike, but another one for each place in a stack.
+    """A norm for each array: a scalar over all of its axes, or with size one at summed axes."""
+    # A GPU launches kernels for each sum and for what follows from it. Other compilers make one
+    # kernel for all like sums, but another one for each place in a stack.
     alone, alike = one_by_one(layouts), stacked_alike(arrays, layouts)
     on_gpus = alike if len(alike) < len(alone) else alone
     rows = zip(arrays, layouts, strict=True)

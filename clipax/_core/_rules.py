@@ -1,4 +1,4 @@
-"""Rules that say something of each leaf: masks, axes, names."""
+"""Rules that give each leaf a value: masks, axes, names."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from clipax._core._typing import Axes, LeafRule, Updates
 
 
 def per_leaf(updates: Updates, **rule: LeafRule) -> list[Any]:
-    """What `name=rule` says of each leaf, in the order of `jax.tree.leaves`."""
+    """The value that `name=rule` gives each leaf, in the order of `jax.tree.leaves`."""
     ((name, value),) = rule.items()
     if is_function(value):
         rows = zip(_paths.of_leaves(updates), jax.tree.leaves(updates), strict=True)
@@ -40,7 +40,7 @@ def is_rule_value(node: Any) -> bool:
 
 
 def is_function(value: Any) -> bool:
-    """Whether it is called, and not a tree of numbers that could be called too, as a layer."""
+    """Whether a value is to be called; a callable tree of numbers, such as a layer, is not."""
     if not callable(value) or isinstance(value, jax.Array):
         return False
     # An object that is no pytree is its own leaf.
@@ -65,7 +65,7 @@ def wanted(updates: Updates, mask: LeafRule = True) -> list[bool]:
 
 
 def only_measured(updates: Updates, mask: LeafRule = True) -> Updates:
-    """The updates with None for every leaf that is not measured, or masked out."""
+    """The updates with None for every leaf that is not measured or is masked out."""
     leaves, treedef = jax.tree.flatten(updates)
     rows = zip(leaves, wanted(updates, mask), strict=True)
     return jax.tree.unflatten(treedef, [leaf if is_wanted else None for leaf, is_wanted in rows])
@@ -78,7 +78,7 @@ def axis_tuple(leaf: Any, **argument: Axes) -> tuple[int, ...]:
     given: tuple[Any, ...] = axes if isinstance(axes, tuple) else (axes,)
     for axis in given:
         if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
-            raise ValueError(f"{name} must be an integer, got {axis!r} in {axes!r}.")
+            raise ValueError(f"{name} must be an integer, got {axis!r}{_inside(axes)}.")
         if not -rank <= axis < rank:
             raise ValueError(
                 f"A leaf of shape {jnp.shape(leaf)} has no axis {axis}, got"
@@ -86,3 +86,7 @@ def axis_tuple(leaf: Any, **argument: Axes) -> tuple[int, ...]:
                 " (path, leaf) -> axes."
             )
     return tuple(sorted({int(axis) % rank for axis in given}))
+
+
+def _inside(axes: Any) -> str:
+    return f" in {axes!r}" if isinstance(axes, tuple) else ""

@@ -1,4 +1,4 @@
-"""Sums over arrays, alike ones in stacks, each completed over its shards."""
+"""Sums over stacks of like arrays, completed over their shards."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from clipax._core._powers import powers, root
 from clipax._core._typing import Array
 
 Scales = Sequence[Any] | None
-"""What each array is multiplied by before its sum, if by anything."""
+"""The factor of each array before its sum, if there is one."""
 
 
 class Layout(NamedTuple):
@@ -23,7 +23,7 @@ class Layout(NamedTuple):
     shards: tuple[Hashable, ...]
     """The mapped axes over which the sum continues."""
     divisor: float = 1.0
-    """What the sum of squares is divided by, as n for a root mean square."""
+    """The divisor of the sum of squares, such as n for a root mean square."""
 
 
 class Stack(NamedTuple):
@@ -61,7 +61,7 @@ class Total(NamedTuple):
         width = _leaves.wide_dtype(*(array.dtype for array in arrays))
         by_shards: dict[Any, list[Array]] = {}
         number = len(self.stacks)
-        each = told_apart(scales[0], number) if scales else [None] * number
+        each = repeated(scales[0], number) if scales else [None] * number
         for stack, scale in zip(self.stacks, each, strict=True):
             part = operation.local(powers(stack.of(arrays), width, scale, power))
             by_shards.setdefault(stack.layout.shards, []).append(part)
@@ -74,7 +74,7 @@ class Total(NamedTuple):
 
 
 class Separate(NamedTuple):
-    """A sum over each array: a scalar over all of its axes, else with size one at the summed."""
+    """A sum over each array: a scalar over all of its axes, or with size one at summed axes."""
 
     stacks: tuple[Stack, ...]
     ord: float
@@ -85,7 +85,7 @@ class Separate(NamedTuple):
         parts = []
         for stack in self.stacks:
             first = arrays[stack.members[0]]
-            # Arrays that are stacked have one scale.
+            # All arrays in a stack have one scale.
             scale = scales[stack.members[0]] if scales else None
             of_stack = powers(stack.of(arrays), _leaves.wide_dtype(first.dtype), scale, power)
             keepdims = len(stack.axes) < first.ndim
@@ -100,8 +100,8 @@ class Separate(NamedTuple):
         return [root(part / divisors[member], self.ord) for member, part in enumerate(sums)]
 
     def _in_order(self, parts: Sequence[Array]) -> list[Array]:
-        # Taken apart at once: XLA computes what follows from elements of one array in one
-        # kernel, but would copy results out of an array in a kernel for each.
+        # Stacks are split at once, because XLA computes what follows from elements of one array
+        # in one kernel, but would copy later results out of an array in one kernel each.
         result: list[Any] = [None] * sum(len(stack.members) for stack in self.stacks)
         for stack, part in zip(self.stacks, parts, strict=True):
             for member, row in zip(stack.members, stack.rows(part), strict=True):
@@ -143,8 +143,8 @@ def across_shards(
     return complete
 
 
-def told_apart(scale: Any, number: int) -> list[Any]:
-    """The scale so often, and the compiler does not know that it is one."""
+def repeated(scale: Any, number: int) -> list[Any]:
+    """Repeats a scale in such a way that the compiler does not see one value."""
     if isinstance(scale, float):
         return [scale] * number
     return list(_compat.optimization_barrier(jnp.stack([scale] * number)))

@@ -16,9 +16,9 @@ _Factory = TypeVar("_Factory", bound=Callable[..., Any])
 def transformation(
     init_fn: Callable[..., Any], update_fn: Callable[..., Any], kind: type | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation of whole leaves, which is handed the unreduced ones summed.
+    """Makes a transformation of whole leaves, so unreduced leaves are summed first.
 
-    With a `kind`, it needs a state of this kind.
+    With a `kind`, `update` refuses a state of any other kind.
     """
 
     def init(params: Updates) -> Any:
@@ -35,16 +35,17 @@ def transformation(
 
 
 def no_state(kind: type, given: Any) -> ValueError:
-    name = "None" if given is None else f"a {type(given).__name__}"
+    name = "None" if given is None else f"an object of type {type(given).__name__}"
     return ValueError(
-        f"state must be the {kind.__name__} that init(params) or the last update returned, got"
-        f" {name}: this method has a memory, or a schedule. Call state = method.init(params)"
-        " once, and pass the state that each update returns to the next."
+        f"state must be the {kind.__name__} that init(params) or the last update returned, because"
+        f" this method remembers earlier steps or counts them for a schedule, got {name}. Call"
+        " state = method.init(params) once, and pass the state that each update returns to the"
+        " next."
     )
 
 
 class _Static:
-    """A default that is no schedule and no hyperparameter, whatever its type."""
+    """A default that is neither a schedule nor a hyperparameter, whatever its type."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -62,9 +63,9 @@ class _Static:
 def injectable(factory: _Factory) -> _Factory:
     """Hides functions and integers among the defaults from `optax.inject_hyperparams`.
 
-    It reads the signature, calls every function there as a schedule, and makes an array of
-    every integer; but a norm is no schedule, and no window has a traced size. In the
-    signature, such a default is in a box that it hands on as it is.
+    `inject_hyperparams` reads the signature, calls every function there as a schedule, and makes
+    an array of every integer. But a norm is not a schedule, and the size of a window cannot be
+    traced. In the signature, such a default is in a box, which Optax passes on as it is.
     """
     signature = inspect.signature(factory)
     boxed = [

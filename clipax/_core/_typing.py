@@ -1,4 +1,4 @@
-"""The types that signatures speak of."""
+"""The types in signatures."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
@@ -14,7 +14,7 @@ Norms: TypeAlias = Any
 """A tree prefix of the updates; each leaf broadcasts against what it measures."""
 
 Norm: TypeAlias = Callable[..., Norms]
-"""`(updates) -> norms`; takes `axis_name=` too if it is to work in `pmap`."""
+"""`(updates) -> norms`; it must take `axis_name=` too to work in `pmap`."""
 
 Coefficient: TypeAlias = Callable[[Array, Array], Array]
 """`(norm, max_norm) -> factor`, element by element: in [0, 1] where it clips."""

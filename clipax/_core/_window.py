@@ -18,6 +18,8 @@ _PARTS = 4096
 
 
 class WindowState(NamedTuple):
+    """The last values of a scalar, such as a norm or a loss."""
+
     values: Array
     """A ring buffer with value number `i` at index `i % window_size`; float."""
     value_count: Array

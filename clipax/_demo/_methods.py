@@ -14,7 +14,7 @@ ADAM_LEARNING_RATE = 1e-3
 
 Build = Callable[..., optax.GradientTransformation]
 
-# What is given to a factory for an argument without a default.
+# Values for arguments of factories without a default.
 _USUAL: dict[str, Any] = {
     "max_norm": 1.0,
     "max_rms": 1.0,
@@ -22,7 +22,7 @@ _USUAL: dict[str, Any] = {
     "ratio": 0.01,
     "inner": clipax.clip_by_global_norm(1.0),
 }
-# `clip_by` builds others, `observe` and `track` change nothing, and `clip` is `clip_by_value`.
+# `clip_by` builds others, `clip` is `clip_by_value`, and the rest change nothing.
 _NO_METHODS = {"clip", "clip_by", "measure", "observe", "track"}
 
 
@@ -50,8 +50,8 @@ METHODS: dict[str, Build] = {
         if name not in {*_NO_METHODS, "skip_step"}
     },
     "skip_step": functools.partial(clipax.skip_step, z_max=6.0),
-    # It clips what flows back from step to step of a sequence. The loss is the mean over a
-    # batch, so that this is 1.0 for a sequence.
+    # It clips what flows back from step to step of a sequence. The loss is a mean over the batch,
+    # so this bound is 1.0 for the loss of one sequence.
     "clip_cotangent": functools.partial(clipax.clip_by_global_norm, 1.0 / BATCH_SIZE),
 }
 # One of each family, chosen before anything was run: by what it measures, and by how its bound
@@ -82,6 +82,6 @@ def chained(name: str, optimizer: optax.GradientTransformation) -> Any:
     if name == "skip_step":
         return METHODS[name](optax.chain(clipax.measure(), optimizer))
     if name == "scale_by_stable_adam":
-        # It is an Adam itself, and stands in the optimizer's place.
+        # It is an Adam of its own, so it replaces the optimizer.
         optimizer = optax.scale_by_learning_rate(ADAM_LEARNING_RATE)
     return optax.chain(METHODS["none" if name == "clip_cotangent" else name](), optimizer)

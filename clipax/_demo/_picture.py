@@ -53,7 +53,7 @@ def _plot_method(name: str, runs: dict[str, Record], panel: Sequence[Any]) -> No
 
 def _plot_curves(axes: Any, curves: np.ndarray, color: str, label: str) -> None:
     curves, steps = _finite(curves), np.arange(len(curves))
-    # The range is of the seeds that are left; the median ends where one diverges.
+    # The range covers the seeds that are still finite; the median ends where one diverges.
     low, high = np.fmin.reduce(curves, axis=1), np.fmax.reduce(curves, axis=1)
     axes.fill_between(steps, low, high, color=color, alpha=0.35, linewidth=0.6)
     axes.plot(steps, np.median(curves, axis=1), color=color, linewidth=1.2, label=label)

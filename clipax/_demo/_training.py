@@ -57,7 +57,7 @@ def minibatches(train_set: Batch, seeds: int) -> Iterator[Batch]:
 def predict(
     params: Params, images: jax.Array, inner: optax.GradientTransformation | None = None
 ) -> jax.Array:
-    """Of a batch; `inner` clips what flows back through the network."""
+    """The logits of a batch; `inner` clips what flows back through the network."""
 
     def read(hidden: jax.Array, pixels: jax.Array) -> tuple[jax.Array, None]:
         if inner is not None:
@@ -106,7 +106,7 @@ def accuracies(params: Params, test_set: Batch) -> jax.Array:
 def train(
     name: str, args: argparse.Namespace, train_set: Batch, report: Callable[[int], Any]
 ) -> tuple[Params, Record, float]:
-    """The parameters, what was seen in arrays of (steps, seeds), the seconds of a step."""
+    """Returns the parameters, records of shape (steps, seeds), and the seconds per step."""
     inner = METHODS[name]() if name == "clip_cotangent" else None
     optimizer = chained(name, OPTIMIZERS[args.optimizer]())
 
@@ -118,7 +118,7 @@ def train(
     params = jax.tree.map(lambda *each: np.stack(each), *map(initial_params, range(args.seeds)))
     state = jax.jit(jax.vmap(optimizer.init))(params)
     batches = minibatches(train_set, args.seeds)
-    # Compiles, so that no step that is timed has to.
+    # Compiles before any step is timed.
     step(params, state, next(minibatches(train_set, args.seeds)))[0]["output"].block_until_ready()
     history, seconds = [], []
     for done in range(0, args.steps, CHUNK_STEPS):
@@ -136,7 +136,7 @@ def train(
 def summary(name: str, history: Record) -> Record:
     loss, norm, max_norm = history["loss"], history["global_norm"], history["max_norm"]
     clipped = history["clip_fraction"] > 0
-    # Among global norms a bound has a place only if it is them that it bounds.
+    # A bound belongs beside the global norms only if it bounds them.
     is_global = np.allclose(norm, history["norm"], rtol=1e-3, equal_nan=True)
     return {
         "final_loss": loss[-FINAL_STEPS:].mean(axis=0),

@@ -18,6 +18,8 @@ from clipax.norms import leaf_norm
 
 
 class AcclipState(NamedTuple):
+    """The memory of `acclip`."""
+
     clip: ClipState
     momentum: Updates
     """The running mean of the updates."""

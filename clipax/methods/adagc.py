@@ -18,6 +18,8 @@ from clipax.thresholds import Threshold
 
 
 class AdaGCState(NamedTuple):
+    """The history of `adagc`, in the structure of its norms."""
+
     average: Norms
     """The running average of each leaf's norm; 0 before its first nonzero norm."""
     step_count: Array

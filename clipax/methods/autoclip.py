@@ -39,7 +39,7 @@ def autoclip(
       count_current: Whether the current norm counts in its own bound, as in the paper.
       warmup_steps: How many norms the history needs before it bounds, >= 1. Until then, only
         `max_norm` does.
-      max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
+      max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None sets no cap.
       mask: As in `clip_by_global_norm`.
       axis_name: As in `clip_by_global_norm`.
 

@@ -13,6 +13,8 @@ from clipax.norms import global_norm
 
 
 class Clip21State(NamedTuple):
+    """The memory of `clip21`."""
+
     estimate: Updates
     """The running estimate, which came out last; float32, float64 or complex."""
     inner_state: Any

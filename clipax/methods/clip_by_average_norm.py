@@ -5,6 +5,7 @@ import optax
 from clipax._core._clip_by import clip_by
 from clipax._core._typing import AxisName, Bound
 from clipax.norms import average_norm
+from clipax.thresholds import fixed
 
 
 def clip_by_average_norm(
@@ -44,4 +45,4 @@ def clip_by_average_norm(
     References:
       https://www.tensorflow.org/api_docs/python/tf/compat/v1/clip_by_average_norm
     """
-    return clip_by(average_norm, max_norm, axis_name=axis_name)
+    return clip_by(average_norm, fixed(max_norm), axis_name=axis_name)

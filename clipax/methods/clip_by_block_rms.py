@@ -6,7 +6,7 @@ from clipax._core import _checks
 from clipax._core._clip_by import clip_by
 from clipax._core._typing import AxisName, Bound
 from clipax.norms import block_rms
-from clipax.thresholds import bounded
+from clipax.thresholds._fixed import bounded
 
 
 def clip_by_block_rms(

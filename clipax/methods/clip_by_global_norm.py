@@ -11,6 +11,7 @@ from clipax._core._transformation import injectable
 from clipax._core._typing import AxisName, Bound, LeafRule
 from clipax.coefficients import hard
 from clipax.norms import global_norm
+from clipax.thresholds import fixed
 
 
 @injectable
@@ -79,4 +80,4 @@ def clip_by_global_norm(
     _checks.scalar(_checks.non_negative, eps=eps)
     norm = functools.partial(global_norm, ord=_checks.order(ord))
     coefficient = functools.partial(hard, eps=eps)
-    return clip_by(norm, max_norm, coefficient, mask=mask, axis_name=axis_name)
+    return clip_by(norm, fixed(max_norm), coefficient, mask=mask, axis_name=axis_name)

@@ -9,6 +9,7 @@ from clipax._core._clip_by import clip_by
 from clipax._core._transformation import injectable
 from clipax._core._typing import AxisName, Bound, LeafRule
 from clipax.norms import leaf_norm
+from clipax.thresholds import fixed
 
 
 @injectable
@@ -30,7 +31,7 @@ def clip_by_leaf_norm(
       max_norm: The bound, >= 0: a number, a scalar array, a schedule `count -> value`, or a tree
         prefix of them, such as `{"encoder": 1.0, "head": 0.1}`.
       ord: The order `p > 0` of the norm; `inf` is the largest modulus.
-      axes: The axes to sum over, as in `tf.clip_by_norm`; None is all of them. One value for every
+      axes: The axes to sum over, as in `tf.clip_by_norm`; None sums over all. One value for every
         leaf, a tree prefix, or a function `(path, leaf) -> axes` with paths like "encoder/kernel".
       stack_axis: The axis along which layers are stacked, as by `scan`, so that each layer is
         clipped by itself. It takes the forms of `axes`, and None where nothing is stacked:
@@ -69,4 +70,4 @@ def clip_by_leaf_norm(
     norm = functools.partial(
         leaf_norm, ord=_checks.order(ord), axes=axes, stack_axis=stack_axis, mask=mask
     )
-    return clip_by(norm, max_norm, axis_name=axis_name)
+    return clip_by(norm, fixed(max_norm), axis_name=axis_name)

@@ -37,7 +37,7 @@ def clip_by_mean_std(
         leaf), `block_rms`, ..., or your own.
       warmup_steps: How many norms the history needs before it bounds, >= 1. Until then, only
         `max_norm` does. None is half the window, and at least 2, as in Levanter.
-      max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
+      max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None sets no cap.
       mask: As in `clip_by_global_norm`.
       axis_name: As in `clip_by_global_norm`.
 

@@ -39,7 +39,7 @@ def clip_by_quantile(
         settles more slowly and more closely.
       norm: The norm that its own history bounds: `global_norm`, `leaf_norm` (one history per
         leaf), `block_rms`, ..., or your own.
-      max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
+      max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None sets no cap.
       mask: As in `clip_by_global_norm`.
       axis_name: As in `clip_by_global_norm`.
 

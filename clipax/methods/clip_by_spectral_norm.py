@@ -14,6 +14,7 @@ from clipax._core._typing import AxisName, Bound, Coefficient, LeafRule, Norms, 
 from clipax._spectral import _matrices, _spectral
 from clipax.coefficients import hard, square_root
 from clipax.norms import leaf_norm
+from clipax.thresholds._per_norm import as_threshold
 
 
 @injectable
@@ -74,7 +75,8 @@ def clip_by_spectral_norm(
     | no entries | unchanged; norm 0 |
     | float16, bfloat16 | computed in float32 |
     | complex | entries change their phase, as real ones change their sign |
-    | a NaN or inf entry | its matrix all NaN, unchanged for max_norm = inf; others unharmed |
+    | an inf entry | its matrix all NaN, or unchanged for max_norm = inf; others unharmed |
+    | a NaN entry | its matrix all NaN; others unharmed |
     | masked out, None, integer, bool, float0 | unchanged, not measured |
 
     In float32, the result is wrong by up to 1e-6 (decomposed on a CPU, 1e-5) of the largest
@@ -109,7 +111,7 @@ def clip_by_spectral_norm(
     # This one records norms, bounds and factors of all leaves, and scales the vectors.
     recorder = clip_by(
         functools.partial(norm, mask=mask),
-        max_norm,
+        as_threshold(max_norm=max_norm),
         coefficient,
         axis_name=axis_name,
     )

@@ -9,6 +9,7 @@ from clipax._core._clip_by import clip_by
 from clipax._core._transformation import injectable
 from clipax._core._typing import AxisName, Bound, LeafRule
 from clipax.norms import unit_norm
+from clipax.thresholds import fixed
 
 
 @injectable
@@ -35,7 +36,7 @@ def clip_by_unit_norm(
         Haiku except embeddings and attention's last projection. `clipax.units` has others.
       mask: Which leaves are clipped, as in `clip_by_leaf_norm`.
       axis_name: As in `clip_by_global_norm`, but only the axes that shard what is summed, not
-        those that shard the units. Under `shard_map` with types, a state made outside says which
+        those that shard the units. Under `shard_map` with types, a state made outside shows which
         is which; a state made inside needs `axis_name`.
 
     Returns:
@@ -66,4 +67,4 @@ def clip_by_unit_norm(
     _checks.axes(unit_axis=unit_axis)
     _checks.static(mask=mask)
     norm = functools.partial(unit_norm, ord=_checks.order(ord), unit_axis=unit_axis, mask=mask)
-    return clip_by(norm, max_norm, axis_name=axis_name)
+    return clip_by(norm, fixed(max_norm), axis_name=axis_name)

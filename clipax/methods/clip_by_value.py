@@ -14,7 +14,7 @@ from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Bound, Norms, Updates
 from clipax.coefficients import hard
 from clipax.norms import leaf_norm
-from clipax.thresholds import bounded
+from clipax.thresholds._fixed import bounded
 
 
 def clip_by_value(
@@ -101,6 +101,12 @@ def clip(max_value: Bound, *, axis_name: AxisName = None) -> optax.GradientTrans
     Args:
       max_value: As in `clip_by_value`.
       axis_name: As in `clip_by_value`.
+
+    Returns:
+      The transformation `clip_by_value(max_value)`.
+
+    Raises:
+      ValueError: As `clip_by_value`.
 
     Example:
       >>> transformation = clip(1.0)

@@ -11,6 +11,7 @@ from clipax._core._clip_by import clip_by
 from clipax._core._typing import Array, AxisName, Bound, LeafRule
 from clipax.coefficients import hard
 from clipax.norms import global_norm
+from clipax.thresholds import fixed
 
 
 def delta_gclip(
@@ -63,7 +64,7 @@ def delta_gclip(
     _checks.one_bound(_checks.non_negative, max_norm=max_norm)
     _checks.scalar(_checks.inside_unit_interval, delta=delta)
     coefficient = functools.partial(_hard_above, floor=delta)
-    return clip_by(global_norm, max_norm, coefficient, mask=mask, axis_name=axis_name)
+    return clip_by(global_norm, fixed(max_norm), coefficient, mask=mask, axis_name=axis_name)
 
 
 def _hard_above(norm: Array, max_norm: Array, *, floor: jax.typing.ArrayLike) -> Array:

@@ -16,6 +16,8 @@ from clipax.norms import block_rms, global_norm
 
 
 class StableAdamState(NamedTuple):
+    """The memory of `scale_by_stable_adam`."""
+
     clip: ClipState
     mu: Updates
     """The mean of the updates, bias-corrected."""

@@ -24,7 +24,7 @@ from clipax._core import (
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Updates
 from clipax.norms import global_norm
-from clipax.thresholds import bounded
+from clipax.thresholds._fixed import bounded
 
 
 class SkipState(NamedTuple):
@@ -83,7 +83,7 @@ def skip_step(
     Args:
       inner: A whole optimizer, an `optax.MultiSteps`, or any transformation.
       skip_above: The norm above which a step is skipped, > 0: a number, a scalar array or a
-        schedule `count -> value` over the steps with a finite norm. None is never.
+        schedule `count -> value` over the steps with a finite norm. None sets no such bound.
       z_max: How many standard deviations above the mean a norm may lie, > 0; OLMo-core has 6. None
         turns this rule off.
       loss_z_max: The same for the loss, which `update` then takes as `loss=`: one number, the same

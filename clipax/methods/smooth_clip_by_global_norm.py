@@ -8,6 +8,7 @@ from clipax._core._transformation import injectable
 from clipax._core._typing import AxisName, Bound, Coefficient, LeafRule
 from clipax.coefficients import square_root
 from clipax.norms import global_norm
+from clipax.thresholds import fixed
 
 
 @injectable
@@ -65,4 +66,4 @@ def smooth_clip_by_global_norm(
     """
     _checks.one_bound(_checks.non_negative, max_norm=max_norm)
     _checks.function(coefficient=coefficient)
-    return clip_by(global_norm, max_norm, coefficient, mask=mask, axis_name=axis_name)
+    return clip_by(global_norm, fixed(max_norm), coefficient, mask=mask, axis_name=axis_name)

@@ -15,7 +15,7 @@ from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Coefficient, Updates
 from clipax.coefficients import tanh
 from clipax.norms import leaf_norm
-from clipax.thresholds import bounded
+from clipax.thresholds._fixed import bounded
 
 # Entries further above their bound count as this many times the bound, because their own factor
 # would be subnormal and flushed to zero.

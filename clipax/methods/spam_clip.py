@@ -14,10 +14,13 @@ from clipax._core._scaling import scale_updates
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Norms, Updates
 from clipax.norms import global_norm, leaf_norm
-from clipax.thresholds import Threshold, bounded
+from clipax.thresholds import Threshold
+from clipax.thresholds._fixed import bounded
 
 
 class SpamClipState(NamedTuple):
+    """The memory of `spam_clip`."""
+
     clip: ClipState
     rms: Updates
     """The root of each entry's running mean square, after clipping; 0 without a history."""
@@ -52,7 +55,7 @@ def spam_clip(
       warmup_steps: The number of the first step that can clip, >= 1. Steps count from 1 at the
         start and from 0 at a reset.
       reset_every: The means return to zero at every multiple of this step, > `warmup_steps`. SPAM
-        has 500; None is never.
+        has 500; None never resets.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:

@@ -24,6 +24,8 @@ _LEAST_SHARE = 1e-6
 
 
 class StableSpamState(NamedTuple):
+    """The memory of `stable_spam`."""
+
     clip: ClipState
     """The record of the clip of entries, with a scalar per leaf."""
     moments: Any
@@ -31,6 +33,8 @@ class StableSpamState(NamedTuple):
 
 
 class BoundState(NamedTuple):
+    """The history of the largest moduli of a leaf."""
+
     mean: Array
     """The bias-corrected average of the largest modulus."""
     norm_count: Array
@@ -38,6 +42,8 @@ class BoundState(NamedTuple):
 
 
 class NormState(NamedTuple):
+    """The history of the norms of a leaf."""
+
     mean: Array
     """The bias-corrected average of the norm."""
     root_mean_square: Array

@@ -20,6 +20,8 @@ _MOST_STEPS = 10_000
 
 
 class UClipState(NamedTuple):
+    """The memory of `u_clip`."""
+
     carry: Updates
     """What was clipped off and has not come out yet; float32, float64 or complex."""
     carry_norm: Array
@@ -45,8 +47,8 @@ def u_clip(
       inner: The clip: `clip_by_global_norm(1.0)`, `clip_by_value(1.0)` (the two of the paper) or
         another. It measures the updates with the carry added.
       max_carry: The bound on the carry's global L2 norm, > 0; what is above it is lost. None
-        bounds each entry by 10,000 times its output. inf, as in the paper, is no bound; the carry
-        may then never come out.
+        bounds each entry by 10,000 times its output. inf, as in the paper, sets no bound; the
+        carry may then never come out.
       axis_name: As in `clip_by_global_norm`, for the norm of the carry.
 
     Returns:

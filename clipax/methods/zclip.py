@@ -48,7 +48,7 @@ def zclip(
       decay: The weight of the past in the averages, in [0, 1).
       warmup_steps: How many norms the statistics start from, >= 1. Until then, only `max_norm`
         bounds.
-      max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None is no cap.
+      max_norm: A cap on the bound, > 0, in the forms that `fixed` takes. None sets no cap.
       norm: The norm that its own history bounds: `global_norm`, `leaf_norm` (one history per
         leaf), `block_rms`, ..., or your own.
       spike_bound: The bound of a spike, `(z, mean, std, z_max) -> bound`: `reciprocal_bound`,

@@ -11,7 +11,7 @@ The way from a loss to a sum of clipped gradients. Data goes down, one room afte
     coefficients  clip(Call, mask, bound, ...) -> sums, OfExamples            `_clipping`
     sums          weighted_sum(LeafGradients, Weights, ...) -> Array          `_sums`
 
-`_measured` runs the rooms from the loss to the norms, and `_clipping` those below. They stand on
+`_measured` runs the rooms from the loss to the norms, and `_clipping` those below. They use
 
     `_arguments`, `_bounds`    checks of what the user gives
     `_mapped`                  which mapped axes shard a gradient, and what is refused there
@@ -21,8 +21,8 @@ The way from a loss to a sum of clipped gradients. Data goes down, one room afte
     `_roles`, `_factors`       arrays for the products, in one form for all
     `_grams`                   norms from Gram matrices
 
-and round them are `_microbatches` (some examples after others), `_meshes` (explicit mesh axes) and
-`_info` (`PerExampleInfo`). Each public function has a module of its name.
+and around them are `_microbatches` (some examples after others), `_meshes` (explicit mesh axes)
+and `_info` (`PerExampleInfo`). Each public function has a module of its name.
 """
 
 from clipax.per_example._clipped_grad import clipped_grad as clipped_grad

@@ -14,7 +14,7 @@ def arrays_apart(
     args: Sequence[Any],
     shared: Mapping[str, Any],
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """Separates arrays from everything that is no array.
+    """Separates arrays from everything that is not an array.
 
     Args:
       loss_fn: The loss function.

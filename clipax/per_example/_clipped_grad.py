@@ -54,7 +54,7 @@ def clipped_grad(
 
     Returns:
       `grad_fn(*args, mask=None, max_norm=None, **shared) -> (grads, PerExampleInfo)`, which
-      takes the arguments of `loss_fn`. `mask`, one boolean an example, says which examples
+      takes the arguments of `loss_fn`. `mask`, one boolean per example, says which examples
       count; `max_norm` replaces the bound above. `grads` are like the parameters.
 
     Raises:

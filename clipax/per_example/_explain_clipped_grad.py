@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from clipax._core import _compat
+from clipax._core import _checks, _compat
 from clipax.per_example._calls import ArgNums, call_of, loss_of
 from clipax.per_example._plans import Plan, plans_of
 from clipax.per_example._tracing import trace
@@ -37,6 +37,9 @@ def explain_clipped_grad(
     The last columns are the number of multiplications for the norm, and how many numbers are
     kept for the sum, as a share of the leaf's size.
 
+    Raises:
+      ValueError: As `clipped_grad`.
+
     Example:
       >>> def loss_fn(params, x):
       ...     return jnp.sum(jnp.tanh(x @ params["w"] + params["b"]))
@@ -46,6 +49,8 @@ def explain_clipped_grad(
       b     (4,)    made for each example comes from mul                          4   100%
       w     (8, 4)  norms of two vectors  a product that sums over nothing       12    38%
     """
+    _checks.function(loss_fn=loss_fn)
+    _checks.flag(has_aux=has_aux)
     own = {"argnums": argnums, "batch_argnums": batch_argnums, "has_aux": has_aux}
     usual = {"argnums": 0, "batch_argnums": 1, "has_aux": False}
     given = {name: value for name, value in own.items() if value != usual[name]}

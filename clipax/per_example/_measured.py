@@ -28,21 +28,21 @@ class Measured(NamedTuple):
     """The shapes and dtypes of one gradient, in the structure of the parameters."""
     leaves: list[LeafGradients]
     leaf_norms: list[Array]
-    """One norm an example for each leaf, of the shard that is on this device."""
+    """One norm per example for each leaf, of the shard that is on this device."""
     shards: list[tuple[Hashable, ...]]
     """The mapped axes over which each leaf's gradient lies in shards."""
 
     def norms(self) -> Array:
-        """One norm an example, over all leaves."""
+        """One norm per example, over all leaves."""
         return self.norms_over(range(len(self.leaves)))
 
     def norms_in_tree(self) -> Any:
-        """One norm an example and leaf, in the structure of the parameters."""
+        """One norm per example and leaf, in the structure of the parameters."""
         places = range(len(self.leaves))
         return _paths.rebuilt(self.gradient, [self.norms_over([place]) for place in places])
 
     def norms_over(self, places: Sequence[int]) -> Array:
-        """One norm an example, over the leaves at some places and all of their shards.
+        """One norm per example, over the leaves at some places and all of their shards.
 
         Mapped axes that hold other examples are left alone.
         """

@@ -16,7 +16,7 @@ from clipax.per_example._roles import rest_of, taken_apart
 
 
 def norms_of_leaves(leaves: Sequence[LeafGradients]) -> list[Array]:
-    """One norm an example, for each leaf.
+    """One norm per example, for each leaf.
 
     Norms by Gram matrices lose their digits where products nearly cancel. If that happens to one
     example, all of these norms are found again from gradients, made one example at a time.

@@ -43,7 +43,7 @@ def track_quantile(
       >>> batch = jnp.array([[3.0, 4.0], [0.0, 0.5]])
       >>> bound = jnp.array(1.0)
       >>> grads, info = clipped_grad(loss_fn, 1.0)(jnp.zeros(2), batch, max_norm=bound)
-      >>> track_quantile(bound, info, quantile=0.5)  # half of them are at or under it
+      >>> track_quantile(bound, info, quantile=0.5)  # half of the norms are at or under it
       Array(1., dtype=float32)
 
     References:
@@ -51,6 +51,8 @@ def track_quantile(
       arXiv:1905.03871.
     """
     check_max_norm(max_norm)
+    if not isinstance(info, PerExampleInfo):
+        raise ValueError(f"info must be the PerExampleInfo of clipped_grad, got {info!r}.")
     _checks.scalar(_checks.inside_unit_interval, quantile=quantile)
     _checks.scalar(_checks.positive, learning_rate=learning_rate)
 

@@ -11,8 +11,8 @@ A threshold is an `optax.GradientTransformation` over the tree of norms:
 | `quantile_tracker` | a running estimate of a quantile | `clip_by_quantile` |
 | `mean_and_deviation` | mean plus deviations of the last norms | `clip_by_mean_std` |
 | `z_score` | mean plus deviations of a running average | `zclip` |
-| `capped` | another threshold's, but at most a fixed bound | |
-| `per_norm` | that of a rule for one norm, such as `optax.ema(0.9)` | |
+| `capped` | the smaller of another threshold's bound and a fixed one | |
+| `per_norm` | that of a rule for one norm alone, such as `optax.ema(0.9)` | |
 | `Threshold` | that of a rule of your own, which sees all norms at once | `adagc` |
 
 `clip_by(norm, threshold)` lifts any other `optax.GradientTransformation`, such as
@@ -21,8 +21,6 @@ of its own.
 """
 
 from clipax.thresholds._capped import capped as capped
-from clipax.thresholds._fixed import FixedState as FixedState
-from clipax.thresholds._fixed import bounded as bounded
 from clipax.thresholds._fixed import fixed as fixed
 from clipax.thresholds._mean_and_deviation import mean_and_deviation as mean_and_deviation
 from clipax.thresholds._per_norm import per_norm as per_norm

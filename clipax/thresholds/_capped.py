@@ -18,10 +18,10 @@ def capped(threshold: Bound | optax.GradientTransformation, max_norm: Bound | No
 
     Args:
       threshold: Any threshold, in the forms that `clip_by` takes.
-      max_norm: The cap, > 0, in the forms that `fixed` takes. None is no cap.
+      max_norm: The cap, > 0, in the forms that `fixed` takes. None sets no cap.
 
     Returns:
-      A threshold with the states of both; without a cap, that of `threshold`.
+      A threshold whose state is the pair of both states; without a cap, `threshold` itself.
 
     Raises:
       ValueError: A number in `max_norm` is not > 0; at `init` and `update`, it does not fit.
@@ -32,17 +32,17 @@ def capped(threshold: Bound | optax.GradientTransformation, max_norm: Bound | No
       >>> threshold.update(norm, threshold.init(norm), param_norm)[0]
       Array(3., dtype=float32)
     """
-    threshold = as_threshold(threshold)
+    inner = as_threshold(threshold=threshold)
     if max_norm is None:
-        return threshold
+        return inner
     cap = bounded(_checks.positive, max_norm=max_norm)
 
     def init_fn(norms: Norms) -> Any:
-        return threshold.init(norms), cap.init(norms)
+        return inner.init(norms), cap.init(norms)
 
     def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
-        bounds, inner = threshold.update(norms, state[0], params, **extra_args)
-        caps, outer = cap.update(norms, state[1])
-        return jax.tree.map(jnp.minimum, bounds, caps), (inner, outer)
+        bounds, inner_state = inner.update(norms, state[0], params, **extra_args)
+        caps, cap_state = cap.update(norms, state[1])
+        return jax.tree.map(jnp.minimum, bounds, caps), (inner_state, cap_state)
 
     return Threshold(init_fn, update_fn)

@@ -13,6 +13,8 @@ from clipax.thresholds._threshold import Threshold
 
 
 class FixedState(NamedTuple):
+    """The count of a bound with a schedule."""
+
     step_count: Array
     """The number of updates so far; int32."""
 
@@ -21,8 +23,8 @@ def fixed(max_norm: Bound) -> Threshold:
     """Bounds norms by a number, a schedule `count -> value`, or a tree prefix of them.
 
     Args:
-      max_norm: >= 0. `inf` never clips. A value that is known only while tracing cannot
-        be checked; a negative one then counts as zero.
+      max_norm: The bound, >= 0. `inf` never clips. A traced value cannot be checked; if it is
+        negative, it counts as zero.
 
     Returns:
       A threshold. With a schedule its state counts the updates; otherwise it holds nothing.
@@ -43,9 +45,9 @@ def fixed(max_norm: Bound) -> Threshold:
 def bounded(
     requirement: Callable[..., None], *, is_lower: bool = False, **bound: Bound
 ) -> Threshold:
-    """`fixed` for a bound with a name and a requirement of its own.
+    """Makes a threshold like `fixed`, for an argument with another name and requirement.
 
-    A lower one, <= 0, bounds norms by its modulus.
+    With `is_lower`, the argument is a lower bound, <= 0, whose modulus bounds the norms.
     """
     ((name, value),) = bound.items()
     _checks.bound(requirement, **bound)
@@ -54,7 +56,7 @@ def bounded(
 
     def init_fn(norms: Norms) -> Any:
         step_count = jnp.zeros((), jnp.int32)
-        bounds_at(step_count, norms)  # a prefix that does not fit
+        bounds_at(step_count, norms)  # Refuses a prefix that does not fit.
         return FixedState(step_count) if is_scheduled else optax.EmptyState()
 
     def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
@@ -84,11 +86,17 @@ def bounded(
 def _bound_like(norm: Array, value: Any, name: str) -> Array:
     bound = jnp.asarray(value).astype(norm.dtype)
     if jnp.broadcast_shapes(bound.shape, norm.shape) != norm.shape:
-        raise ValueError(f"{name} of shape {bound.shape} does not fit norms of {norm.shape}.")
+        raise ValueError(
+            f"{name} of shape {bound.shape} does not fit norms of shape {norm.shape}. Give one"
+            " number, or an array that broadcasts to the norms."
+        )
     return _placement.filled_like(norm, not_negative(bound))
 
 
 def not_negative(bound: Array) -> Array:
-    """Zero for a traced bound below it, which must not turn the updates round."""
-    # At zero, a maximum would have half of the derivative.
+    """Replaces a negative bound, which only a traced one can be, by zero.
+
+    It would reverse the updates.
+    """
+    # A maximum would have half of the derivative at zero.
     return jnp.where(bound < 0, 0, bound)

@@ -22,7 +22,7 @@ def mean_and_deviation(
 ) -> Threshold:
     """Bounds each norm by the mean of its past plus `z_max` standard deviations.
 
-    The rule of `clip_by_mean_std`, which documents the arguments, for norms of any kind.
+    This is the rule of `clip_by_mean_std`, which documents the arguments in full.
 
     Args:
       z_max: How many standard deviations above the mean a norm may lie, > 0.

@@ -9,27 +9,27 @@ import optax
 
 from clipax._core import _alike, _checks, _choice, _placement
 from clipax._core._typing import Array, Bound, Norms
-from clipax.thresholds._fixed import fixed, not_negative
+from clipax.thresholds._fixed import bounded, not_negative
 from clipax.thresholds._threshold import Threshold
 
 
 def per_norm(rule: optax.GradientTransformation) -> Threshold:
     """Lifts a rule for one norm to a tree of norms, each with a state of its own.
 
-    A norm that is not finite never enters a history: for it, and it alone, the rule's
-    state and bound stay as they were.
+    A norm that is not finite never enters a history: its own state and bound stay as they
+    were, and those of other norms go on.
 
     Args:
       rule: An `optax.GradientTransformation` whose `update(norm, state, param_norm)`
         gives the bound of one scalar norm.
 
     Returns:
-      A threshold. Its state holds the rule's states stacked, one stack for each dtype of the
-      norms that are scalars, and one for each norm that is an array. `update` takes the
-      last bounds as the extra argument `max_norm`.
+      A threshold. Its state holds the states of the rule in stacks: one stack for all scalar
+      norms of one dtype, and one for each norm that is an array. `update` takes the last
+      bounds as the extra argument `max_norm`.
 
     Raises:
-      ValueError: `rule` is no `optax.GradientTransformation`.
+      ValueError: `rule` is not an `optax.GradientTransformation`.
 
     Example:
       >>> threshold = per_norm(optax.chain(optax.ema(0.5, debias=False), optax.scale(1.5)))
@@ -74,18 +74,20 @@ def per_norm(rule: optax.GradientTransformation) -> Threshold:
     return Threshold(init_fn, update_fn)
 
 
-def as_threshold(value: Bound | optax.GradientTransformation) -> Threshold:
-    """A threshold as it is, a transformation lifted by `per_norm`, anything else `fixed`."""
+def as_threshold(**argument: Bound | optax.GradientTransformation) -> Threshold:
+    """Returns a threshold as it is, lifts other transformations, and makes the rest `fixed`."""
+    ((name, value),) = argument.items()
     if isinstance(value, Threshold):
         return value
     if _checks.is_transformation(value):
         return per_norm(value)
-    return fixed(value)
+    return bounded(_checks.non_negative, is_lower=False, **{name: value})
 
 
 def _first_states(rule: optax.GradientTransformation, norms: Array) -> Any:
     init = _elementwise(rule.init, norms)
-    # Constants of a rule of Optax lie on one device; in jit, where its arguments do.
+    # An Optax rule puts constants of its state on one device. Under jit, they lie where its
+    # arguments do.
     is_on_mesh = not jax.typeof(norms).sharding.mesh.empty
     return (jax.jit(init, keep_unused=True) if is_on_mesh else init)(norms)
 

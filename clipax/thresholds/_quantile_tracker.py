@@ -14,6 +14,8 @@ from clipax.thresholds._threshold import Threshold
 
 
 class QuantileState(NamedTuple):
+    """The history of one norm under `quantile_tracker`."""
+
     max_norm: Array
     """The estimate of the quantile; 0 before the first norm."""
     halved_count: Array
@@ -25,7 +27,7 @@ def quantile_tracker(
 ) -> Threshold:
     """Bounds each norm by an estimate that moves towards a quantile of its values.
 
-    The rule of `clip_by_quantile`, which documents the arguments, for norms of any kind.
+    This is the rule of `clip_by_quantile`, which documents the arguments in full.
 
     Args:
       quantile: The share of norms at or under the bound, in (0, 1).
@@ -63,7 +65,7 @@ def quantile_tracker(
         moved = jnp.minimum(estimate * factor, np.finfo(norm.dtype).max)
         limit = jnp.where(is_first, jnp.inf, estimate)
         count = _patience.count_halved(state.halved_count, norm, limit)
-        # Of a low quantile, many norms are far above it.
+        # Many norms are far above a low quantile, so its estimate is kept for longer.
         most = jnp.maximum(_patience.PATIENCE, 20 / share)
         is_given_up = count.astype(norm.dtype) >= most
         learned = QuantileState(

@@ -12,17 +12,19 @@ from clipax.thresholds._threshold import Threshold
 
 
 def relative_to_params(ratio: Bound, eps: jax.typing.ArrayLike = 1e-3) -> Threshold:
-    """Bounds norms by the parameters' own: `max_norm = ratio * max(param_norm, eps)`.
+    """Bounds norms by a share of the norms of the parameters.
+
+    `max_norm = ratio * max(param_norm, eps)`.
 
     Args:
-      ratio: > 0, in the forms that `fixed` takes.
-      eps: >= 0, the least parameter norm, so that a layer that starts at zero can move.
+      ratio: The share, > 0, in the forms that `fixed` takes.
+      eps: The least parameter norm, >= 0, so that a layer that starts at zero can move.
 
     Returns:
       A threshold with the state of `fixed(ratio)`.
 
     Raises:
-      ValueError: `ratio` is not > 0 or `eps` not >= 0; at `update`, there are no params.
+      ValueError: `ratio` is not > 0 or `eps` not >= 0; at `update`, `params` is missing.
 
     Example:
       >>> threshold = relative_to_params(0.1)
@@ -36,8 +38,8 @@ def relative_to_params(ratio: Bound, eps: jax.typing.ArrayLike = 1e-3) -> Thresh
         del extra_args
         if params is None:
             raise ValueError(
-                "A bound relative to the parameters needs params with the structure of the"
-                " updates: call update(updates, state, params)."
+                "update needs params with the structure of the updates, because the bound is"
+                " relative to their norms: call update(updates, state, params)."
             )
         ratio_tree, state = ratios.update(norms, state)
         bounds = jax.tree.map(

@@ -4,12 +4,12 @@ import optax
 
 
 class Threshold(optax.GradientTransformationExtraArgs):  # type: ignore[misc]
-    """A rule that sees all norms at once, and looks after its own history.
+    """A rule that sees all norms at once and keeps its own history.
 
     `init(norms) -> state` and `update(norms, state, param_norms, max_norm=last_bounds) ->
     (max_norms, state)`, where `max_norms` has the structure, shapes and dtypes of `norms`. A
-    norm that is not finite should leave the state as it was. `per_norm` makes a threshold of a
-    rule for one norm, and does this by itself.
+    norm that is not finite should leave the state as it was. `per_norm` makes a threshold from
+    a rule for one norm and takes care of that.
 
     The rule in the example lets each leaf be at most twice as long as the leaves are on average.
 

@@ -23,7 +23,7 @@ def window_quantile(
 ) -> Threshold:
     """Bounds each norm by a quantile of its last `window_size` values.
 
-    The rule of `autoclip`, which documents the arguments, for norms of any kind.
+    This is the rule of `autoclip`, which documents the arguments in full.
 
     Args:
       quantile: The share of norms at or under the bound, in (0, 1).

@@ -14,8 +14,12 @@ from clipax.thresholds._threshold import Threshold
 
 
 class ZClipState(NamedTuple):
+    """The history of one norm under `z_score`."""
+
     mean: Array
+    """The running mean; 0 before the first norm."""
     std: Array
+    """The running standard deviation; 0 before the second norm."""
     norm_count: Array
     """The number of norms learned from; int32."""
     halved_count: Array
@@ -71,7 +75,7 @@ def z_score(
 ) -> Threshold:
     """Bounds each norm that is an outlier against the mean and deviation of its past.
 
-    The rule of `zclip`, which documents the arguments, for norms of any kind.
+    This is the rule of `zclip`, which documents the arguments in full.
 
     Args:
       z_max: How many standard deviations above the mean a norm may lie, > 0.
@@ -81,14 +85,14 @@ def z_score(
       factor: Multiplies the bound of a spike, > 0.
       raw_history: Whether spikes enter the history before they are clipped.
       learn_from_spikes: Whether spikes enter the history at all.
-      min_std: Which share of the mean counts as no spread, in [0, 1).
+      min_std: The share of the mean that counts as no spread, in [0, 1).
       eps: Added to the standard deviation, a finite number > 0.
 
     Returns:
       A threshold whose state holds a `ZClipState` for each norm.
 
     Raises:
-      ValueError: A number is out of its range, or `spike_bound` is no function.
+      ValueError: A number is out of its range, or `spike_bound` is not a function.
 
     Example:
       >>> threshold = z_score(2.0, warmup_steps=2)
@@ -114,13 +118,13 @@ def z_score(
         is_warmed_up = count >= warmup_steps
         limit = mean + z_top * (std if spike_bound is limit_bound else std + guard)
         is_spike = is_warmed_up & (norm > limit)
-        # At least z_max, also where this is no spike: it will be divided by.
+        # `spike_bound` divides by this, also where there is no spike, so it is at least z_max.
         z = jnp.maximum((norm - mean) / (std + guard), z_top)
         shrunk = scale * spike_bound(z, mean, std, z_top)
         max_norm = jnp.where(is_warmed_up, jnp.where(is_spike, shrunk, limit), jnp.inf)
         halved_count = _patience.count_halved(halved_count, norm, max_norm)
         state = state._replace(halved_count=halved_count)
-        # Statistics without spread, or long out of date, have no say in what they learn.
+        # Statistics that have no spread, or are long out of date, do not limit what they learn.
         is_trusted = (std > least * mean) & (halved_count < _patience.PATIENCE)
         seen = norm if raw_history else jnp.where(is_trusted, jnp.minimum(norm, shrunk), norm)
         learned = learn(state, jnp.where(is_spike, seen, norm))
@@ -134,10 +138,11 @@ def z_score(
         old, new = _leaves.in_dtype_of(value, decay, 1 - decay)
         weight = jnp.where(is_warmed_up, new, 1 / (count + 1).astype(value.dtype))
         past = jnp.where(is_warmed_up, old, 1 - weight)
-        # Of a norm that is not finite nothing is kept, but zero times inf would be NaN.
+        # `per_norm` drops what is learned from a norm that is not finite, but `jax_debug_nans`
+        # would see zero times inf.
         deviation = jnp.where(jnp.isfinite(value), value - mean, 0)
-        # The paper's average takes the deviation from the new mean, and Welford's variance
-        # the geometric mean of both: so the one has a factor more.
+        # Welford's variance multiplies the deviations from the old and the new mean. The paper's
+        # average squares the deviation from the new mean, so it has one more factor.
         share = weight * past * jnp.where(is_warmed_up, past, 1)
         kept, added = _moments.root(past) * std, _moments.root(share) * deviation
         new_std = _moments.hypotenuse(kept, added)
