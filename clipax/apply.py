@@ -69,7 +69,7 @@ def clip_cotangent(
       probe: An array of three floats, such as zeros. Its gradient is the norm before clipping,
         the norm after clipping and the share clipped: the values `norm`, `clipped_norm` and
         `clip_fraction` of `metrics`. Gradients of a probe that is used twice add up, so each
-        place and step needs a row of its own, as one input of a `lax.scan`.
+        place and step needs a row of its own, such as an input of a `lax.scan`.
 
     Returns:
       `x`. Reverse-mode derivatives are clipped; forward-mode derivatives are not defined. Values
@@ -126,7 +126,7 @@ def _checked_probe(probe: Any) -> Array:
 
 
 def _report(state: Any, dtype: Any) -> Array:
-    """What a method says of its last update."""
+    """The norms before and after the last update of a method, and the share clipped."""
     values = metrics(state)
     if "norm" not in values:
         raise ValueError(

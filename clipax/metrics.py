@@ -56,13 +56,13 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       | `skipped` | how many steps were skipped in all |
       | `consecutive_skipped` | how many in a row, up to the last, not counting `skip_ranges` |
 
-      A `track` state gives, of the steps with a finite norm since its last reset,
+      A `track` state gives, for the steps with a finite norm since its last reset,
 
       | key | value |
       |---|---|
-      | `tracked/steps`, `tracked/steps_clipped` | how many there were, and were clipped |
+      | `tracked/steps`, `tracked/steps_clipped` | how many there were, and how many clipped |
       | `tracked/steps_not_finite` | how many more had a norm of NaN or inf |
-      | `tracked/mean_norm`, `tracked/largest_norm` | of the norms before clipping |
+      | `tracked/mean_norm`, `tracked/largest_norm` | mean and largest norm before clipping |
       | `tracked/mean_norm/<group>`, `tracked/largest_norm/<group>` | the same for each group |
       | `tracked/mean_coefficient` | the mean of the norm after clipping over the norm before |
       | `tracked/removed_share` | the share of the sum of all norms that was clipped off |
@@ -106,29 +106,29 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
 
 
 def as_floats(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, float]:
-    """Turns metrics into plain floats under keys that every logger takes.
+    """Turns metrics into plain floats under keys that every logger accepts.
 
-    It is called between steps, and fetches all values at once. `json.dumps` takes the result, and
+    Call it between steps; it fetches all values at once. `json.dumps` takes the result, and
     so do `mlflow.log_metrics`, `wandb.log` and, value by value, TensorBoard's `add_scalar`.
 
     Args:
-      values: A dict from names to scalars, as `metrics` gives it, or to arrays of them, as of
-        members of `vmap`.
-      prefix: What comes before each key, such as "train/".
+      values: A dict from names to scalars, as `metrics` returns it, or to arrays of scalars, as
+        for the members of a `vmap`.
+      prefix: A prefix of each key, such as "train/".
 
     Returns:
-      A dict from keys to floats. A key has letters and digits of ASCII, `_`, `-`, `.` and `/`
-      alone, and names no folder of another key, which MLflow keeps in files.
+      A dict from keys to floats. Keys consist of ASCII letters and digits, `_`, `-`, `.` and `/`.
+      No key is a folder of another key, because MLflow keeps keys as files.
 
     Raises:
-      ValueError: A value is no number, or has none, as under `jit`.
+      ValueError: A value is not a real number, or has no value, as under `jit`.
 
     | key or value | result |
     |---|---|
-    | a segment without letters and digits, as Haiku's `~`, or none | left out |
+    | an empty segment, or one without letters and digits, such as Haiku's `~` | left out |
     | any other character | `_` |
-    | a folder of other keys, as `norm` of `norm/w` | `norm/all` |
-    | equal to one before it by then | its number behind it, as `a_b_2` |
+    | a folder of other keys, such as `norm` beside `norm/w` | `norm/all` |
+    | by now equal to an earlier key | a number is appended, as in `a_b_2` |
     | an array | a key for each entry, `key/0`, `key/1`, `key/0_1` |
     | NaN, inf | as it is, which `json.dumps` writes as `NaN` and `Infinity` |
 
@@ -141,7 +141,7 @@ def as_floats(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, float
         if isinstance(value, jax.core.Tracer):
             raise ValueError(
                 f"values must have values, got {value!r} for {name!r}: call as_floats outside of"
-                " jit, on what comes out."
+                " jit, on its results."
             )
     fetched = {name: np.asarray(value) for name, value in jax.device_get(dict(values)).items()}
     entries: list[tuple[str, Any]] = []
@@ -164,7 +164,7 @@ def as_floats(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, float
 
 
 def _accepted(name: str) -> str:
-    """The name in the characters that all loggers take."""
+    """The name in characters that all loggers accept."""
     segments = (re.sub(r"[^A-Za-z0-9_.-]", "_", segment) for segment in name.split("/"))
     return "/".join(segment for segment in segments if re.search(r"[A-Za-z0-9]", segment))
 

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clipax._core import _checks, _mapped, _paths, _rules
-from clipax._core._reduction import Layout, separate_norms, total_norm
+from clipax._core import _checks, _mapped, _paths, _reduction, _rules
 from clipax._core._typing import Array, Axes, AxisName, LeafRule, Norms, Updates
 from clipax.units import output_last
 
@@ -67,8 +66,10 @@ def global_norm(
     leaves = _sharded_leaves(updates, axis_name, wanted, [None] * len(wanted))
     if not leaves:
         return jnp.zeros((), jnp.float32)
-    layouts = tuple(Layout(tuple(range(leaf.array.ndim)), leaf.shards) for leaf in leaves)
-    return total_norm([leaf.array for leaf in leaves], layouts, order)
+    layouts = tuple(
+        _reduction.Layout(tuple(range(leaf.array.ndim)), leaf.shards) for leaf in leaves
+    )
+    return _reduction.total_norm([leaf.array for leaf in leaves], layouts, order)
 
 
 def leaf_norm(
@@ -246,15 +247,15 @@ def _leafwise(
     summed = summed or [None] * len(every_leaf)
     wanted = wanted or _rules.wanted(updates)
     leaves = _sharded_leaves(updates, axis_name, wanted, summed)
-    layouts: list[Layout] = []
+    layouts: list[_reduction.Layout] = []
     for leaf in leaves:
         axes = summed[leaf.position]
         size = leaf.array.size * math.prod(jax.lax.axis_size(axis) for axis in leaf.shards)
         reduced = tuple(range(leaf.array.ndim)) if axes is None else tuple(axes)
-        layouts.append(Layout(reduced, leaf.shards, divisor(max(size, 1))))
+        layouts.append(_reduction.Layout(reduced, leaf.shards, divisor(max(size, 1))))
     norms: list[Any] = [None] * len(every_leaf)
     if leaves:
-        measured = separate_norms([leaf.array for leaf in leaves], tuple(layouts), ord)
+        measured = _reduction.separate_norms([leaf.array for leaf in leaves], tuple(layouts), ord)
         for leaf, norm in zip(leaves, measured, strict=True):
             norms[leaf.position] = norm
     return _paths.rebuilt(updates, norms)

@@ -19,7 +19,7 @@ else:
         def __getattr__(self, name: str) -> Any:
             return getattr(importlib.import_module("jax.extend.core"), name)
 
-    # Loaded when it is first used: it takes as long as a tenth of `import optax`.
+    # It is loaded on first use, because it takes a tenth of the time of `import optax`.
     core = _Core()
 
 # JAX gives them no type.
@@ -107,6 +107,6 @@ def untyped_axes() -> tuple[Hashable, ...]:
 
 
 def without_unused(program: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, list[bool]]:
-    """A program of what its outputs need alone, without the other inputs, and which it needs."""
+    """The program without unused equations and inputs, and which inputs are used."""
     jaxpr, is_used = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
     return core.ClosedJaxpr(jaxpr, program.consts), is_used

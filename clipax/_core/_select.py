@@ -1,19 +1,19 @@
 """Keeps the old state of a step that is not taken, by a choice at the equation that makes the new.
 
-`where(is_taken, new, old)` round a finished step makes XLA hold the old and the new state at
-once, since the updates are computed from the new one, and the state is chosen from both: a
-temporary tree for each moment. So the step is traced, its program is evaluated, and each new leaf
-is replaced by the chosen one as soon as there is one. All that follows is computed from the
-chosen leaf, and XLA writes it in the place of the old one.
+`where(is_taken, new, old)` around a finished step makes XLA hold the old and the new state at
+once, because the updates are computed from the new state and the choice needs both: a temporary
+tree for each moment. So this module traces the step, evaluates its program, and replaces each new
+leaf by the chosen one as soon as it is made. Everything that follows is computed from the chosen
+leaf, and XLA writes it in place of the old one.
 
     trace           the step -> its program, which has a variable for each new leaf
     up to a maker   the equations up to the next one that makes a new leaf, as one program
     choose          its new leaf -> where(is_taken, new, old), for all that follows
-    behind          what could not be chosen so is chosen as a whole, when all is evaluated
+    at the end      leaves that could not be chosen in this way are chosen as a whole
 
-In a step that is taken, this changes no value. In one that is not, the updates are computed from
-old leaves, and are of no use. As under `jit` and `scan`, values that `update` stores elsewhere
-are of no use either.
+In a step that is taken, this changes no value. In a step that is not, the updates are computed
+from old leaves and must not be used. As under `jit` and `scan`, values that `update` stores
+elsewhere must not be used either.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from clipax._core import _choice, _compat, _leaves
 from clipax._core._compat import core
 from clipax._core._typing import Array, Updates
 
-# Calls of a program. What is traced under `jit` had another name before jax 0.7.
+# Primitives that call a program. The one of `jit` had another name before jax 0.7.
 _CALLS = {"jit", "pjit", "closed_call", "core_call"}
 
 
@@ -42,11 +42,11 @@ def update_if(
     *args: Any,
     **extra_args: Any,
 ) -> tuple[Updates, Any]:
-    """`update(updates, state, ...)`, but with the old state, bit for bit, unless it is taken.
+    """Calls `update(updates, state, ...)` and keeps the old state, bit for bit, unless taken.
 
     The updates of a step that is not taken are unspecified.
     """
-    # What is not compiled computes value after value, whatever is chosen when.
+    # Eager calls compute every value in turn, so an early choice would save nothing.
     if isinstance(is_taken, jax.core.Tracer):
         step = _traced(update, updates, state, *args, **extra_args)
         if step is not None:
@@ -56,36 +56,36 @@ def update_if(
 
 
 def learned_if(is_taken: Array, learn: Callable[[Any], Any], memory: Any) -> tuple[Any, Any]:
-    """`learn(memory)`, and the memory after it, which is the old one unless the step is taken.
+    """Returns `learn(memory)`, and the new memory, which is the old one unless the step is taken.
 
-    For updates that depend on what was learned in every step, taken or not.
+    It serves updates that depend on what was learned in every step, taken or not.
     """
     kept = _choice.choose(is_taken, learn(memory), memory)
-    # Written before it is read, so that what follows does not read the old one too.
+    # The barrier writes it before it is read, so that nothing later reads the old one too.
     kept = _compat.optimization_barrier(kept)
     # Where the old one was kept, the same is learned from it once more.
     return _choice.choose(is_taken, kept, learn(kept)), kept
 
 
 class _Step(NamedTuple):
-    """The program of a step, and how its results are made of what the program returns."""
+    """The program of a step, with the way from its outputs to the results of the step."""
 
     program: core.ClosedJaxpr
     args: list[Any]
     leaves: list[Any]
-    """Of the updates and the new state, with `_TRACED` for each result of the program."""
+    """The leaves of the updates and the new state, with `_TRACED` for each output."""
     structures: tuple[Any, Any]
     olds: list[Any]
-    """The old value for each leaf, and None for those of the updates."""
+    """The old value for each leaf; None for the leaves of the updates."""
 
 
 _TRACED = object()
 
 
 def _traced(update: Callable[..., Any], /, *args: Any, **extra_args: Any) -> _Step | None:
-    """The program of a step, or None where it has to run as it is written."""
+    """Traces a step; None if the step must run as it is written."""
     given, structure = jax.tree.flatten((args, extra_args))
-    # What is no tracer, such as a number that an `if` asks for, stays as it is.
+    # Values that are not tracers, such as numbers that an `if` needs, stay as they are.
     places = [place for place, leaf in enumerate(given) if isinstance(leaf, jax.core.Tracer)]
     found: list[Any] = []
 
@@ -110,16 +110,16 @@ def _traced(update: Callable[..., Any], /, *args: Any, **extra_args: Any) -> _St
     try:
         program = jax.make_jaxpr(run)(*dynamic)
     except Exception:
-        # It asks a tracer for its value, or is wrong: the call itself gives the error.
+        # The step needs the value of a tracer, or has a fault. Calling it raises the error.
         return None
-    # Of callbacks and mutable arrays. What is summed over a mapped axis has one too.
+    # Other effects are those of callbacks and mutable arrays, whose order must be kept.
     if any(type(effect).__name__ != "NamedAxisEffect" for effect in program.effects):
         return None
     return _Step(program, dynamic, *found)
 
 
 def _evaluated(step: _Step, is_taken: Array) -> tuple[Updates, Any]:
-    """The updates and the state, chosen leaf by leaf or, what cannot be, as a whole."""
+    """The updates and the state, chosen leaf by leaf where possible, and else as a whole."""
     leaves, olds = list(step.leaves), list(step.olds)
     places = [place for place, leaf in enumerate(leaves) if leaf is _TRACED]
     made = zip(step.program.out_avals, (olds[place] for place in places), strict=True)
@@ -128,7 +128,7 @@ def _evaluated(step: _Step, is_taken: Array) -> tuple[Updates, Any]:
     for place, result, choice in zip(places, results, choices, strict=True):
         leaves[place] = result
         if choice is not None:
-            # What is chosen between with itself stays as it is.
+            # A choice between two equal leaves leaves them as they are.
             leaves[place] = olds[place] = choice
     updates, new_state = step.structures
     count = updates.num_leaves
@@ -141,7 +141,7 @@ def _evaluated(step: _Step, is_taken: Array) -> tuple[Updates, Any]:
 
 def _is_chosen_at_once(old: Any, new: Any, is_taken: Array) -> bool:
     """Whether a choice between the old and a new leaf has the type of the new one."""
-    # A scalar costs nothing, and a counter that does not count may be divided by as zero.
+    # A scalar costs nothing, and a later division by a counter that stays at zero would fail.
     if not _leaves.is_measured(old) or not jnp.ndim(old):
         return False
     kind = jax.typeof(old)
@@ -156,16 +156,16 @@ def _is_chosen_at_once(old: Any, new: Any, is_taken: Array) -> bool:
 def _evaluate(
     program: core.ClosedJaxpr, args: Sequence[Any], olds: Sequence[Any], is_taken: Array
 ) -> tuple[list[Any], list[Any]]:
-    """What a program returns, and of what is chosen at once, the choice; None of the rest.
+    """The outputs of a program, and the choice for each one that is chosen at once, or None.
 
-    `olds` has the old value of each result that may be, and None for the others.
+    `olds` has the old value of each output that may be chosen at once, and None for others.
     """
     jaxpr = program.jaxpr
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, program.consts, strict=True))
     values |= zip(jaxpr.invars, args, strict=True)
     old_of: dict[Any, Any] = {}
     for variable, old in zip(jaxpr.outvars, olds, strict=True):
-        # What is passed through may be an old value that another leaf still needs.
+        # An input that is passed through may be an old value that another leaf still needs.
         if old is not None and isinstance(variable, core.Var) and variable not in values:
             old_of.setdefault(variable, old)
     kept: dict[Any, Any] = {}
@@ -188,8 +188,8 @@ def _evaluate(
             if variable in old_of and variable not in kept:
                 new, old = values[variable], old_of[variable]
                 kept[variable] = jnp.where(is_taken, new, old)
-                # What follows is thrown away with the step. Its derivative is zero, and not
-                # zero times the infinite one of the root of an old moment of zero.
+                # Later values of a skipped step are dropped. Their derivative must be zero, and
+                # not zero times the infinite derivative of the root of an old moment of zero.
                 values[variable] = jnp.where(is_taken, new, jax.lax.stop_gradient(old))
     rows = zip(jaxpr.outvars, olds, strict=True)
     choices = [
@@ -206,11 +206,11 @@ class _Part(NamedTuple):
 
     program: core.Jaxpr
     body: core.ClosedJaxpr | None
-    """What its only equation calls, where that has to be looked into."""
+    """The program that its only equation calls, if that one must be split too."""
 
 
 def _parts(program: core.Jaxpr, made: Container[Any]) -> list[_Part]:
-    """The equations in order, cut behind each that makes one of the variables."""
+    """The equations in order, cut after each one that makes one of the variables."""
     runs: list[tuple[list[core.JaxprEqn], core.ClosedJaxpr | None]] = [([], None)]
     for equation in program.eqns:
         is_maker = any(variable in made for variable in equation.outvars)
@@ -248,7 +248,7 @@ def _parts(program: core.Jaxpr, made: Container[Any]) -> list[_Part]:
 
 
 def _body_of(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """The program that an equation calls, if nothing but the call would be lost without it."""
+    """The program that an equation calls, if inlining it loses nothing but the call."""
     if equation.primitive.name not in _CALLS or len(equation.outvars) == 1:
         return None
     params = equation.params

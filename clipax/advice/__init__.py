@@ -13,7 +13,7 @@ From a file to a recommendation:
 | `_replay` | the code of a method, run over the norms |
 | `_candidates` | each candidate, replayed, and what it would have done |
 | `_rules` | which of them is recommended: all the rules there are |
-| `_limits` | what a log cannot tell, and logs that are refused |
+| `_limits` | what a log cannot show, and which logs are refused |
 | `_advise` | `advise`, which calls these four |
 | `_report`, `_picture`, `_command` | a page, JSON, a picture; `clipax advise` |
 """

@@ -21,7 +21,7 @@ DEFAULT_QUANTILES = (0.5, 0.9, 0.99)
 
 
 class Quantiles(NamedTuple):
-    """Which quantiles of the windows beside it `metrics` gives."""
+    """The quantiles that `metrics` gives, of the windows beside it."""
 
     names: dict[str, optax.EmptyState]
     """The quantiles as keys, which hold nothing."""
@@ -43,7 +43,7 @@ def measure(
     Args:
       norm: The norm to record: `global_norm`, `leaf_norm`, `block_rms`, ..., or your own.
       window_size: How many norms are remembered, >= 1, at one float each.
-      quantiles: The quantiles that `metrics` gives, in (0, 1): 0.999 as `norm_q99.9`.
+      quantiles: The quantiles that `metrics` gives, in (0, 1). It names 0.999 `norm_q99.9`.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
@@ -51,7 +51,7 @@ def measure(
       inf and `coefficient` 1. Its `update` accepts a known norm as the extra argument `norm=`.
 
     Raises:
-      ValueError: `window_size` is not an integer >= 1, or `quantiles` no numbers in (0, 1).
+      ValueError: `window_size` is not an integer >= 1, or `quantiles` are not numbers in (0, 1).
 
     | updates | result |
     |---|---|
@@ -68,7 +68,7 @@ def measure(
     """
     _checks.positive_integer(window_size=window_size)
     wanted = _checked(quantiles)
-    # The usual ones are not written down, so that a state is what it was before there were others.
+    # The default quantiles are not in the state, so that it has the structure of older states.
     asked = () if tuple(map(float, wanted.names)) == DEFAULT_QUANTILES else (wanted,)
 
     def remember(norm: Array, state: WindowState, params: Any = None) -> tuple[Array, WindowState]:

@@ -123,16 +123,16 @@ def scale_by_stable_adam(
             return jax.tree.map(average, mu, wide), jax.tree.map(average_square, root_nu, wide)
 
         before = state.mu, state.root_nu
-        # Read to be summed alone, so that they are not kept for what follows.
+        # These reads are only for the sum, so that XLA keeps nothing of them for later use.
         read_before, read = _compat.optimization_barrier((before, wide))
         mu, root_nu = learn(read_before, read)
         relative = jax.tree.map(
             lambda x, root: jnp.abs(x) / jnp.maximum(root, like(root)), read, root_nu
         )
         _, clip = record.update(relative, state.clip)
-        # A mean that overflows is no history either.
+        # A mean that overflows must not be learned either.
         is_finite = _moments.all_finite(mu, axis_name=axis_name)
-        # No finite mean makes NaN, but what is written has to wait until all of it was read.
+        # No finite mean gives NaN here, but the test makes writing wait until all was read.
         for size in jax.tree.leaves(clip.norm):
             is_finite &= ~jnp.isnan(size)
         (mu, root_nu), (kept_mu, kept_nu) = _select.learned_if(is_finite, learn, before)

@@ -1,4 +1,4 @@
-"""Running statistics of a clip, for who logs every n-th step."""
+"""Running statistics of a clip, for logs of every n-th step."""
 
 import functools
 import math
@@ -20,17 +20,17 @@ class TrackState(NamedTuple):
     """What the wrapped clip did since `init` or the last `reset_tracking`."""
 
     step_count: Array
-    """How many steps had a finite norm: those that all else is of; int32."""
+    """How many steps had a finite norm. All other statistics are of these; int32."""
     clipped_count: Array
-    """In how many of them some update changed; int32."""
+    """How many of these steps changed an update; int32."""
     skipped_count: Array
-    """How many steps had a norm of NaN or inf, and are left out of all else; int32."""
+    """How many steps had a norm of NaN or inf. No other statistic counts them; int32."""
     mean_norm: Array
     """The mean norm before clipping."""
     largest_norm: Array
     """The largest norm before clipping."""
     mean_removed: Array
-    """The mean of how much shorter the norm is after clipping; 0 where it is longer."""
+    """The mean of what clipping takes off the norm, which counts as 0 where the norm grows."""
     mean_coefficient: Array
     """The mean of the norm after clipping over the norm before it."""
     group_mean_norm: dict[str, Array]
@@ -48,32 +48,34 @@ def track(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps statistics of a clip over the steps since they were last reset.
 
-    `mean <- mean + (x - mean) / step_count` of each finite `x`: the norm before clipping, how much
-    of it is removed, and the coefficient. `clipax.metrics` gives them, so that a
-    log of every fiftieth step sees all fifty, and `reset_tracking` starts them again.
+    `mean <- mean + (x - mean) / step_count` for each finite `x`: the norm before clipping, the
+    part of it that is removed, and the coefficient. `clipax.metrics` reads the means, so that a
+    log of every fiftieth step covers all fifty, and `reset_tracking` starts them again.
 
-    It goes round the clip alone: behind an optimizer, norms are those of its steps.
+    Wrap the clip alone. Around a whole optimizer, the norms after it are those of its steps.
 
     Args:
       inner: A clip, or any transformation.
       groups: Leaves whose norm is tracked by itself: paths such as "encoder", each with all
-        leaves under it, or a function `(path, leaf) -> name`, None for a leaf in no group.
+        leaves under it, or a function `(path, leaf) -> name`, which returns None for a leaf in
+        no group.
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      `inner` with a `TrackState` of scalars round its state, float32 or float64 (where a
-      parameter is). If `inner` has one norm for all leaves, norm and coefficient are its own;
-      otherwise they are the global L2 norm before it, and the norm after it over this one.
+      `inner` with its state inside a `TrackState` of scalars, in float32, or float64 where a
+      parameter is. If `inner` has one norm for all leaves, its norm and coefficient are used.
+      Otherwise the norm is the global L2 norm before it, and the coefficient is the norm after
+      it over that norm.
 
     Raises:
-      ValueError: `inner` is no transformation, or `groups` neither paths nor a function; at
-        `init`, there is no leaf at a path, or the function gives no name; at `update`, there is
-        no state.
+      ValueError: `inner` is not a transformation, or `groups` is neither paths nor a function;
+        at `init`, there is no leaf at a path, or the function returns neither a name nor None;
+        at `update`, the state is missing.
 
     | step | result |
     |---|---|
     | any | what `inner` gives, bit for bit |
-    | a norm of NaN or inf, before or after | counted as skipped, left out of all else |
+    | a norm of NaN or inf, before or after | counted as skipped, and in no other statistic |
     | zero updates | norm 0, coefficient 1 |
     | longer after `inner` than before | nothing removed; the coefficient is more than 1 |
     | none since the reset | counts, norms and removed share 0, coefficient 1 |
@@ -99,7 +101,7 @@ def track(
         zero = _placement.zero_norms(functools.partial(global_norm, axis_name=names), measured)
         names_of_groups = _names(groups, measured)
         return TrackState(
-            # Arrays of their own, since a buffer can be donated only once.
+            # Separate arrays, because a buffer can be donated only once.
             step_count=zero.astype(jnp.int32),
             clipped_count=zero.astype(jnp.int32),
             skipped_count=zero.astype(jnp.int32),
@@ -140,13 +142,13 @@ def track(
 def reset_tracking(opt_state: Any) -> Any:
     """Starts the statistics of every `track` in an optimizer state again.
 
-    It changes nothing: it returns another state, in `jit` too.
+    It returns a new state and works inside and outside `jit`.
 
     Args:
       opt_state: Any pytree that holds states of `track`.
 
     Returns:
-      The optimizer state with fresh statistics, and all else as it was.
+      The optimizer state with fresh statistics; everything else is unchanged.
 
     Raises:
       ValueError: `opt_state` holds no `TrackState`.
@@ -189,8 +191,8 @@ def _check(groups: Any) -> None:
     )
     if not (is_of_paths or callable(groups)):
         raise ValueError(
-            "groups must be a list of paths, as ['encoder', 'head'], or a function (path, leaf) ->"
-            f" name, got {groups!r}."
+            "groups must be a list of paths, such as ['encoder', 'head'], or a function"
+            f" (path, leaf) -> name, got {groups!r}."
         )
 
 
@@ -223,12 +225,12 @@ def _before_and_after(
     """The norms before and after a transformation, and whether it changed anything."""
     if isinstance(inner_state, ClipState) and isinstance(inner_state.norm, jax.Array):
         norm, coefficient = inner_state.norm, inner_state.coefficient
-        if norm.ndim == 0:  # It knows both: nothing is measured again.
+        if norm.ndim == 0:  # The state has both, so nothing is measured again.
             return norm, jnp.where(coefficient == 1, norm, norm * coefficient), ~(coefficient >= 1)
     measure = functools.partial(global_norm, axis_name=axis_name)
     is_changed = measure(jax.tree.map(_changed, updates, new_updates), math.inf) > 0
     before, after = measure(updates), measure(new_updates)
-    # What did not change has one norm, however each was summed.
+    # Unchanged updates have one norm, however each was summed.
     return before, jnp.where(is_changed, after.astype(before.dtype), before), is_changed
 
 
