@@ -22,7 +22,7 @@ class Advice(NamedTuple):
     candidates: tuple[Candidate, ...]
     """Each method that was replayed, and what it would have done."""
     limits: tuple[str, ...]
-    """What the log cannot tell, one sentence each."""
+    """What the log cannot show, one sentence each."""
     norms: Floats
     """The norms, as they were given."""
     steps: Floats
@@ -81,7 +81,7 @@ def advise(
     Args:
       norms: The global norm before clipping at each logged step, shape [steps]; may hold NaN
         and inf.
-      losses: The losses of the same steps, which tell whether spikes cost anything. None is none.
+      losses: The losses of the same steps, which show whether spikes cost anything; None without.
       steps: The numbers of the steps, which rise. None counts from 0 in steps of `every`.
       max_norm: The bound that the run had, > 0. None leaves it out of the candidates.
       every: How many steps there are from one logged norm to the next, >= 1. None takes it from

@@ -14,7 +14,7 @@ _WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def is_event_file(file: File) -> bool:
-    """Whether a file is one of TensorBoard's: its first record says so behind its length."""
+    """Whether a file is one of TensorBoard's: its first record, after the length, shows it."""
     return b"brain.Event:" in file.head[:64]
 
 

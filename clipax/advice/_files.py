@@ -66,7 +66,7 @@ def _opened(name: str, path: pathlib.Path | None, raw: Any) -> File:
 
 
 def encoding_of(head: bytes) -> str:
-    """The encoding that the first bytes of a text tell; UTF-8 where they tell none."""
+    """The encoding that the first bytes of a text show, or UTF-8."""
     return _WIDE.get(head[:2], "utf-8")
 
 

@@ -1,4 +1,4 @@
-"""What a log cannot tell, each as a sentence or as a refusal."""
+"""What a log cannot show, each as a sentence or as a refusal."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -39,7 +39,7 @@ _STEPS = (
     re.compile(r"(global_)?steps?|iter(ation)?s?"),
     re.compile(r"_step|(train|trainer)_(global_)?step"),
 )
-# Of ranks of names for norms, those above this one are of a part of the model.
+# Names of norms with a rank above this one are those of a part of the model.
 LAST_TOTAL = 2
 
 

@@ -37,7 +37,7 @@ def read_table(file: File, delimiter: str, wanted: str | None) -> Columns:
         if len(header) == 1 and _is_number(header[0]):
             columns.add(1, [("norm", header[0])])
             header = ["norm"]
-        # One of equal names could not be told from the other.
+        # Two columns of equal names could not be distinguished.
         for name in header:
             if header.count(name) > 1 and columns.is_kept(name):
                 raise columns.error(1, f"two columns are named {name!r}.")
