@@ -137,10 +137,14 @@ def as_floats(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, float
       >>> as_floats(values, prefix="train/")
       {'train/norm/all': 5.0, 'train/norm/mlp/linear': 3.0}
     """
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"values must be a dict from names to numbers, got {values!r}.")
+    if not isinstance(prefix, str):
+        raise ValueError(f"prefix must be a string, got {prefix!r}.")
     for name, value in values.items():
         if isinstance(value, jax.core.Tracer):
             raise ValueError(
-                f"values must have values, got {value!r} for {name!r}: call as_floats outside of"
+                f"values must be known, got {value!r} for {name!r}: call as_floats outside of"
                 " jit, on its results."
             )
     fetched = {name: np.asarray(value) for name, value in jax.device_get(dict(values)).items()}

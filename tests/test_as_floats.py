@@ -83,8 +83,20 @@ def test_what_is_no_number_is_refused(bad: Any) -> None:
         clipax.as_floats({"a": bad})
 
 
+@pytest.mark.parametrize("bad", [3, None, {3: 1.0}, [("a", 1.0)]])
+def test_what_is_no_dict_of_names_is_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"^values must be a dict from names to numbers, got "):
+        clipax.as_floats(bad)
+
+
+@pytest.mark.parametrize("bad", [3, None])
+def test_a_prefix_that_is_no_string_is_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"^prefix must be a string, got "):
+        clipax.as_floats({"a": 1.0}, prefix=bad)
+
+
 def test_values_of_a_trace_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^values must have values, got .* for 'norm'"):
+    with pytest.raises(ValueError, match=r"^values must be known, got .* for 'norm'"):
         jax.jit(lambda x: clipax.as_floats({"norm": x}))(1.0)
 
 

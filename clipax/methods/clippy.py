@@ -41,8 +41,8 @@ def clippy(
       leaf: `norm` is `n_l` and `max_norm` is 1.
 
     Raises:
-      ValueError: `ratio` or `eps` is not a finite number >= 0; at `update`, `params` is missing or
-        lacks a leaf of the updates.
+      ValueError: `ratio` or `eps` is not a finite number >= 0; at `update`, `params` is missing,
+        lacks a leaf of the updates, or has one of another shape.
 
     | leaf | result |
     |---|---|
@@ -68,6 +68,11 @@ def clippy(
     record = clip_by(largest, 1.0, axis_name=axis_name)
 
     def relative(update: Any, param: Any) -> Array:
+        if jnp.shape(param) != jnp.shape(update):
+            raise ValueError(
+                f"params must have the shapes of the updates, got {jnp.shape(param)} for"
+                f" {jnp.shape(update)}."
+            )
         size = jnp.abs(_leaves.widened(jnp.asarray(update)))
         share, least = _leaves.in_dtype_of(size, ratio, eps)
         bound = share * jnp.abs(jnp.asarray(param)).astype(size.dtype) + least

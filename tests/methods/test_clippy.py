@@ -138,3 +138,11 @@ def test_missing_params_are_refused() -> None:
         method.update(UPDATES, method.init(PARAMS))
     with pytest.raises(ValueError, match=r"^params must be .*nothing is said of 'b'"):
         method.update(UPDATES, method.init(PARAMS), {"w": PARAMS["w"]})
+
+
+@pytest.mark.parametrize("bad", [jnp.ones(()), jnp.ones(3)])
+def test_params_of_other_shapes_are_refused(bad: Any) -> None:
+    method, updates = clipax.clippy(), {"w": jnp.ones(2)}
+    for params in (bad, {"w": bad}):
+        with pytest.raises(ValueError, match=r"^params must have the shapes of the updates, got "):
+            method.update(updates, method.init(updates), params)
