@@ -130,7 +130,7 @@ BOUNDS = [
     (name, key)
     for name, factory in sorted(trees.public_factories().items())
     for key, each in inspect.signature(factory).parameters.items()
-    if any(typing.get_origin(kind) is Callable for kind in typing.get_args(each.annotation))
+    if optax.Schedule in typing.get_args(each.annotation)
 ]
 
 
