@@ -61,8 +61,9 @@ def learned_if(is_taken: Array, learn: Callable[[Any], Any], memory: Any) -> tup
     It serves updates that depend on what was learned in every step, taken or not.
     """
     kept = _choice.choose(is_taken, learn(memory), memory)
-    # The barrier writes it before it is read, so that nothing later reads the old one too.
-    kept = _compat.optimization_barrier(kept)
+    # The barrier writes each leaf before it is read, so that nothing later reads the old one too.
+    # One barrier for all leaves would make each vary over the mapped axes of the others.
+    kept = jax.tree.map(_compat.optimization_barrier, kept)
     # Where the old one was kept, the same is learned from it once more.
     return _choice.choose(is_taken, kept, learn(kept)), kept
 

@@ -124,7 +124,7 @@ def scale_by_stable_adam(
 
         before = state.mu, state.root_nu
         # These reads are only for the sum, so that XLA keeps nothing of them for later use.
-        read_before, read = _compat.optimization_barrier((before, wide))
+        read_before, read = jax.tree.map(_compat.optimization_barrier, (before, wide))
         mu, root_nu = learn(read_before, read)
         relative = jax.tree.map(
             lambda x, root: jnp.abs(x) / jnp.maximum(root, like(root)), read, root_nu
