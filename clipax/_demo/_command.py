@@ -33,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m clipax", description=_demo.__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m clipax",
+        description=_demo.__doc__,
+        epilog="Another command, `python -m clipax advise LOG`, reads the log of a run and"
+        " recommends a clip.",
+    )
     add = functools.partial(parser.add_argument, help="default: %(default)s")
     methods, optimizers = (
         f"all, or some of {', '.join(METHODS)}; default: {', '.join(DEFAULT)}",
