@@ -17,6 +17,16 @@ from benchmarks.compilers import accelerators, hlo
 pytestmark = [pytest.mark.tpu, needs("tpu")]
 METHODS = sorted(trees.public_factories())
 every_chip = pytest.mark.parametrize("chip", accelerators.TPUS)
+# One method of each kind for every generation, the others for a small chip and for the newest.
+each_method = pytest.mark.parametrize(
+    ("name", "chip"),
+    [
+        (name, chip)
+        for chip in accelerators.TPUS
+        for name in METHODS
+        if name in trees.ONE_OF_EACH_KIND or chip in ("v5e", "tpu7x")
+    ],
+)
 
 ADAM = "adam alone"
 # All-reduces that a method adds to a step, where they may be more than two.
@@ -67,8 +77,7 @@ def passes(method: Any, chip: str) -> list[str]:
     return hlo.passes_for_a_reduction(text, matrices)
 
 
-@every_chip
-@pytest.mark.parametrize("name", METHODS)
+@each_method
 def test_one_chip_compiles_it_without_another_pass(name: str, chip: str) -> None:
     found = passes(trees.build(name), chip)
     assert not found or name in READS_AGAIN
@@ -85,8 +94,7 @@ def all_reduces_added(name: str, chip: str, depth: int) -> int:
     return all_reduces_of(name, chip, depth) - all_reduces_of(ADAM, chip, depth)
 
 
-@every_chip
-@pytest.mark.parametrize("name", METHODS)
+@each_method
 def test_a_slice_compiles_it_with_few_all_reduces(name: str, chip: str) -> None:
     few = all_reduces_added(name, chip, depth=3)
     assert few <= MANY_ALL_REDUCES.get(name, 2) + 3 * FOR_EACH_MATRIX.get(name, 0)

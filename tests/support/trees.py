@@ -70,7 +70,7 @@ def public_factories() -> dict[str, Callable[..., Any]]:
 
 # One of each kind: a fixed bound on all, each leaf, each unit, each entry and by values; bounds
 # that are learned; moments; and what is put round another method.
-_ONE_OF_EACH_KIND = {
+ONE_OF_EACH_KIND = {
     "adagc",
     "adaptive_grad_clip",
     "clip_by_global_norm",
@@ -83,7 +83,7 @@ _ONE_OF_EACH_KIND = {
 }
 
 
-def mostly_slow(names: Iterable[str], plain: Container[str] = _ONE_OF_EACH_KIND) -> list[Any]:
+def mostly_slow(names: Iterable[str], plain: Container[str] = ONE_OF_EACH_KIND) -> list[Any]:
     """The names as parameters of a test, those that are not plain in the slow group."""
     return [
         name if name in plain else pytest.param(name, marks=pytest.mark.slow) for name in names
