@@ -8,6 +8,7 @@ import re
 
 import jax
 import pytest
+import trees
 
 import clipax
 from clipax import __main__
@@ -34,10 +35,11 @@ def _blocks(path: pathlib.Path) -> list[str]:
 
 # Each page with code, as a parameter of a test.
 _WITH_CODE = [name for name, path in PAGES.items() if _blocks(path)]
+_READ_FIRST = {"README.md", "CONTRIBUTING.md", "docs/start.md"}
 
 
 @pytest.mark.usefixtures("_promotes")
-@pytest.mark.parametrize("name", _WITH_CODE)
+@pytest.mark.parametrize("name", trees.mostly_slow(_WITH_CODE, _READ_FIRST))
 def test_every_block_of_a_page_runs(name: str) -> None:
     # As in a script of a user: arrays of different ranks may meet.
     with jax.numpy_rank_promotion("allow"):
@@ -105,6 +107,7 @@ def test_tables_of_methods_call_them() -> None:
         assert len(_calls(PAGES[name].read_text())) >= count
 
 
+@pytest.mark.slow
 def test_the_page_on_choosing_shows_what_the_command_prints(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -176,6 +176,7 @@ def test_the_module_runs_as_a_command(log: str, tmp_path: pathlib.Path) -> None:
     assert done.stderr == "clipax advise: none: No such file or directory.\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["long", "short", "constant", "nothing clipped", "zeros and NaN"])
 def test_every_log_can_be_drawn(kind: str, tmp_path: pathlib.Path) -> None:
     norms = {
@@ -206,6 +207,7 @@ REAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_real_logs_are_advised(name: str, tmp_path: pathlib.Path) -> None:
     path = LOGS / f"{name}.csv"
