@@ -26,6 +26,15 @@ KEPT_WITH_DEVICES = {"03_many_devices": 8}
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|\binf\b|\bnan\b)")
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# One device everywhere, and many where they are the subject.
+each_run = pytest.mark.parametrize(
+    ("path", "num_devices"),
+    [
+        pytest.param(path, number, id=f"{number}-{path.stem}")
+        for path in NOTEBOOKS
+        for number in sorted({1, KEPT_WITH_DEVICES.get(path.stem, 1)})
+    ],
+)
 
 
 def _read(path):
@@ -71,8 +80,7 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.slow
-@each_notebook
-@pytest.mark.parametrize("num_devices", [1, 8])
+@each_run
 def test_runs(path, num_devices, tmp_path, monkeypatch):
     _write_kernel_spec(tmp_path / "kernels" / "of-the-tests", num_devices)
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
