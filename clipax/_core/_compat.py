@@ -22,6 +22,9 @@ else:
     # It is loaded on first use, because it takes a tenth of the time of `import optax`.
     core = _Core()
 
+# Primitives that call a program. The one of `jit` had another name before jax 0.7.
+CALLS = {"jit", "pjit", "closed_call", "core_call"}
+
 # JAX gives them no type.
 partition_spec: Callable[..., PartitionSpec] = PartitionSpec
 shape_dtype_struct: Callable[..., jax.ShapeDtypeStruct] = jax.ShapeDtypeStruct

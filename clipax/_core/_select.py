@@ -29,9 +29,6 @@ from clipax._core import _choice, _compat, _leaves
 from clipax._core._compat import core
 from clipax._core._typing import Array, Updates
 
-# Primitives that call a program. The one of `jit` had another name before jax 0.7.
-_CALLS = {"jit", "pjit", "closed_call", "core_call"}
-
 
 def update_if(
     is_taken: Array,
@@ -250,7 +247,7 @@ def _parts(program: core.Jaxpr, made: Container[Any]) -> list[_Part]:
 
 def _body_of(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
     """The program that an equation calls, if inlining it loses nothing but the call."""
-    if equation.primitive.name not in _CALLS or len(equation.outvars) == 1:
+    if equation.primitive.name not in _compat.CALLS or len(equation.outvars) == 1:
         return None
     params = equation.params
     placed = jax.tree.leaves((params.get("in_shardings"), params.get("out_shardings")))

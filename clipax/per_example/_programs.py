@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from clipax._core._compat import core
+from clipax._core._compat import CALLS, core
 from clipax._core._typing import Array
 
 Program: TypeAlias = "core.Jaxpr"
 Equation: TypeAlias = "core.JaxprEqn"
 Variable: TypeAlias = "core.Var"
 
-# Calls and rematerializations only wrap a program. Calls had another name before jax 0.7.
-_CALLS = {"jit", "pjit", "closed_call", "core_call"}
+# Like calls, rematerializations only wrap a program.
 REMATS = {"checkpoint", "remat", "remat2"}
 
 # These primitives return their operands. They change the mesh axes over which a type varies, the
@@ -106,7 +105,7 @@ class Body(NamedTuple):
 def body_of(equation: Equation) -> Body | None:
     """The program inside a call or a scan; None for other equations."""
     name = equation.primitive.name
-    if name not in _CALLS | REMATS | {"scan"}:
+    if name not in CALLS | REMATS | {"scan"}:
         return None
     inside = equation.params.get("jaxpr") or equation.params["call_jaxpr"]
     if isinstance(inside, core.ClosedJaxpr):
