@@ -39,8 +39,6 @@ _STEPS = (
     re.compile(r"(global_)?steps?|iter(ation)?s?"),
     re.compile(r"_step|(train|trainer)_(global_)?step"),
 )
-# Names of norms with a rank above this one are those of a part of the model.
-LAST_TOTAL = 2
 
 
 def plain(name: str) -> str:
