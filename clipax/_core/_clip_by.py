@@ -117,13 +117,10 @@ def clip_by(
     _checks.axis_name(axis_name=axis_name)
     takes_names = _mapped.takes_axis_name(norm)
 
-    def measured_over(names: AxisName) -> Norm:
-        def measured(updates: Updates) -> Norms:
-            norms = norm(updates) if names is None else norm(updates, axis_name=names)
-            _checks.norms(norms)
-            return norms
-
-        return measured
+    def measured(updates: Updates, **names: AxisName) -> Norms:
+        norms = norm(updates, **names)
+        _checks.norms(norms)
+        return norms
 
     structures: dict[Any, Any] = {}
 
@@ -138,9 +135,8 @@ def clip_by(
         return bool(jax.tree.structure(state.threshold) == structures[key])
 
     def init_fn(params: Updates) -> ClipState:
-        # Mapped axes are rarely bound where a state is made, and only types matter here.
-        names = None if axis_name is None else _mapped.bound_here(axis_name)
-        zeros = _placement.zero_norms(measured_over(names), _rules.only_measured(params, mask))
+        wanted = _rules.only_measured(params, mask)
+        zeros = _placement.zero_norms(measured, wanted, axis_name=axis_name)
         if _compat.stands_for_params(params) and not jax.tree.leaves(zeros):
             # One placeholder is in place of all parameters, so no leaf is known here.
             zeros = jnp.zeros((), jnp.float32)
@@ -163,7 +159,7 @@ def clip_by(
         names = axis_name
         if names is None and takes_names and last is not None:
             names = _mapped.summed_according_to(last.norm, wanted)
-        measure = measured_over(names)
+        measure = _mapped.with_names(measured, names)
         norms = given_norms(measure, wanted, last, extra_args.get("norm"))
         if norms is None:
             norms = _paths.flat(measure(wanted))

@@ -20,6 +20,7 @@ or what is summed within a unit. A state that was made outside of the program sh
 norms vary over the axes that divide the units.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -83,6 +84,11 @@ def bound_here(axis_name: AxisName) -> AxisName:
     return jax.tree.map(keep, axis_name, is_leaf=_rules.is_rule_value)
 
 
+def with_names(norm: Norm, axis_name: AxisName) -> Norm:
+    """The norm as it is called with these names, or without any if None is given."""
+    return norm if axis_name is None else functools.partial(norm, axis_name=axis_name)
+
+
 def takes_axis_name(norm: Norm) -> bool:
     parameters = inspect.signature(norm).parameters.values()
     return any(each.name == "axis_name" or each.kind is each.VAR_KEYWORD for each in parameters)
@@ -97,9 +103,8 @@ def summed_according_to(last_norms: Norms, updates: Updates) -> AxisName:
         return None
     by_path = _paths.by_path(last_norms)
     names = {
-        position.path: _summed_axes(position.node, by_path.get(position.path))
-        for position in _paths.positions(updates)
-        if position.is_leaf
+        path: _summed_axes(leaf, by_path.get(path))
+        for path, leaf in _paths.leaves(updates).items()
     }
     if all(name is None for name in names.values()):
         return None

@@ -55,7 +55,7 @@ def of_params(
     """Norms of the parameters whose updates are measured; under jit, unused ones cost nothing."""
     if params is None:
         return None
-    by_path = {path: leaf for path, leaf, is_leaf in _paths.positions(params) if is_leaf}
+    by_path = _paths.leaves(params)
     leaves, treedef = jax.tree.flatten(updates)
     matching = [
         by_path.get(path) if _leaves.is_measured(leaf) else None

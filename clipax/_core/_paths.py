@@ -48,6 +48,11 @@ def of_leaves(tree: Any) -> list[str]:
     return [position.path for position in positions(tree) if position.is_leaf]
 
 
+def leaves(tree: Any) -> dict[str, Any]:
+    """Each leaf by its path."""
+    return {position.path: position.node for position in positions(tree) if position.is_leaf}
+
+
 def flat(tree: Any) -> Any:
     """Makes a dict from paths to leaves, or to None for a node without any; keeps a bare leaf."""
     found = positions(tree)

@@ -1,25 +1,27 @@
 """Places the state of a norm on the devices of what is measured, sharded alike."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from clipax._core import _compat, _leaves, _paths
-from clipax._core._typing import Array
+from clipax._core import _compat, _leaves, _mapped, _paths, _rules
+from clipax._core._typing import Array, AxisName, Norm
 
 
-def zero_norms(norm: Callable[[Any], Any], params: Any) -> Any:
+def zero_norms(norm: Norm, params: Any, *, axis_name: AxisName) -> Any:
     """Zeros in the type and sharding of the norms of `params`, flat by path."""
+    # Mapped axes are rarely bound where a state is made, and only types matter here.
+    norm = _mapped.with_names(norm, _mapped.bound_here(axis_name))
+    params = _rules.only_measured(params)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
         # Only the norm itself is placed, and varies over mapped axes, as norms in this program do.
         return jax.tree.map(lambda size: filled_like(size, 0.0), _paths.flat(norm(params)))
     shapes = jax.tree.map(_shape_in_place, params)
     sharded = {
         path: leaf.sharding
-        for path, leaf in zip(_paths.of_leaves(shapes), jax.tree.leaves(shapes), strict=True)
+        for path, leaf in _paths.leaves(shapes).items()
         if getattr(leaf, "sharding", None) is not None
     }
     whole = next(iter(sharded.values()), None)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _mapped, _placement, _rules
+from clipax._core import _checks, _leaves, _placement
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
 from clipax.norms import global_norm
@@ -59,9 +59,8 @@ def observe(
     _checks.axis_name(axis_name=axis_name)
 
     def init_fn(params: Updates) -> ObserveState:
-        norm = functools.partial(global_norm, axis_name=_mapped.bound_here(axis_name))
         # Separate arrays, because a buffer can be donated only once.
-        zero = _placement.zero_norms(norm, _rules.only_measured(params))
+        zero = _placement.zero_norms(global_norm, params, axis_name=axis_name)
         return ObserveState(zero, zero + 0, zero + 0, inner.init(params))
 
     def update_fn(

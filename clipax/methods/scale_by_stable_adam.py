@@ -1,13 +1,12 @@
 """StableAdamW's step: Adam's step, shortened where its second moment is out of date."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _compat, _mapped, _moments, _placement, _select
+from clipax._core import _checks, _compat, _moments, _placement, _select
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
@@ -94,8 +93,7 @@ def scale_by_stable_adam(
 
     def init_fn(params: Updates) -> StableAdamState:
         root_nu = _moments.zero_moduli(params)
-        names = _mapped.bound_here(axis_name)
-        zero = _placement.zero_norms(functools.partial(global_norm, axis_name=names), root_nu)
+        zero = _placement.zero_norms(global_norm, root_nu, axis_name=axis_name)
         clip, mu = record.init(root_nu), _moments.zeros(params)
         return StableAdamState(clip, mu, root_nu, zero.astype(jnp.int32))
 

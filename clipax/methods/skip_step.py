@@ -1,6 +1,5 @@
 """Skipping an optimizer's step where a norm or a loss is too large."""
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -14,10 +13,8 @@ from clipax._core import (
     _checks,
     _choice,
     _leaves,
-    _mapped,
     _norm_trees,
     _placement,
-    _rules,
     _select,
     _window,
 )
@@ -153,8 +150,7 @@ def skip_step(
     ranges = _checked_ranges(skip_ranges)
 
     def init_fn(params: Updates) -> SkipState:
-        norm = functools.partial(global_norm, axis_name=_mapped.bound_here(axis_name))
-        zero = _placement.zero_norms(norm, _rules.only_measured(params))
+        zero = _placement.zero_norms(global_norm, params, axis_name=axis_name)
 
         def window(z: jax.typing.ArrayLike | None) -> Any:
             return optax.EmptyState() if z is None else _window.empty(window_size, zero)

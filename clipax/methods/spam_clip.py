@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _choice, _leaves, _mapped, _moments, _placement
+from clipax._core import _checks, _choice, _leaves, _moments, _placement
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import injectable, transformation
@@ -109,8 +109,7 @@ def spam_clip(
 
     def init_fn(params: Updates) -> SpamClipState:
         rms = _moments.zero_moduli(params)
-        names = _mapped.bound_here(axis_name)
-        zero = _placement.zero_norms(functools.partial(global_norm, axis_name=names), rms)
+        zero = _placement.zero_norms(global_norm, rms, axis_name=axis_name)
         return SpamClipState(record.init(rms), rms, zero.astype(jnp.int32))
 
     def update_fn(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _choice, _leaves, _mapped, _moments, _paths, _placement, _rules
+from clipax._core import _checks, _choice, _leaves, _moments, _paths, _placement, _rules
 from clipax._core._clip_by import ClipState
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
@@ -96,10 +96,8 @@ def track(
     _check(groups)
 
     def init_fn(params: Updates) -> TrackState:
-        names = _mapped.bound_here(axis_name)
-        measured = _rules.only_measured(params)
-        zero = _placement.zero_norms(functools.partial(global_norm, axis_name=names), measured)
-        names_of_groups = _names(groups, measured)
+        zero = _placement.zero_norms(global_norm, params, axis_name=axis_name)
+        names_of_groups = _names(groups, _rules.only_measured(params))
         return TrackState(
             # Separate arrays, because a buffer can be donated only once.
             step_count=zero.astype(jnp.int32),

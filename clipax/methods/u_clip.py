@@ -1,13 +1,12 @@
 """U-Clip: adds what was clipped off to the next update."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _choice, _leaves, _mapped, _moments, _placement
+from clipax._core import _checks, _choice, _leaves, _moments, _placement
 from clipax._core._scaling import in_two
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
@@ -94,10 +93,10 @@ def u_clip(
         _checks.scalar(_checks.positive, max_carry=max_carry)
 
     def init_fn(params: Updates) -> UClipState:
-        norm = functools.partial(global_norm, axis_name=_mapped.bound_here(axis_name))
         carry = _moments.zeros(params)
         inner_state = inner.init(_moments.zeros(params))
-        return UClipState(carry, _placement.zero_norms(norm, carry), inner_state)
+        zero = _placement.zero_norms(global_norm, carry, axis_name=axis_name)
+        return UClipState(carry, zero, inner_state)
 
     def update_fn(
         updates: Updates,
