@@ -9,6 +9,7 @@ range is taken.
     inf          CPU         no       a maximum of floats, and a sum that finds NaN (b)
     inf          elsewhere   either   a maximum of bits (c)
     2            CPU         no       one sum, and a second read if it left the range (d)
+    2, little    CPU         no       one sum in float64, for each leaf by itself (j)
     2, of units  GPU         no       one sum in float64 (e)
     2            GPU         no       three sums, small leaves that are alike in one stack (f)
     2            TPU         no       three sums, fused with what makes the gradient (g)
@@ -27,6 +28,8 @@ Each form is there because of what a test or a measurement shows:
     h  Devices could take different branches and then wait for each other:
        `test_collectives_do_not_grow_with_the_number_of_leaves`.
     i  The powers of the other entries do not overflow: `test_global_norm_of_any_order_and_dtype`.
+    j  A branch for each of a thousand leaves takes long to compile:
+       `test_cpus_sum_little_leaves_in_doubles`.
 """
 
 import functools
