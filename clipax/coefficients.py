@@ -35,6 +35,10 @@ def hard(norm: Array, max_norm: Array, *, eps: jax.typing.ArrayLike = 0.0) -> Ar
       >>> hard(jnp.array([5.0, 0.5]), jnp.array([1.0, 1.0]))
       Array([0.2, 1. ], dtype=float32)
     """
+    if isinstance(eps, int | float) and eps == 0:
+        within = norm <= max_norm
+        # The selections keep 0 / 0 out of the quotient and its derivative.
+        return jnp.where(within, 1, max_norm) / jnp.where(within, 1, norm)
     eps = jnp.asarray(eps).astype(norm.dtype)
     norm = norm + eps
     within = (norm < max_norm) | ((norm == max_norm) & ((eps == 0) | jnp.isposinf(norm)))

@@ -16,6 +16,7 @@ FLOORS = [
         "_core/_checks",
         "_core/_choice",
         "_core/_compat",
+        "_core/_kinds",
         "_core/_leaves",
         "_core/_mapped",
         "_core/_paths",

@@ -337,13 +337,26 @@ def test_gpus_sum_units_in_doubles(platform: str, norm: Any) -> None:
         return jnp.sum(norm({"x": x})["x"])
 
     def program(function: Any) -> str:
-        traced = jax.jit(function).trace(jnp.ones((30, 40)))
+        # Leaves of this size are not little, see the next test.
+        traced = jax.jit(function).trace(jnp.ones((300, 400)))
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
     is_expected = platform in ("cuda", "rocm") and norm is clipax.unit_norm and _compat.HAS_DOUBLES
     assert ("xf64>" in program(total)) == is_expected
     # JAX verifies what it lowers: its derivatives must be of one width too.
-    assert "tensor<30x40xf32>" in program(jax.grad(total))
+    assert "tensor<300x400xf32>" in program(jax.grad(total))
+
+
+@pytest.mark.parametrize("norm", [clipax.unit_norm, clipax.leaf_norm])
+def test_cpus_sum_little_leaves_in_doubles(norm: Any) -> None:
+    def total(x: Any) -> Any:
+        return jnp.sum(norm({"x": x})["x"])
+
+    for function in (total, jax.grad(total)):
+        traced = jax.jit(function).trace(jnp.ones((30, 40)))
+        program = traced.lower(lowering_platforms=("cpu",)).as_text()
+        assert ("xf64>" in program) == _compat.HAS_DOUBLES
+        assert ("(tensor<i1>) -> tensor<i32>" in program) != _compat.HAS_DOUBLES
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ range is taken.
     inf          CPU         no       a maximum of floats, and a sum that finds NaN (b)
     inf          elsewhere   either   a maximum of bits (c)
     2            CPU         no       one sum, and a second read if it left the range (d)
+    2, little    CPU         no       one sum in float64, for each leaf by itself (j)
     2, of units  GPU         no       one sum in float64 (e)
     2            GPU         no       three sums, small leaves that are alike in one stack (f)
     2            TPU         no       three sums, fused with what makes the gradient (g)
@@ -27,6 +28,8 @@ Each form is there because of what a test or a measurement shows:
     h  Devices could take different branches and then wait for each other:
        `test_collectives_do_not_grow_with_the_number_of_leaves`.
     i  The powers of the other entries do not overflow: `test_global_norm_of_any_order_and_dtype`.
+    j  A branch for each of a thousand leaves takes long to compile:
+       `test_cpus_sum_little_leaves_in_doubles`.
 """
 
 import functools
@@ -40,6 +43,7 @@ import numpy as np
 
 from clipax._core import _compat, _leaves
 from clipax._core._operations import FLOAT_MAX, MAX, SUM
+from clipax._core._powers import root
 from clipax._core._stacks import Reduction
 from clipax._core._typing import Array
 
@@ -64,12 +68,12 @@ class Ways(NamedTuple):
     """How one set of norms is reduced, by platform."""
 
     usual: Reduction
-    on_gpus: Reduction
-    """With alike small arrays in stacks, where that saves kernels."""
     shards: bool
     """Whether sums are completed over mapped axes."""
     units: bool
     """Whether some arrays have several norms."""
+    little: bool
+    """Whether no array is worth a branch of its own."""
 
 
 def p_norms(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
@@ -85,23 +89,33 @@ def p_norms(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
     # other.
     if ways.shards:
         return _at_every_scale(ways.usual, arrays)
-    # For sums of columns, a GPU's compiler writes the scaled array to memory first.
-    doubled = ways.units and _can_be_doubled(arrays)
-    on_gpus = functools.partial(_in_doubles if doubled else _at_every_scale, ways.on_gpus)
+    can_be_doubled = _can_be_doubled(arrays)
+    on_cpus = _in_doubles if ways.little and can_be_doubled else _at_the_right_scale
     return _by_platform(
         arrays,
         # An accelerator computes faster than it reads. An array that may be read again cannot
         # be fused with the computation that makes it.
         default=functools.partial(_at_every_scale, ways.usual),
-        cpu=functools.partial(_at_the_right_scale, ways.usual),
-        gpu=on_gpus if doubled or ways.on_gpus != ways.usual else None,
+        cpu=functools.partial(on_cpus, ways.usual),
+        gpu=functools.partial(norms_on_gpus, ways) if ways.units and can_be_doubled else None,
     )
 
 
+def norms_on_gpus(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
+    """Norms of order 2 or inf that are not sharded, in the form of GPUs."""
+    if ways.usual.ord == math.inf:
+        return ways.usual.sums(arrays, MAX, 1.0)
+    # For sums of columns, a GPU's compiler writes the scaled array to memory first.
+    is_doubled = ways.units and _can_be_doubled(arrays)
+    return (_in_doubles if is_doubled else _at_every_scale)(ways.usual, arrays)
+
+
 def _by_platform(
-    arrays: Sequence[Array], *, default: _Branch, cpu: _Branch, gpu: _Branch | None
+    arrays: Sequence[Array], *, default: _Branch, cpu: _Branch | None, gpu: _Branch | None
 ) -> list[Array]:
-    branches = {"default": default, "cpu": cpu}
+    branches = {"default": default}
+    if cpu is not None:
+        branches["cpu"] = cpu
     if gpu is not None:
         branches |= dict.fromkeys(("cuda", "rocm"), jax.jit(gpu, inline=True))  # traced once
     result: list[Array] = jax.lax.platform_dependent(list(arrays), **branches)
@@ -114,18 +128,13 @@ def _largest_entries(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
         rows = zip(sums, ways.usual.sums(_apart(arrays), FLOAT_MAX, 1.0), strict=True)
         return [jnp.where(jnp.isnan(part), jnp.nan, largest) for part, largest in rows]
 
-    def of_integers(reduction: Reduction, arrays: Sequence[Array]) -> list[Array]:
-        return reduction.sums(arrays, MAX, 1.0)
+    def of_integers(arrays: Sequence[Array]) -> list[Array]:
+        return ways.usual.sums(arrays, MAX, 1.0)
 
     if ways.shards:
-        return of_integers(ways.usual, arrays)
-    return _by_platform(
-        arrays,
-        default=functools.partial(of_integers, ways.usual),
-        # A CPU reduces floats many times as fast as integers.
-        cpu=of_floats,
-        gpu=functools.partial(of_integers, ways.on_gpus) if ways.on_gpus != ways.usual else None,
-    )
+        return of_integers(arrays)
+    # A CPU reduces floats many times as fast as integers.
+    return _by_platform(arrays, default=of_integers, cpu=of_floats, gpu=None)
 
 
 def _over_the_largest(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
@@ -162,20 +171,22 @@ def _at_every_scale(reduction: Reduction, arrays: Sequence[Array]) -> list[Array
     plain = reduction.sums(arrays, SUM, 2.0)
     ranges = [_RANGES[part.dtype] for part in plain]
 
-    def at_scales(scales: list[float]) -> list[Array]:
-        return reduction.roots(reduction.sums(arrays, SUM, 2.0, scales))
+    as_huge = reduction.sums(arrays, SUM, 2.0, [within.scale_of_huge for within in ranges])
+    as_tiny = reduction.sums(arrays, SUM, 2.0, [within.scale_of_tiny for within in ranges])
+    rows = zip(plain, as_huge, as_tiny, reduction.divisors, strict=True)
+    return [_root_in_range(*row) for row in rows]
 
-    as_huge = at_scales([within.scale_of_huge for within in ranges])
-    as_tiny = at_scales([within.scale_of_tiny for within in ranges])
-    rows = zip(plain, ranges, reduction.roots(plain), as_huge, as_tiny, strict=True)
-    return [
-        jnp.where(
-            part < within.lowest_sum,
-            tiny / within.scale_of_tiny,
-            jnp.where(part == jnp.inf, huge / within.scale_of_huge, norm),
-        )
-        for part, within, norm, huge, tiny in rows
-    ]
+
+# Alike arrays share its trace.
+@functools.partial(jax.jit, static_argnums=(3,))
+def _root_in_range(plain: Array, as_huge: Array, as_tiny: Array, divisor: float) -> Array:
+    within = _RANGES[plain.dtype]
+    norm, huge, tiny = (root(sums / divisor, 2) for sums in (plain, as_huge, as_tiny))
+    return jnp.where(
+        plain < within.lowest_sum,
+        tiny / within.scale_of_tiny,
+        jnp.where(plain == jnp.inf, huge / within.scale_of_huge, norm),
+    )
 
 
 def _can_be_doubled(arrays: Sequence[Array]) -> bool:

@@ -1,12 +1,13 @@
 """The one place where updates are scaled."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax._core import _leaves
+from clipax._core import _kinds, _leaves
 from clipax._core._typing import Array, Coefficient, Norms, Updates
 
 
@@ -30,7 +31,7 @@ def scale_updates(updates: Updates, coefficients: Norms) -> Updates:
       >>> scale_updates({"w": jnp.array([3.0, 4.0]), "n": 7}, jnp.array(0.5))
       {'n': 7, 'w': Array([1.5, 2. ], dtype=float32)}
     """
-    return _leaves.map_measured(_scale_leaf, updates, coefficients)
+    return _leaves.map_measured(_kinds.once_per_kind(_scale_leaf), updates, coefficients)
 
 
 class Factors(NamedTuple):
@@ -42,18 +43,17 @@ class Factors(NamedTuple):
 
     @property
     def product(self) -> Norms:
-        return jax.tree.map(jnp.multiply, self.first, self.second)
+        return jax.tree.map(jax.lax.mul, self.first, self.second)
 
     def scale(self, updates: Updates) -> Updates:
-        return _leaves.map_measured(_scale_leaf, updates, self.first, self.second)
+        scale = _kinds.once_per_kind(_scale_leaf)
+        return _leaves.map_measured(scale, updates, self.first, self.second)
 
 
 def in_two(coefficient: Coefficient, norms: Norms, max_norms: Norms) -> Factors:
     """Splits the coefficient of each norm into two factors, so that any float can be clipped."""
-    sizes, treedef = jax.tree.flatten(norms)
-    rows = zip(sizes, _leaves.up_to(treedef, max_norms), strict=True)
-    pairs = [_in_two(coefficient, norm, max_norm) for norm, max_norm in rows]
-    return Factors(*(jax.tree.unflatten(treedef, [pair[row] for pair in pairs]) for row in (0, 1)))
+    split = _kinds.once_per_kind(functools.partial(_in_two, coefficient))
+    return Factors(*_kinds.map_in_rows(split, norms, max_norms, width=2))
 
 
 def _in_two(coefficient: Coefficient, norm: Array, max_norm: Array) -> tuple[Array, Array]:
@@ -62,7 +62,7 @@ def _in_two(coefficient: Coefficient, norm: Array, max_norm: Array) -> tuple[Arr
     half = 2.0 ** -(limits.maxexp // 2)
     # This far above the bound, coefficients fall as `max_norm / norm`, so a power of two can move
     # from the norm to a factor of its own. The direction stays for any coefficient.
-    is_far = (norm * half > max_norm / half**0.5) & (max_norm > 0) & jnp.isfinite(norm)
+    is_far = (norm * half > max_norm / half**0.5) & (max_norm > 0)
     is_lost = is_far & (whole < limits.tiny)
     is_lost_by_half = norm * half > max_norm * 2.0 ** (limits.maxexp * 7 // 8)
     inverse = jnp.where(is_lost, jnp.where(is_lost_by_half, 1 / limits.tiny, 1 / half), 1)

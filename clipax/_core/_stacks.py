@@ -46,7 +46,15 @@ class Stack(NamedTuple):
         return chosen[0] if self.is_one else jnp.stack(chosen)
 
     def rows(self, part: Array) -> list[Array]:
-        return [part] if self.is_one else list(part)
+        if self.is_one:
+            return [part]
+        return _rows(part)
+
+
+# Sums at several scales share its trace.
+@jax.jit
+def _rows(part: Array) -> list[Array]:
+    return [jax.lax.squeeze(row, (0,)) for row in jax.lax.split(part, [1] * len(part))]
 
 
 class Total(NamedTuple):
@@ -68,6 +76,10 @@ class Total(NamedTuple):
         partial = [operation.local(jnp.stack(parts)) for parts in by_shards.values()]
         complete = across_shards(operation, partial, list(by_shards))
         return [operation.local(jnp.stack(complete))]
+
+    @property
+    def divisors(self) -> list[float]:
+        return [1.0]
 
     def roots(self, sums: list[Array]) -> list[Array]:
         return [root(part, self.ord) for part in sums]
@@ -93,11 +105,16 @@ class Separate(NamedTuple):
         shards = [stack.layout.shards for stack in self.stacks]
         return self._in_order(across_shards(operation, parts, shards))
 
-    def roots(self, sums: list[Array]) -> list[Array]:
-        divisors = {
+    @property
+    def divisors(self) -> list[float]:
+        by_member = {
             member: stack.layout.divisor for stack in self.stacks for member in stack.members
         }
-        return [root(part / divisors[member], self.ord) for member, part in enumerate(sums)]
+        return [by_member[member] for member in sorted(by_member)]
+
+    def roots(self, sums: list[Array]) -> list[Array]:
+        rows = zip(sums, self.divisors, strict=True)
+        return [root(part / divisor, self.ord) for part, divisor in rows]
 
     def _in_order(self, parts: Sequence[Array]) -> list[Array]:
         # Stacks are split at once, because XLA computes what follows from elements of one array

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _patience
+from clipax._core import _checks, _kinds, _leaves, _patience
 from clipax._core._clip_by import clip_by
 from clipax._core._scaling import in_two
 from clipax._core._transformation import injectable
@@ -149,9 +149,14 @@ def adagc(
             learned = jnp.where(count >= _patience.PATIENCE, 0, learned)
             return jnp.where(learns(norm, average), learned, average)
 
-        bounds = jax.tree.map(bound, norms, state.average)
-        counts = jax.tree.map(count_halved, norms, state.average, bounds, state.halved_count)
-        averages = jax.tree.map(learn, norms, state.average, bounds, counts)
+        def step(norm: Array, average: Array, count: Array) -> tuple[Array, Array, Array]:
+            max_norm = bound(norm, average)
+            count = count_halved(norm, average, max_norm, count)
+            return max_norm, learn(norm, average, max_norm, count), count
+
+        bounds, averages, counts = _kinds.map_in_rows(
+            _kinds.once_per_kind(step), norms, state.average, state.halved_count, width=3
+        )
         count = jnp.where(is_finite, optax.safe_increment(state.step_count), state.step_count)
         return bounds, AdaGCState(averages, count, counts)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.typing
 import optax
 
-from clipax._core import _checks, _leaves
+from clipax._core import _checks, _kinds, _leaves
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import in_two
 from clipax._core._transformation import transformation
@@ -89,7 +89,9 @@ def clippy(
         del extra_args
         if params is None:
             raise ValueError("clippy needs params: call update(updates, state, params).")
-        changes = _leaves.map_measured(relative, updates, params, name="params")
+        changes = _leaves.map_measured(
+            _kinds.once_per_kind(relative), updates, params, name="params"
+        )
         _, state = record.update(changes, state)
         return in_two(hard, state.norm, state.max_norm).scale(updates), state
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _paths, _placement
+from clipax._core import _checks, _kinds, _paths, _placement
 from clipax._core._typing import Array, Bound, Norms
 from clipax.thresholds._threshold import Threshold
 
@@ -56,7 +56,8 @@ def bounded(
 
     def init_fn(norms: Norms) -> Any:
         step_count = jnp.zeros((), jnp.int32)
-        bounds_at(step_count, norms)  # Refuses a prefix that does not fit.
+        # Refuses a prefix that does not fit.
+        jax.eval_shape(bounds_at, step_count, norms)
         return FixedState(step_count) if is_scheduled else optax.EmptyState()
 
     def update_fn(norms: Norms, state: Any, params: Norms = None, **extra_args: Any) -> Any:
@@ -69,28 +70,34 @@ def bounded(
     def bounds_at(count: Array | None, norms: Norms) -> Norms:
         bounds = _paths.spread(value, norms, is_leaf=_checks.is_bound_leaf, name=name)
         sizes, treedef = jax.tree.flatten(norms)
-        rows = zip(sizes, bounds, strict=True)
-        return jax.tree.unflatten(treedef, [bound_of(norm, leaf, count) for norm, leaf in rows])
+        fill = _kinds.once_per_kind(_placement.filled_like)
+        known: dict[Any, Array] = {}
+        result = []
+        for norm, leaf in zip(sizes, bounds, strict=True):
+            key = id(leaf), norm.dtype
+            if key not in known:
+                known[key] = bound_of(norm.dtype, leaf, count)
+            _must_fit(known[key], norm, name)
+            result.append(fill(norm, known[key]))
+        return jax.tree.unflatten(treedef, result)
 
-    def bound_of(norm: Array, leaf: Any, count: Array | None) -> Array:
+    def bound_of(dtype: Any, leaf: Any, count: Array | None) -> Array:
         if _checks.is_schedule(leaf):
             # A schedule of Optax promotes its integer count to a float.
             with jax.numpy_dtype_promotion("standard"):
                 leaf = leaf(count)
             _checks.scheduled(**{name: leaf})
-        return _bound_like(norm, -leaf if is_lower else leaf, name)
+        return not_negative(jnp.asarray(-leaf if is_lower else leaf).astype(dtype))
 
     return Threshold(init_fn, update_fn)
 
 
-def _bound_like(norm: Array, value: Any, name: str) -> Array:
-    bound = jnp.asarray(value).astype(norm.dtype)
-    if jnp.broadcast_shapes(bound.shape, norm.shape) != norm.shape:
+def _must_fit(bound: Array, norm: Array, name: str) -> None:
+    if bound.ndim and jnp.broadcast_shapes(bound.shape, norm.shape) != norm.shape:
         raise ValueError(
             f"{name} of shape {bound.shape} does not fit norms of shape {norm.shape}. Give one"
             " number, or an array that broadcasts to the norms."
         )
-    return _placement.filled_like(norm, not_negative(bound))
 
 
 def not_negative(bound: Array) -> Array:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clipax._core import _checks
+from clipax._core import _checks, _kinds
 from clipax._core._typing import Bound, Norms
 from clipax.thresholds._fixed import bounded
 from clipax.thresholds._threshold import Threshold
@@ -42,11 +42,9 @@ def relative_to_params(ratio: Bound, eps: jax.typing.ArrayLike = 1e-3) -> Thresh
                 " relative to their norms: call update(updates, state, params)."
             )
         ratio_tree, state = ratios.update(norms, state)
-        bounds = jax.tree.map(
-            lambda r, norm: r * jnp.maximum(norm, jnp.asarray(eps).astype(norm.dtype)),
-            ratio_tree,
-            params,
+        bound = _kinds.once_per_kind(
+            lambda share, norm: share * jnp.maximum(norm, jnp.asarray(eps).astype(norm.dtype))
         )
-        return bounds, state
+        return jax.tree.map(bound, ratio_tree, params), state
 
     return Threshold(ratios.init, update_fn)
