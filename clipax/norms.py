@@ -209,6 +209,23 @@ def average_norm(updates: Updates, *, axis_name: AxisName = None) -> Norms:
     return _leafwise(updates, divisor=lambda size: float(size) ** 2, axis_name=axis_name)
 
 
+def average_modulus(updates: Updates, *, axis_name: AxisName = None) -> Norms:
+    """Measures each leaf's average modulus, `norm = mean(|u|)`.
+
+    Args:
+      updates: Any pytree.
+      axis_name: As in `global_norm`.
+
+    Returns:
+      The tree of the updates with a scalar at each measured leaf; None at the other leaves.
+
+    Example:
+      >>> average_modulus(jnp.array([3.0, -4.0, 0.0, 0.0]))
+      Array(1.75, dtype=float32)
+    """
+    return _leafwise(updates, ord=1, divisor=lambda size: float(size), axis_name=axis_name)
+
+
 class _Leaf(NamedTuple):
     position: int
     array: Array

@@ -55,6 +55,8 @@ def powers(x: Array, width: Any, scale: Any, power: float) -> Array:
 
 def root(sums: Array, power: float) -> Array:
     """sums**(1/power) with a derivative of zero, not NaN, at zero."""
+    if power == 1:
+        return sums
     positive = jnp.where(sums > 0, sums, jnp.ones_like(sums))
     roots = jnp.sqrt(positive) if power == 2 else positive ** (1 / power)
     # A NaN is not > 0 and must come through.

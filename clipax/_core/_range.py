@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax._core import _compat, _leaves
-from clipax._core._operations import FLOAT_MAX, MAX, SUM
+from clipax._core._operations import MAX, MAX_IN_STEPS, SUM, SUM_IN_STEPS, Operation
 from clipax._core._stacks import Reduction
 from clipax._core._typing import Array
 
@@ -78,7 +78,7 @@ def p_norms(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
     if order == math.inf:
         return _largest_entries(ways, arrays)
     if order == 1:
-        return ways.usual.sums(arrays, SUM, 1.0)
+        return _sums_of_moduli(ways, arrays)
     if order != 2:
         return _over_the_largest(ways, arrays)
     # Where arrays are sharded, devices could take different branches and then wait for each
@@ -108,23 +108,33 @@ def _by_platform(
     return result
 
 
-def _largest_entries(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
-    def of_floats(arrays: Sequence[Array]) -> list[Array]:
-        sums = ways.usual.sums(_apart(arrays), SUM, 2.0)
-        rows = zip(sums, ways.usual.sums(_apart(arrays), FLOAT_MAX, 1.0), strict=True)
-        return [jnp.where(jnp.isnan(part), jnp.nan, largest) for part, largest in rows]
-
-    def of_integers(reduction: Reduction, arrays: Sequence[Array]) -> list[Array]:
-        return reduction.sums(arrays, MAX, 1.0)
+def _sums_of_moduli(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
+    def sums(operation: Operation, arrays: Sequence[Array]) -> list[Array]:
+        return ways.usual.roots(ways.usual.sums(arrays, operation, 1.0))
 
     if ways.shards:
-        return of_integers(ways.usual, arrays)
+        return sums(SUM, arrays)
     return _by_platform(
         arrays,
-        default=functools.partial(of_integers, ways.usual),
-        # A CPU reduces floats many times as fast as integers.
-        cpu=of_floats,
-        gpu=functools.partial(of_integers, ways.on_gpus) if ways.on_gpus != ways.usual else None,
+        default=functools.partial(sums, SUM),
+        cpu=functools.partial(sums, SUM_IN_STEPS),
+        gpu=None,
+    )
+
+
+def _largest_entries(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
+    def largest(
+        reduction: Reduction, operation: Operation, arrays: Sequence[Array]
+    ) -> list[Array]:
+        return reduction.sums(_narrow_apart(arrays), operation, 1.0)
+
+    if ways.shards:
+        return largest(ways.usual, MAX, arrays)
+    return _by_platform(
+        arrays,
+        default=functools.partial(largest, ways.usual, MAX),
+        cpu=functools.partial(largest, ways.usual, MAX_IN_STEPS),
+        gpu=functools.partial(largest, ways.on_gpus, MAX) if ways.on_gpus != ways.usual else None,
     )
 
 
@@ -189,6 +199,14 @@ def _can_be_doubled(arrays: Sequence[Array]) -> bool:
 # waits for another.
 def _apart(arrays: Sequence[Array]) -> list[Array]:
     return [_compat.optimization_barrier(array) for array in arrays]
+
+
+def _narrow_apart(arrays: Sequence[Array]) -> list[Array]:
+    """The arrays, so that what makes a wide one is computed while it is read."""
+    return [
+        array if array.dtype == _leaves.wide_dtype(array.dtype) else _apart([array])[0]
+        for array in arrays
+    ]
 
 
 def _for_one_read(arrays: Sequence[Array]) -> list[Array]:

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from clipax._core import _checks, _choice, _leaves, _moments, _placement
+from clipax._core import _checks, _choice, _compat, _leaves, _moments, _placement
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import injectable, transformation
@@ -22,8 +23,8 @@ class SpamClipState(NamedTuple):
     """The memory of `spam_clip`."""
 
     clip: ClipState
-    rms: Updates
-    """The root of each entry's running mean square, after clipping; 0 without a history."""
+    nu: Updates
+    """Each entry's running mean of squares, after clipping; 0 without a history."""
     step_count: Array
     """The number of the last step that was learned, which is 0 at a reset; int32."""
 
@@ -59,7 +60,7 @@ def spam_clip(
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation with a `SpamClipState`. `rms`, the root of `v`, has the shapes of the
+      A transformation with a `SpamClipState`. `nu`, which is `v`, has the shapes of the
       parameters, in float32 (float64 for float64 leaves). `clip` is a `ClipState` with a scalar
       per leaf: `norm` is the largest `|u_i| / sqrt(v_i)` of an entry that can be clipped now,
       `max_norm` is `sqrt(square_ratio)`, and `coefficient` is the smallest factor of an entry.
@@ -75,6 +76,8 @@ def spam_clip(
     | square <= square_ratio * v_i | unchanged, bit for bit |
     | zero | zero, which v_i learns |
     | zero in every step so far | the first nonzero one passes unchanged |
+    | square below 1e-38 | learned as zero |
+    | square above 3e38 | learned as 3e38 |
     | NaN or inf | NaN, in warm-up unchanged; no entry of any leaf is learned, no step counted |
     | beside a NaN or inf entry | clipped as usual |
     | None, integer, bool, float0 leaf | unchanged, not measured |
@@ -108,9 +111,9 @@ def spam_clip(
     record = clip_by(functools.partial(leaf_norm, ord=math.inf), roots, axis_name=axis_name)
 
     def init_fn(params: Updates) -> SpamClipState:
-        rms = _moments.zero_moduli(params)
-        zero = _placement.zero_norms(global_norm, rms, axis_name=axis_name)
-        return SpamClipState(record.init(rms), rms, zero.astype(jnp.int32))
+        nu = _moments.zero_moduli(params)
+        zero = _placement.zero_norms(global_norm, nu, axis_name=axis_name)
+        return SpamClipState(record.init(nu), nu, zero.astype(jnp.int32))
 
     def update_fn(
         updates: Updates,
@@ -119,26 +122,59 @@ def spam_clip(
         **extra_args: Any,
     ) -> tuple[Updates, SpamClipState]:
         del params, extra_args
-        rms, step = state.rms, optax.safe_increment(state.step_count)
+        nu, step = state.nu, optax.safe_increment(state.step_count)
         if reset_every is not None:
             step = jnp.where(step >= reset_every, 0, step)
-            rms = _choice.choose(step == 0, jax.tree.map(jnp.zeros_like, rms), rms)
-        wide = _moments.widened(updates, rms)
-        is_on = step >= warmup_steps
-        usual = jax.tree.map(lambda size: jnp.where(is_on & (size > 0), size, jnp.inf), rms)
-        relative = jax.tree.map(_relative, wide, usual)
-        _, clip = record.update(relative, state.clip)
-        clipped = _leaves.map_measured(_clip_leaf, wide, usual, clip.max_norm)
+            nu = _choice.choose(step == 0, jax.tree.map(jnp.zeros_like, nu), nu)
+        wide = _moments.widened(updates, nu)
+        is_on, weight = step >= warmup_steps, jnp.asarray(1 - decay, float)
 
-        def learn(old: Array, x: Array) -> Array:
-            return _moments.power_mean(old, x, 1 - decay)
+        def relative(x: Array, nu: Array) -> Array:
+            """`|x|^2 / nu`, or 0 where the entry cannot be clipped."""
+            can_be = is_on & (nu > 0)
+            quotient = jnp.where(can_be, _moments.power(x) / jnp.where(can_be, nu, 1), 0)
+            return jnp.minimum(quotient, np.finfo(nu.dtype).max) + _moments.zero_or_nan(x)
 
-        learned = jax.tree.map(learn, rms, clipped), step, clip.threshold
-        is_finite = _moments.all_finite(wide, axis_name=axis_name)
-        before = state.rms, state.step_count, state.clip.threshold
-        rms, count, threshold = _choice.choose(is_finite, learned, before)
+        def learn(nu: Array, x: Array, root: Array) -> Array:
+            square, bound = _moments.power(x), root * root * nu
+            exceeds = is_on & (nu > 0) & (square > bound)
+            new = _moments.mean(nu, jnp.where(exceeds, bound, square), weight)
+            # Only an entry without a history may end here, as `clip_leaf` knows it by that.
+            is_alike = exceeds & (new == weight.astype(new.dtype) * square)
+            return jnp.where(is_alike, new * (1 + np.finfo(new.dtype).eps), new)
+
+        def clip_leaf(x: Array, nu: Array, root: Array) -> Array:
+            """Clips an entry to the bound that the mean of squares had before it learned.
+
+            A clipped entry adds its bound, `square_ratio * old`, to the mean of squares. So the
+            new one is `old * (decay + weight * square_ratio)`, and larger beside any other entry.
+            """
+            learned = jnp.where(is_finite, weight, 0).astype(nu.dtype)
+            scale = root / jnp.sqrt((1 - learned) + learned * root * root)
+            square = _moments.power(x)
+            has_past = nu != learned * square
+            bound = scale * jnp.sqrt(jnp.where(has_past, nu, 1))
+            # Rounding must not clip an entry at its bound.
+            slack = jnp.where(is_finite, 1 + 4 * np.finfo(nu.dtype).eps, 1).astype(nu.dtype)
+            modulus = jnp.abs(x)
+            exceeds = is_on & has_past & (modulus > bound * slack)
+            direction = _moments.divided(x, jnp.where(exceeds, modulus, 1))
+            return jnp.where(exceeds, direction * jnp.where(exceeds, bound, 1), x)
+
+        # These reads are only for the norm, so that XLA keeps nothing of them for later use.
+        read = jax.tree.map(_compat.optimization_barrier, (wide, nu))
+        squares = leaf_norm(jax.tree.map(relative, *read), math.inf, axis_name=axis_name)
+        sizes = jax.tree.map(_moments.root, squares)
+        _, clip = record.update(sizes, state.clip, norm=sizes)
+        is_finite = _moments.none_is_nan(sizes, axis_name=axis_name)
+        learned = _leaves.map_measured(learn, nu, wide, clip.max_norm), step, clip.threshold
+        before = state.nu, state.step_count, state.clip.threshold
+        nu, count, threshold = _choice.choose(is_finite, learned, before)
+        # Everything later reads what is written here, so that XLA writes it in place.
+        nu = jax.tree.map(_compat.optimization_barrier, nu)
+        clipped = _leaves.map_measured(clip_leaf, wide, nu, clip.max_norm)
         clip = clip._replace(threshold=threshold)
-        return _moments.narrowed(clipped, updates), SpamClipState(clip, rms, count)
+        return _moments.narrowed(clipped, updates), SpamClipState(clip, nu, count)
 
     return transformation(init_fn, update_fn, SpamClipState)
 
@@ -149,19 +185,3 @@ def _root_of(ratios: Threshold) -> Threshold:
         return jax.tree.map(jnp.sqrt, bounds), state
 
     return Threshold(ratios.init, update_fn)
-
-
-def _relative(x: Array, usual: Array) -> Array:
-    modulus = jnp.abs(x)
-    return _moments.in_range(modulus / usual, modulus)
-
-
-def _clip_leaf(x: Array, usual: Array, root: Array) -> Array:
-    # The inner `where` keeps an infinite bound out of the derivative with respect to the ratio.
-    is_bounded = jnp.isfinite(usual)
-    bound = jnp.where(is_bounded, root * jnp.where(is_bounded, usual, 1.0), jnp.inf)
-    modulus = jnp.abs(x)
-    exceeds = modulus > bound
-    # Two factors, direction and bound, because their product can be too small for a float.
-    direction = _moments.divided(x, jnp.where(exceeds, modulus, 1.0))
-    return jnp.where(exceeds, scale_updates(direction, jnp.where(exceeds, bound, 1.0)), x)
