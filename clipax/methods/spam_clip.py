@@ -23,8 +23,8 @@ class SpamClipState(NamedTuple):
     """The memory of `spam_clip`."""
 
     clip: ClipState
-    nu: Updates
-    """Each entry's running mean of squares, after clipping; 0 without a history."""
+    rms: Updates
+    """The root of each entry's running mean square, after clipping; 0 without a history."""
     step_count: Array
     """The number of the last step that was learned, which is 0 at a reset; int32."""
 
@@ -60,7 +60,7 @@ def spam_clip(
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation with a `SpamClipState`. `nu`, which is `v`, has the shapes of the
+      A transformation with a `SpamClipState`. `rms`, the root of `v`, has the shapes of the
       parameters, in float32 (float64 for float64 leaves). `clip` is a `ClipState` with a scalar
       per leaf: `norm` is the largest `|u_i| / sqrt(v_i)` of an entry that can be clipped now,
       `max_norm` is `sqrt(square_ratio)`, and `coefficient` is the smallest factor of an entry.
@@ -111,9 +111,9 @@ def spam_clip(
     record = clip_by(functools.partial(leaf_norm, ord=math.inf), roots, axis_name=axis_name)
 
     def init_fn(params: Updates) -> SpamClipState:
-        nu = _moments.zero_moduli(params)
-        zero = _placement.zero_norms(global_norm, nu, axis_name=axis_name)
-        return SpamClipState(record.init(nu), nu, zero.astype(jnp.int32))
+        rms = _moments.zero_moduli(params)
+        zero = _placement.zero_norms(global_norm, rms, axis_name=axis_name)
+        return SpamClipState(record.init(rms), rms, zero.astype(jnp.int32))
 
     def update_fn(
         updates: Updates,
@@ -122,59 +122,60 @@ def spam_clip(
         **extra_args: Any,
     ) -> tuple[Updates, SpamClipState]:
         del params, extra_args
-        nu, step = state.nu, optax.safe_increment(state.step_count)
+        rms, step = state.rms, optax.safe_increment(state.step_count)
         if reset_every is not None:
             step = jnp.where(step >= reset_every, 0, step)
-            nu = _choice.choose(step == 0, jax.tree.map(jnp.zeros_like, nu), nu)
-        wide = _moments.widened(updates, nu)
+            rms = _choice.choose(step == 0, jax.tree.map(jnp.zeros_like, rms), rms)
+        wide = _moments.widened(updates, rms)
         is_on, weight = step >= warmup_steps, jnp.asarray(1 - decay, float)
 
-        def relative(x: Array, nu: Array) -> Array:
-            """`|x|^2 / nu`, or 0 where the entry cannot be clipped."""
-            can_be = is_on & (nu > 0)
-            quotient = jnp.where(can_be, _moments.power(x) / jnp.where(can_be, nu, 1), 0)
-            return jnp.minimum(quotient, np.finfo(nu.dtype).max) + _moments.zero_or_nan(x)
+        def relative(x: Array, rms: Array) -> Array:
+            """`|x| / rms`, or 0 where the entry cannot be clipped."""
+            can_be = is_on & (rms > 0)
+            quotient = jnp.abs(x) / jnp.where(can_be, rms, 1)
+            return jnp.where(can_be, _moments.in_range(quotient, x), _moments.zero_or_nan(x))
 
-        def learn(nu: Array, x: Array, root: Array) -> Array:
-            square, bound = _moments.power(x), root * root * nu
-            exceeds = is_on & (nu > 0) & (square > bound)
-            new = _moments.mean(nu, jnp.where(exceeds, bound, square), weight)
-            # Only an entry without a history may end here, as `clip_leaf` knows it by that.
-            is_alike = exceeds & (new == weight.astype(new.dtype) * square)
-            return jnp.where(is_alike, new * (1 + np.finfo(new.dtype).eps), new)
+        def learn(rms: Array, x: Array, root: Array) -> Array:
+            exceeds = is_on & (rms > 0) & (jnp.abs(x) > root * rms)
+            square = _moments.power(jnp.where(exceeds, root * rms, jnp.abs(x)))
+            new = _moments.root(_moments.mean(rms * rms, square, weight))
+            # `clip_leaf` takes an entry that ends here for one without a history.
+            is_alike = exceeds & _is_first(new, x, weight)
+            return jnp.where(is_alike, new * (1 + 8 * np.finfo(new.dtype).eps), new)
 
-        def clip_leaf(x: Array, nu: Array, root: Array) -> Array:
-            """Clips an entry to the bound that the mean of squares had before it learned.
+        def clip_leaf(x: Array, rms: Array, root: Array) -> Array:
+            """Clips an entry to the bound that it had before its mean learned.
 
-            A clipped entry adds its bound, `square_ratio * old`, to the mean of squares. So the
-            new one is `old * (decay + weight * square_ratio)`, and larger beside any other entry.
+            A clipped entry adds its bound, `square_ratio * v`, to the mean of squares `v`. So the
+            new one is `v * (decay + weight * square_ratio)`, and beside any other entry larger.
             """
-            learned = jnp.where(is_finite, weight, 0).astype(nu.dtype)
-            scale = root / jnp.sqrt((1 - learned) + learned * root * root)
-            square = _moments.power(x)
-            has_past = nu != learned * square
-            bound = scale * jnp.sqrt(jnp.where(has_past, nu, 1))
+            learned = jnp.where(is_finite, weight, 0).astype(rms.dtype)
+            bound = root / jnp.sqrt((1 - learned) + learned * root * root) * rms
             # Rounding must not clip an entry at its bound.
-            slack = jnp.where(is_finite, 1 + 4 * np.finfo(nu.dtype).eps, 1).astype(nu.dtype)
+            slack = jnp.where(is_finite, 1 + 8 * np.finfo(rms.dtype).eps, 1).astype(rms.dtype)
             modulus = jnp.abs(x)
-            exceeds = is_on & has_past & (modulus > bound * slack)
+            exceeds = is_on & ~_is_first(rms, x, learned) & (modulus > slack * bound)
+            if not jnp.iscomplexobj(x):
+                # No quotient, because XLA keeps one in memory instead of computing it again.
+                return jnp.where(exceeds, jnp.where(x < 0, -bound, bound) + (x - x), x)
             direction = _moments.divided(x, jnp.where(exceeds, modulus, 1))
-            return jnp.where(exceeds, direction * jnp.where(exceeds, bound, 1), x)
+            return jnp.where(exceeds, scale_updates(direction, bound), x)
 
         # These reads are only for the norm, so that XLA keeps nothing of them for later use.
-        read = jax.tree.map(_compat.optimization_barrier, (wide, nu))
-        squares = leaf_norm(jax.tree.map(relative, *read), math.inf, axis_name=axis_name)
-        sizes = jax.tree.map(_moments.root, squares)
+        read = jax.tree.map(_compat.optimization_barrier, (wide, rms))
+        sizes = leaf_norm(jax.tree.map(relative, *read), math.inf, axis_name=axis_name)
         _, clip = record.update(sizes, state.clip, norm=sizes)
-        is_finite = _moments.none_is_nan(sizes, axis_name=axis_name)
-        learned = _leaves.map_measured(learn, nu, wide, clip.max_norm), step, clip.threshold
-        before = state.nu, state.step_count, state.clip.threshold
-        nu, count, threshold = _choice.choose(is_finite, learned, before)
+        is_finite = _moments.none_is_nan(
+            jax.tree.map(_moments.zero_or_nan, sizes), axis_name=axis_name
+        )
+        learned = _leaves.map_measured(learn, rms, wide, clip.max_norm), step, clip.threshold
+        before = state.rms, state.step_count, state.clip.threshold
+        rms, count, threshold = _choice.choose(is_finite, learned, before)
         # Everything later reads what is written here, so that XLA writes it in place.
-        nu = jax.tree.map(_compat.optimization_barrier, nu)
-        clipped = _leaves.map_measured(clip_leaf, wide, nu, clip.max_norm)
+        rms = jax.tree.map(_compat.optimization_barrier, rms)
+        clipped = _leaves.map_measured(clip_leaf, wide, rms, clip.max_norm)
         clip = clip._replace(threshold=threshold)
-        return _moments.narrowed(clipped, updates), SpamClipState(clip, nu, count)
+        return _moments.narrowed(clipped, updates), SpamClipState(clip, rms, count)
 
     return transformation(init_fn, update_fn, SpamClipState)
 
@@ -185,3 +186,10 @@ def _root_of(ratios: Threshold) -> Threshold:
         return jax.tree.map(jnp.sqrt, bounds), state
 
     return Threshold(ratios.init, update_fn)
+
+
+def _is_first(rms: Array, x: Array, weight: Array) -> Array:
+    """Whether the mean of squares is about `weight * |x|^2`, as after zeros."""
+    near = 4 * np.finfo(rms.dtype).eps
+    learned, mean = weight.astype(rms.dtype) * _moments.power(x), rms * rms
+    return (mean >= (1 - near) * learned) & (mean <= (1 + near) * learned)
