@@ -67,7 +67,8 @@ def _sum_of_some(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
 
 @_sum_of_some.defjvp
 def _sum_of_some_jvp(axis: Any, keepdims: bool, primals: Any, tangents: Any) -> Any:
-    return _sum_of_some(*primals, axis, keepdims), jnp.sum(*tangents, axis, keepdims=keepdims)
+    (tangent,) = tangents
+    return _sum_of_some(*primals, axis, keepdims), jnp.sum(tangent, axis)
 
 
 _PARTS = 8

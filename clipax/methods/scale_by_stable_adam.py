@@ -97,9 +97,7 @@ def scale_by_stable_adam(
     def init_fn(params: Updates) -> StableAdamState:
         nu = _moments.zero_moduli(params)
         zero = _placement.zero_norms(global_norm, nu, axis_name=axis_name)
-        return StableAdamState(
-            record.init(nu), _moments.zeros(params), nu, zero.astype(jnp.int32)
-        )
+        return StableAdamState(record.init(nu), _moments.zeros(params), nu, zero.astype(jnp.int32))
 
     def update_fn(
         updates: Updates,
@@ -140,12 +138,11 @@ def scale_by_stable_adam(
         _, clip = record.update(rms, state.clip, norm=rms)
         is_finite = _moments.none_is_nan(rms, axis_name=axis_name)
         (mu, nu), kept = _select.learned_if(is_finite, learn, (state.mu, state.nu))
-        steps = jax.tree.map(
-            lambda m, v: _moments.divided(m, _moments.root(v) + like(v)), mu, nu
-        )
+        steps = jax.tree.map(lambda m, v: _moments.divided(m, _moments.root(v) + like(v)), mu, nu)
         clipped = scale_updates(steps, clip.coefficient)
         count = jnp.where(is_finite, count, state.step_count)
-        return _moments.narrowed(clipped, updates), StableAdamState(clip, *kept, count)
+        new_state = StableAdamState(clip, kept[0], kept[1], count)
+        return _moments.narrowed(clipped, updates), new_state
 
     return transformation(init_fn, update_fn, StableAdamState)
 

@@ -11,7 +11,7 @@ import optax
 
 from clipax._core import _checks, _choice, _compat, _leaves, _moments, _paths, _range, _rules
 from clipax._core._clip_by import ClipState, clip_by
-from clipax._core._scaling import Factors, in_two
+from clipax._core._scaling import Factors, in_two, scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Norms, Updates
 from clipax.coefficients import hard, normalized
@@ -225,5 +225,5 @@ def _clip_leaf(leaf: Array, bound: Array, first: Array, second: Array) -> Array:
 
 
 def _squares(leaf: Array, unit: Array, *bound: Array) -> Array:
-    clipped = _clip_leaf(leaf, *bound)
-    return _moments.power(clipped * (1 / unit))
+    small = scale_updates(_clip_leaf(leaf, *bound), 1 / unit)
+    return (small * small.conj()).real
