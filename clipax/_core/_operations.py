@@ -100,6 +100,7 @@ _LEAST_IN_STEPS = 2**16
 
 SUM = Operation(jnp.sum, jax.lax.psum)
 MAX = Operation(_largest_of, _largest_across)
+FLOAT_MAX = Operation(functools.partial(jnp.max, initial=0), _MAX_ACROSS)
 SUM_IN_STEPS = Operation(_in_two_steps(jnp.sum, _sum_of_some), jax.lax.psum)
 """For numbers >= 0 on a CPU."""
 MAX_IN_STEPS = Operation(_in_two_steps(_largest_of, _largest), _largest_across)

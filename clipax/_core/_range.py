@@ -8,6 +8,7 @@ range is taken.
     1            everywhere  either   one sum of moduli (a)
     inf          CPU         no       a maximum of floats, and a sum that finds NaN (b)
     inf          elsewhere   either   a maximum of bits (c)
+    1, inf       CPU         no       the same of what is computed to be reduced, in two steps (j)
     2            CPU         no       one sum, and a second read if it left the range (d)
     2, of units  GPU         no       one sum in float64 (e)
     2            GPU         no       three sums, small leaves that are alike in one stack (f)
@@ -27,6 +28,7 @@ Each form is there because of what a test or a measurement shows:
     h  Devices could take different branches and then wait for each other:
        `test_collectives_do_not_grow_with_the_number_of_leaves`.
     i  The powers of the other entries do not overflow: `test_global_norm_of_any_order_and_dtype`.
+    j  Nothing of it is kept: `test_what_is_computed_is_reduced_in_one_read`.
 """
 
 import functools
@@ -39,7 +41,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax._core import _compat, _leaves
-from clipax._core._operations import MAX, MAX_IN_STEPS, SUM, SUM_IN_STEPS, Operation
+from clipax._core._operations import (
+    FLOAT_MAX,
+    MAX,
+    MAX_IN_STEPS,
+    SUM,
+    SUM_IN_STEPS,
+    Operation,
+)
 from clipax._core._stacks import Reduction
 from clipax._core._typing import Array
 
@@ -70,6 +79,8 @@ class Ways(NamedTuple):
     """Whether sums are completed over mapped axes."""
     units: bool
     """Whether some arrays have several norms."""
+    computed: bool = False
+    """Whether the arrays are computed only to be reduced."""
 
 
 def p_norms(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
@@ -112,7 +123,7 @@ def _sums_of_moduli(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
     def sums(operation: Operation, arrays: Sequence[Array]) -> list[Array]:
         return ways.usual.roots(ways.usual.sums(arrays, operation, 1.0))
 
-    if ways.shards:
+    if ways.shards or not ways.computed:
         return sums(SUM, arrays)
     return _by_platform(
         arrays,
@@ -123,18 +134,26 @@ def _sums_of_moduli(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
 
 
 def _largest_entries(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
-    def largest(
+    def of_floats(arrays: Sequence[Array]) -> list[Array]:
+        sums = ways.usual.sums(_apart(arrays), SUM, 2.0)
+        rows = zip(sums, ways.usual.sums(_apart(arrays), FLOAT_MAX, 1.0), strict=True)
+        return [jnp.where(jnp.isnan(part), jnp.nan, largest) for part, largest in rows]
+
+    def of_integers(
         reduction: Reduction, operation: Operation, arrays: Sequence[Array]
     ) -> list[Array]:
-        return reduction.sums(_narrow_apart(arrays), operation, 1.0)
+        return reduction.sums(arrays, operation, 1.0)
 
     if ways.shards:
-        return largest(ways.usual, MAX, arrays)
+        return of_integers(ways.usual, MAX, arrays)
+    on_gpus = functools.partial(of_integers, ways.on_gpus, MAX)
+    in_steps = functools.partial(of_integers, ways.usual, MAX_IN_STEPS)
     return _by_platform(
         arrays,
-        default=functools.partial(largest, ways.usual, MAX),
-        cpu=functools.partial(largest, ways.usual, MAX_IN_STEPS),
-        gpu=functools.partial(largest, ways.on_gpus, MAX) if ways.on_gpus != ways.usual else None,
+        default=functools.partial(of_integers, ways.usual, MAX),
+        # A CPU reduces floats many times as fast as integers.
+        cpu=in_steps if ways.computed else of_floats,
+        gpu=on_gpus if ways.on_gpus != ways.usual else None,
     )
 
 
@@ -199,14 +218,6 @@ def _can_be_doubled(arrays: Sequence[Array]) -> bool:
 # waits for another.
 def _apart(arrays: Sequence[Array]) -> list[Array]:
     return [_compat.optimization_barrier(array) for array in arrays]
-
-
-def _narrow_apart(arrays: Sequence[Array]) -> list[Array]:
-    """The arrays, so that what makes a wide one is computed while it is read."""
-    return [
-        array if array.dtype == _leaves.wide_dtype(array.dtype) else _apart([array])[0]
-        for array in arrays
-    ]
 
 
 def _for_one_read(arrays: Sequence[Array]) -> list[Array]:

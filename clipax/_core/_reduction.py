@@ -20,18 +20,23 @@ def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float)
     return norm
 
 
-@functools.partial(jax.jit, static_argnames=("layouts", "ord"), inline=True)
+@functools.partial(jax.jit, static_argnames=("layouts", "ord", "computed"), inline=True)
 def separate_norms(
-    arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float
+    arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float, *, computed: bool = False
 ) -> list[Array]:
-    """A norm for each array: a scalar over all of its axes, or with size one at summed axes."""
+    """A norm for each array: a scalar over all of its axes, or with size one at summed axes.
+
+    `computed` says that the arrays are computed only to be reduced.
+    """
     # A GPU launches kernels for each sum and for what follows from it. Other compilers make one
     # kernel for all like sums, but another one for each place in a stack.
     alone, alike = one_by_one(layouts), stacked_alike(arrays, layouts)
     on_gpus = alike if len(alike) < len(alone) else alone
     rows = zip(arrays, layouts, strict=True)
     units = any(len(layout.axes) < array.ndim for array, layout in rows)
-    ways = Ways(Separate(alone, ord), Separate(on_gpus, ord), _are_sharded(layouts), units)
+    ways = Ways(
+        Separate(alone, ord), Separate(on_gpus, ord), _are_sharded(layouts), units, computed
+    )
     return p_norms(ways, arrays)
 
 

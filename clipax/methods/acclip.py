@@ -13,7 +13,7 @@ from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.norms import leaf_norm
+from clipax.norms import _of_computed, leaf_norm
 
 
 class AcclipState(NamedTuple):
@@ -129,7 +129,7 @@ def acclip(
         before = state.momentum, state.mean_power
         # These reads are only for the norm, so that XLA keeps nothing of them for later use.
         read_before, read = jax.tree.map(_compat.optimization_barrier, (before, wide))
-        sizes = leaf_norm(
+        sizes = _of_computed(
             jax.tree.map(relative, *learn(read_before, read)), math.inf, axis_name=axis_name
         )
         _, clip = record.update(sizes, state.clip, norm=sizes)

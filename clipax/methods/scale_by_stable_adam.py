@@ -12,7 +12,7 @@ from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.norms import average_modulus, block_rms, global_norm
+from clipax.norms import _of_computed, block_rms, global_norm
 
 
 class StableAdamState(NamedTuple):
@@ -133,7 +133,7 @@ def scale_by_stable_adam(
 
         # These reads are only for the sum, so that XLA keeps nothing of them for later use.
         read = jax.tree.map(_compat.optimization_barrier, (wide, state.nu))
-        means = average_modulus(jax.tree.map(relative, *read), axis_name=axis_name)
+        means = _of_computed(jax.tree.map(relative, *read), 1, is_mean=True, axis_name=axis_name)
         rms = jax.tree.map(_moments.root, means)
         _, clip = record.update(rms, state.clip, norm=rms)
         is_finite = _moments.none_is_nan(rms, axis_name=axis_name)

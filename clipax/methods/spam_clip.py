@@ -14,7 +14,7 @@ from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Norms, Updates
-from clipax.norms import global_norm, leaf_norm
+from clipax.norms import _of_computed, global_norm, leaf_norm
 from clipax.thresholds import Threshold
 from clipax.thresholds._fixed import bounded
 
@@ -132,8 +132,10 @@ def spam_clip(
         def relative(x: Array, rms: Array) -> Array:
             """`|x| / rms`, or 0 where the entry cannot be clipped."""
             can_be = is_on & (rms > 0)
-            quotient = jnp.abs(x) / jnp.where(can_be, rms, 1)
-            return jnp.where(can_be, _moments.in_range(quotient, x), _moments.zero_or_nan(x))
+            # The quotient has one use, because XLA would keep it in memory for two.
+            most = jnp.where(jnp.isfinite(x), np.finfo(rms.dtype).max, jnp.inf)
+            quotient = jnp.minimum(jnp.abs(x) / jnp.where(can_be, rms, 1), most)
+            return jnp.where(can_be, quotient, _moments.zero_or_nan(x))
 
         def learn(rms: Array, x: Array, root: Array) -> Array:
             exceeds = is_on & (rms > 0) & (jnp.abs(x) > root * rms)
@@ -163,7 +165,7 @@ def spam_clip(
 
         # These reads are only for the norm, so that XLA keeps nothing of them for later use.
         read = jax.tree.map(_compat.optimization_barrier, (wide, rms))
-        sizes = leaf_norm(jax.tree.map(relative, *read), math.inf, axis_name=axis_name)
+        sizes = _of_computed(jax.tree.map(relative, *read), math.inf, axis_name=axis_name)
         _, clip = record.update(sizes, state.clip, norm=sizes)
         is_finite = _moments.none_is_nan(
             jax.tree.map(_moments.zero_or_nan, sizes), axis_name=axis_name

@@ -230,7 +230,7 @@ def test_edge_powers_beyond_the_range_count_as_the_largest_float(ord: float) -> 
     outputs, state = run(method, rows([1e30, 1.0]))
     np.testing.assert_allclose(outputs[0][0], (0.5 * largest) ** (1 / ord), rtol=1e-5)
     outputs, state = run(method, rows([1e30, 1.0], *[[1.0, 1.0]] * 200))
-    trees.assert_bitwise(outputs[-1], jnp.ones(2))
+    np.testing.assert_allclose(outputs[-1], 1, rtol=2e-5)  # up to eps
     np.testing.assert_allclose(state.mean_power, 1, rtol=1e-5)
 
 
