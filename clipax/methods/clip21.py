@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _choice, _moments, _select
+from clipax._core import _checks, _choice, _moments
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
+from clipax.norms import global_norm
 
 
 class Clip21State(NamedTuple):
@@ -87,18 +88,13 @@ def clip21(
     ) -> tuple[Updates, Clip21State]:
         extra_args.pop("norm", None)
         wide = _moments.widened(updates, state.estimate)
-        moves = jax.tree.map(_within_range, wide, state.estimate)
-        clipped, inner_state = inner.update(moves, state.inner_state, params, **extra_args)
-        is_finite = _moments.all_finite(
-            jax.tree.map(jnp.subtract, wide, state.estimate), axis_name=axis_name
-        )
-
-        def learn(estimate: Updates) -> Updates:
-            return jax.tree.map(_moved, estimate, wide, moves, clipped)
-
-        moved, kept = _select.learned_if(is_finite, learn, state.estimate)
-        inner_state = _choice.choose(is_finite, inner_state, state.inner_state)
-        return _moments.narrowed(moved, updates), Clip21State(kept, inner_state)
+        moves = jax.tree.map(jnp.subtract, wide, state.estimate)
+        within = jax.tree.map(_within_range, wide, state.estimate)
+        clipped, inner_state = inner.update(within, state.inner_state, params, **extra_args)
+        estimate = jax.tree.map(_moved, state.estimate, wide, moves, clipped)
+        is_finite = jnp.isfinite(global_norm(moves, axis_name=axis_name))
+        new_state = _choice.choose(is_finite, Clip21State(estimate, inner_state), state)
+        return _moments.narrowed(estimate, updates), new_state
 
     return transformation(init_fn, update_fn, Clip21State)
 
