@@ -209,6 +209,14 @@ def average_norm(updates: Updates, *, axis_name: AxisName = None) -> Norms:
     return _leafwise(updates, divisor=lambda size: float(size) ** 2, axis_name=axis_name)
 
 
+def _of_computed(
+    updates: Updates, ord: float, *, is_mean: bool = False, axis_name: AxisName = None
+) -> Norms:
+    """Measures each leaf of a tree that is computed for this alone: a norm, or a mean modulus."""
+    divisor = float if is_mean else lambda _: 1.0
+    return _leafwise(updates, ord=ord, divisor=divisor, axis_name=axis_name, computed=True)
+
+
 class _Leaf(NamedTuple):
     position: int
     array: Array
@@ -241,6 +249,7 @@ def _leafwise(
     ord: float = 2,
     divisor: Callable[[int], float] = lambda _: 1.0,
     axis_name: AxisName,
+    computed: bool = False,
 ) -> Norms:
     """Measures each wanted leaf over its summed axes; None means all axes."""
     every_leaf = jax.tree.leaves(updates)
@@ -255,7 +264,8 @@ def _leafwise(
         layouts.append(_reduction.Layout(reduced, leaf.shards, divisor(max(size, 1))))
     norms: list[Any] = [None] * len(every_leaf)
     if leaves:
-        measured = _reduction.separate_norms([leaf.array for leaf in leaves], tuple(layouts), ord)
+        arrays = [leaf.array for leaf in leaves]
+        measured = _reduction.separate_norms(arrays, tuple(layouts), ord, computed=computed)
         for leaf, norm in zip(leaves, measured, strict=True):
             norms[leaf.position] = norm
     return _paths.rebuilt(updates, norms)

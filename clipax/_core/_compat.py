@@ -67,6 +67,12 @@ def varying_axes_of(aval: Any) -> frozenset[Hashable]:
     return frozenset(getattr(aval, "vma", ()))  # jax < 0.10
 
 
+def is_on_one_device(x: Any) -> bool:
+    """Whether the type of `x` shows neither a mesh nor mapped axes."""
+    aval = jax.typeof(x)
+    return bool(aval.sharding.mesh.empty) and not varying_axes_of(aval)
+
+
 def varying_over(x: Any, axes: Iterable[Hashable]) -> Any:
     """The same values, with a type that varies over these manual mesh axes too."""
     more = tuple(axis for axis in axes if axis not in varying_axes(x))

@@ -1,6 +1,8 @@
 """Running moments of every entry, in wide dtypes, in trees like the parameters.
 
-A second moment is kept as its root, because the squares of 1e20 and of 1e-25 are not float32.
+Powers of entries have the range of `optax.scale_by_adam`, which squares the same numbers: in
+float32, the square of an entry below 1e-19 is zero. But the square of a larger entry than 1.8e19
+is the largest float, because an infinite moment would never be forgotten.
 """
 
 import functools
@@ -72,10 +74,21 @@ def in_range(value: Array, source: Array) -> Array:
 
 def all_finite(values: Updates, *, axis_name: AxisName) -> Array:
     """Whether every entry of every leaf is finite, on all shards."""
-    # `x - x` is zero for a finite entry and NaN for another. A sum of these cannot overflow, and
-    # the norm already reduces it over all shards.
-    zeros = jax.tree.map(lambda x: x - x, values)
-    return jnp.isfinite(global_norm(zeros, 1, axis_name=axis_name))
+    # A sum of these cannot overflow, and the norm already reduces it over all shards.
+    return jnp.isfinite(global_norm(jax.tree.map(zero_or_nan, values), 1, axis_name=axis_name))
+
+
+def zero_or_nan(x: Array) -> Array:
+    """Zero for a finite entry and NaN for another."""
+    zero = x - x
+    return zero.real + zero.imag if jnp.iscomplexobj(x) else zero
+
+
+def none_is_nan(norms: Updates, *, axis_name: AxisName) -> Array:
+    """Whether no norm of a leaf, which covers all of its shards, is NaN."""
+    found = jax.tree.map(lambda norm: jnp.isnan(norm).astype(norm.dtype), norms)
+    # These norms must not be reduced again.
+    return global_norm(found, 1, axis_name=None if axis_name is None else ()) == 0
 
 
 @jax.custom_jvp
@@ -119,78 +132,31 @@ def debiased(decay: jax.typing.ArrayLike, count: Array, dtype: Any = float) -> A
     return jnp.where(count == 1, 1, weight / total)
 
 
-def power_mean(
-    old: Array, new: Array, weight: jax.typing.ArrayLike, ord: jax.typing.ArrayLike = 2.0
-) -> Array:
-    """`((1 - weight) * old^ord + weight * |new|^ord)^(1 / ord)` for `old` >= 0.
-
-    The derivative is zero at a mean of zero, where it does not exist or is infinite.
-    """
+def power(x: Array, ord: jax.typing.ArrayLike = 2.0) -> Array:
+    """`|x|^ord`, at most the largest float."""
+    largest = np.finfo(x.dtype).max
     known = None if isinstance(ord, jax.Array) else float(np.asarray(ord))
     if known == 1:
-        return mean(old, jnp.abs(new), weight)
-    return _power_mean(known, old, new, *_leaves.in_dtype_of(old, weight, ord))
-
-
-# `_by_powers` is differentiated in its place. The derivative of this program divides zero by zero
-# where the weight is one, as at the first step, and it has the corner of `|new|` at zero, which a
-# square does not have.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _power_mean(known: float | None, old: Array, new: Array, weight: Array, ord: Array) -> Array:
-    order = ord if known is None else known
-    # The old value plus a small term, because the rounding errors of a factor near one would add
-    # up from step to step.
-    kept = old + old * _root_less_one(-weight, order)
-    learned = _power(weight, order, is_root=True) * jnp.abs(new)
-    large, small = jnp.maximum(kept, learned), jnp.minimum(kept, learned)
-    q = small / jnp.where(large > 0, large, 1.0)
-    return large + large * _root_less_one(_power(q, order), order)
-
-
-@_power_mean.defjvp
-def _power_mean_jvp(
-    known: float | None, primals: tuple[Array, ...], tangents: tuple[Array, ...]
-) -> tuple[Array, Array]:
-    value = jax.lax.stop_gradient(_power_mean(known, *primals))
-    unit = jnp.where((value > 0) & jnp.isfinite(value), value, 1)
-    by_powers = functools.partial(_by_powers, known, unit)
-    same, dot = jax.jvp(by_powers, primals, tangents)
-    # The value must carry a derivative too: before jax 0.12, second derivatives of a scan ignore
-    # this rule and differentiate what it returns.
-    return _made_exact(same, value), dot
-
-
-def _by_powers(
-    known: float | None, unit: Array, old: Array, new: Array, weight: Array, ord: Array
-) -> Array:
-    """Computes the mean of powers literally, in a constant unit near the mean."""
-    order = ord if known is None else known
-    # A value this much larger than the mean has a weight of zero. Only the weight has a derivative
-    # there, so the power may stop growing before it overflows.
-    largest = jax.lax.stop_gradient(
-        _power(jnp.full_like(unit, np.finfo(unit.dtype).max / 16), order, is_root=True)
-    )
-
-    def power_of(x: Array) -> Array:
-        is_far = jnp.abs(x) / unit > largest
-        return _power_of_modulus(
-            jnp.where(is_far, largest.astype(x.dtype), divided(x, unit)), order
-        )
-
-    powers = power_of(old), power_of(new)
-    total = (1 - weight) * powers[0] + weight * powers[1]
-    positive = jnp.where(total > 0, total, 1)
-    return unit * jnp.where(total > 0, _power(positive, order, is_root=True), total)
-
-
-def _power_of_modulus(x: Array, ord: jax.typing.ArrayLike) -> Array:
+        return jnp.abs(x)
     square = x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
-    if not isinstance(ord, jax.Array) and ord == 2:
-        return square
+    if known == 2:
+        return jnp.minimum(square, largest)
+    (order,) = _leaves.in_dtype_of(square, ord)
     # At zero, the second derivative of any other power is zero or infinite, and is left out.
-    at_zero = jnp.where(jnp.asarray(ord) == 2, square, 0)
+    at_zero = jnp.where(order == 2, square, 0)
     modulus = jnp.abs(jnp.where(x == 0, 1, x))
-    return jnp.where(x == 0, at_zero, _power(modulus, ord))
+    return jnp.where(x == 0, at_zero, jnp.minimum(modulus**order, largest))
+
+
+def power_root(x: Array, ord: jax.typing.ArrayLike = 2.0) -> Array:
+    """`x^(1 / ord)` for `x` >= 0, with a derivative of zero at zero instead of an infinite one."""
+    known = None if isinstance(ord, jax.Array) else float(np.asarray(ord))
+    if known == 1:
+        return x
+    if known == 2:
+        return root(x)
+    (order,) = _leaves.in_dtype_of(x, ord)
+    return jnp.where(x > 0, jnp.where(x > 0, x, 1) ** (1 / order), x)
 
 
 def hypotenuse(one: Array, other: Array) -> Array:
@@ -210,21 +176,6 @@ def _made_exact(same: Array, value: Array) -> Array:
 def root(x: Array) -> Array:
     """`sqrt(x)` for `x` >= 0, with a derivative of zero at zero instead of an infinite one."""
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), x)
-
-
-def _root_less_one(x: Array, ord: jax.typing.ArrayLike) -> Array:
-    """`(1 + x)^(1 / ord) - 1` without the loss of digits for a small `x`."""
-    if not isinstance(ord, jax.Array) and ord == 2:
-        return x / (1 + jnp.sqrt(1 + x))
-    return jnp.expm1(jnp.log1p(x) / jnp.asarray(ord).astype(x.dtype))
-
-
-def _power(x: Array, ord: jax.typing.ArrayLike, *, is_root: bool = False) -> Array:
-    if not isinstance(ord, jax.Array) and ord == 2:
-        return jnp.sqrt(x) if is_root else x * x
-    exponent = jnp.asarray(1 / ord if is_root else ord).astype(x.dtype)
-    # Powers are computed by a logarithm, which is not finite at zero, where the power is zero.
-    return jnp.where(x > 0, jnp.where(x > 0, x, 1.0) ** exponent, x)
 
 
 def divided(x: Array, divisor: Array) -> Array:

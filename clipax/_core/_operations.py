@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clipax._core import _compat
 from clipax._core._typing import Array
 
 
@@ -57,6 +58,49 @@ def _largest_across_jvp(axes: Any, primals: Any, tangents: Any) -> Any:
     return jax.jvp(lambda parts: _MAX_ACROSS(parts, axes), primals, tangents)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _sum_of_some(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
+    """A sum of numbers >= 0 that XLA does not hand to its library of reductions."""
+    del keepdims
+    return jax.lax.reduce(x, np.zeros((), x.dtype), lambda a, b: a + jnp.abs(b), axis)
+
+
+@_sum_of_some.defjvp
+def _sum_of_some_jvp(axis: Any, keepdims: bool, primals: Any, tangents: Any) -> Any:
+    (tangent,) = tangents
+    return _sum_of_some(*primals, axis, keepdims), jnp.sum(tangent, axis)
+
+
+_PARTS = 8
+
+
+def _in_two_steps(reduce: Callable[..., Array], first: Callable[..., Array]) -> Any:
+    """Reduces a large array to an eighth first, in a loop that computes its entries too.
+
+    On a CPU, XLA computes what is reduced in a pass of its own for each operation, or in scalars.
+    It unrolls and vectorizes a loop over eight rows, with everything that makes their entries.
+    """
+
+    def local(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+        is_whole = axis is None or len(axis) == x.ndim
+        split = next((at for at, size in enumerate(x.shape) if size % _PARTS == 0), None)
+        is_split = is_whole and split is not None and x.size >= _LEAST_IN_STEPS
+        if not is_split or not _compat.is_on_one_device(x):
+            return reduce(x, axis, keepdims=keepdims)
+        assert split is not None
+        shape = (*x.shape[:split], _PARTS, x.shape[split] // _PARTS, *x.shape[split + 1 :])
+        # Without the barrier, XLA would join both steps.
+        parts = _compat.optimization_barrier(first(x.reshape(shape), (split,), False))
+        return reduce(parts)
+
+    return local
+
+
+_LEAST_IN_STEPS = 2**16
+
 SUM = Operation(jnp.sum, jax.lax.psum)
 MAX = Operation(_largest_of, _largest_across)
 FLOAT_MAX = Operation(functools.partial(jnp.max, initial=0), _MAX_ACROSS)
+SUM_IN_STEPS = Operation(_in_two_steps(jnp.sum, _sum_of_some), jax.lax.psum)
+"""For numbers >= 0 on a CPU."""
+MAX_IN_STEPS = Operation(_in_two_steps(_largest_of, _largest), _largest_across)

@@ -73,6 +73,8 @@ def powers(x: Array, width: Any, scale: Any, power: float) -> Array:
 
 def root(sums: Array, power: float) -> Array:
     """sums**(1/power) with a derivative of zero, not NaN, at zero."""
+    if power == 1:
+        return sums
     if power == 2:
         return _square_root(sums)
     positive = jnp.where(sums > 0, sums, jnp.ones_like(sums))

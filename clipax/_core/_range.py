@@ -8,6 +8,7 @@ range is taken.
     1            everywhere  either   one sum of moduli (a)
     inf          CPU         no       a maximum of floats, and a sum that finds NaN (b)
     inf          elsewhere   either   a maximum of bits (c)
+    1, inf       CPU         no       the same of what is computed to be reduced, in two steps (k)
     2            CPU         no       one sum, and a second read if it left the range (d)
     2, little    CPU         no       one sum in float64, for each leaf by itself (j)
     2, of units  GPU         no       one sum in float64 (e)
@@ -30,6 +31,7 @@ Each form is there because of what a test or a measurement shows:
     i  The powers of the other entries do not overflow: `test_global_norm_of_any_order_and_dtype`.
     j  A branch for each of a thousand leaves takes long to compile:
        `test_cpus_sum_little_leaves_in_doubles`.
+    k  Nothing of it is kept: `test_what_is_computed_is_reduced_in_one_read`.
 """
 
 import functools
@@ -42,7 +44,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax._core import _compat, _leaves
-from clipax._core._operations import FLOAT_MAX, MAX, SUM
+from clipax._core._operations import (
+    FLOAT_MAX,
+    MAX,
+    MAX_IN_STEPS,
+    SUM,
+    SUM_IN_STEPS,
+    Operation,
+)
 from clipax._core._powers import root
 from clipax._core._stacks import Reduction
 from clipax._core._typing import Array
@@ -72,8 +81,10 @@ class Ways(NamedTuple):
     """Whether sums are completed over mapped axes."""
     units: bool
     """Whether some arrays have several norms."""
-    little: bool
+    little: bool = False
     """Whether no array is worth a branch of its own."""
+    computed: bool = False
+    """Whether the arrays are computed only to be reduced."""
 
 
 def p_norms(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
@@ -82,7 +93,7 @@ def p_norms(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
     if order == math.inf:
         return _largest_entries(ways, arrays)
     if order == 1:
-        return ways.usual.sums(arrays, SUM, 1.0)
+        return _sums_of_moduli(ways, arrays)
     if order != 2:
         return _over_the_largest(ways, arrays)
     # Where arrays are sharded, devices could take different branches and then wait for each
@@ -122,19 +133,39 @@ def _by_platform(
     return result
 
 
+def _sums_of_moduli(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
+    def sums(operation: Operation, arrays: Sequence[Array]) -> list[Array]:
+        return ways.usual.roots(ways.usual.sums(arrays, operation, 1.0))
+
+    if ways.shards or not ways.computed:
+        return sums(SUM, arrays)
+    return _by_platform(
+        arrays,
+        default=functools.partial(sums, SUM),
+        cpu=functools.partial(sums, SUM_IN_STEPS),
+        gpu=None,
+    )
+
+
 def _largest_entries(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
     def of_floats(arrays: Sequence[Array]) -> list[Array]:
         sums = ways.usual.sums(_apart(arrays), SUM, 2.0)
         rows = zip(sums, ways.usual.sums(_apart(arrays), FLOAT_MAX, 1.0), strict=True)
         return [jnp.where(jnp.isnan(part), jnp.nan, largest) for part, largest in rows]
 
-    def of_integers(arrays: Sequence[Array]) -> list[Array]:
-        return ways.usual.sums(arrays, MAX, 1.0)
+    def of_integers(operation: Operation, arrays: Sequence[Array]) -> list[Array]:
+        return ways.usual.sums(arrays, operation, 1.0)
 
     if ways.shards:
-        return of_integers(arrays)
-    # A CPU reduces floats many times as fast as integers.
-    return _by_platform(arrays, default=of_integers, cpu=of_floats, gpu=None)
+        return of_integers(MAX, arrays)
+    in_steps = functools.partial(of_integers, MAX_IN_STEPS)
+    return _by_platform(
+        arrays,
+        default=functools.partial(of_integers, MAX),
+        # A CPU reduces floats many times as fast as integers.
+        cpu=in_steps if ways.computed else of_floats,
+        gpu=None,
+    )
 
 
 def _over_the_largest(ways: Ways, arrays: Sequence[Array]) -> list[Array]:

@@ -20,24 +20,27 @@ _LARGEST_DOUBLED = 2**14
 def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float) -> Array:
     """One norm over all arrays, each over all of its axes."""
     total = Total(stacked_alike(arrays, layouts), ord)
-    ways = Ways(total, _are_sharded(layouts), units=False, little=False)
+    ways = Ways(total, _are_sharded(layouts), units=False)
     (norm,) = _range.p_norms(ways, arrays)
     return norm
 
 
-@functools.partial(jax.jit, static_argnames=("layouts", "ord"), inline=True)
+@functools.partial(jax.jit, static_argnames=("layouts", "ord", "computed"), inline=True)
 def separate_norms(
-    arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float
+    arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float, *, computed: bool = False
 ) -> list[Array]:
-    """A norm for each array: a scalar over all of its axes, or with size one at summed axes."""
+    """A norm for each array: a scalar over all of its axes, or with size one at summed axes.
+
+    `computed` says that the arrays are computed only to be reduced.
+    """
     if _are_sharded(layouts):
         # They share collectives.
         together = Separate(one_by_one(layouts), ord)
-        return _range.p_norms(Ways(together, shards=True, units=False, little=False), arrays)
+        return _range.p_norms(Ways(together, shards=True, units=False), arrays)
 
     def each_alone(arrays: Sequence[Array]) -> list[Array]:
         rows = zip(arrays, layouts, strict=True)
-        return [_norm_alone(array, layout, ord) for array, layout in rows]
+        return [_norm_alone(array, layout, ord, computed) for array, layout in rows]
 
     stacks = stacked_alike(arrays, layouts)
     if len(stacks) == len(layouts) or ord not in (2, float("inf")):
@@ -46,18 +49,18 @@ def separate_norms(
     # kernel for all like sums, but another one for each place in a stack.
     rows = zip(arrays, layouts, strict=True)
     units = any(len(layout.axes) < array.ndim for array, layout in rows)
-    stacked = Ways(Separate(stacks, ord), shards=False, units=units, little=False)
+    stacked = Ways(Separate(stacks, ord), shards=False, units=units)
     on_gpus = functools.partial(_range.norms_on_gpus, stacked)
     return _range._by_platform(arrays, default=each_alone, cpu=None, gpu=on_gpus)
 
 
 # A call costs a small part of its trace, which alike arrays share.
-@functools.partial(jax.jit, static_argnames=("layout", "ord"))
-def _norm_alone(array: Array, layout: Layout, ord: float) -> Array:
+@functools.partial(jax.jit, static_argnames=("layout", "ord", "computed"))
+def _norm_alone(array: Array, layout: Layout, ord: float, computed: bool) -> Array:
     alone = Separate(one_by_one((layout,)), ord)
     units = len(layout.axes) < array.ndim
-    ways = Ways(alone, shards=False, units=units, little=array.size <= _LARGEST_DOUBLED)
-    (norm,) = _range.p_norms(ways, [array])
+    little = array.size <= _LARGEST_DOUBLED
+    (norm,) = _range.p_norms(Ways(alone, False, units, little, computed), [array])
     return norm
 
 

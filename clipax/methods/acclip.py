@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _choice, _moments
+from clipax._core import _checks, _compat, _moments, _select
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.coefficients import hard
-from clipax.norms import leaf_norm
+from clipax.norms import _of_computed, leaf_norm
 
 
 class AcclipState(NamedTuple):
@@ -23,8 +22,8 @@ class AcclipState(NamedTuple):
     clip: ClipState
     momentum: Updates
     """The running mean of the updates."""
-    max_value: Updates
-    """The bound on each entry's modulus: the root of the running mean of its powers."""
+    mean_power: Updates
+    """The running mean of each entry's modulus to the power `ord`."""
 
 
 def acclip(
@@ -53,7 +52,7 @@ def acclip(
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation with an `AcclipState`. `momentum` and `max_value` have the shapes of the
+      A transformation with an `AcclipState`. `momentum` and `mean_power` have the shapes of the
       parameters, in float32 (float64 for float64 leaves, complex momentum for complex leaves).
       `clip` is a `ClipState` with a scalar per leaf: `norm` is the largest
       `(|momentum_i| + eps) / max_value_i` of an entry with momentum, `max_norm` is 1,
@@ -68,6 +67,8 @@ def acclip(
     | the first step | `(1 - decay_bound) * u_i` at `ord=1`, up to `eps` |
     | momentum + eps <= max_value_i | the momentum |
     | zero in every step so far | zero |
+    | `|u_i|^ord` below 1e-38 | counts as zero in the bound |
+    | `|u_i|^ord` above 3e38 | counts as 3e38 in the bound |
     | gradients far below `eps` | nearly zero |
     | NaN or inf | NaN or inf; no entry of any leaf is learned |
     | beside a NaN or inf entry | clipped as usual |
@@ -93,8 +94,8 @@ def acclip(
     record = clip_by(functools.partial(leaf_norm, ord=math.inf), 1.0, axis_name=axis_name)
 
     def init_fn(params: Updates) -> AcclipState:
-        bounds = _moments.zero_moduli(params)
-        return AcclipState(record.init(bounds), _moments.zeros(params), bounds)
+        powers = _moments.zero_moduli(params)
+        return AcclipState(record.init(powers), _moments.zeros(params), powers)
 
     def update_fn(
         updates: Updates, state: AcclipState, params: Updates | None = None, **extra_args: Any
@@ -105,26 +106,37 @@ def acclip(
         def average(old: Array, x: Array) -> Array:
             return _moments.mean(old, x, 1 - decay)
 
-        def bound(old: Array, x: Array) -> Array:
-            return _moments.power_mean(old, x, 1 - decay_bound, ord)
+        def average_power(old: Array, x: Array) -> Array:
+            return _moments.mean(old, _moments.power(x, ord), 1 - decay_bound)
 
-        momentum = jax.tree.map(average, state.momentum, wide)
-        bounds = jax.tree.map(bound, state.max_value, wide)
-        sizes = jax.tree.map(jnp.abs, momentum)
-        factors = jax.tree.map(functools.partial(hard, eps=eps), sizes, bounds)
-        relative = jax.tree.map(functools.partial(_relative, eps=eps), sizes, bounds)
-        _, clip = record.update(relative, state.clip)
-        # Finite updates can have a mean that overflows, which must not be learned either.
-        is_finite = _moments.all_finite(momentum, axis_name=axis_name)
-        before = state.momentum, state.max_value
-        learned = _choice.choose(is_finite, (momentum, bounds), before)
-        clipped = scale_updates(momentum, factors)
-        return _moments.narrowed(clipped, updates), AcclipState(clip, *learned)
+        def learn(memory: Any, x: Any = wide) -> Any:
+            momentum, powers = memory
+            return jax.tree.map(average, momentum, x), jax.tree.map(average_power, powers, x)
+
+        def size_of(momentum: Array) -> Array:
+            return jnp.abs(momentum) + jnp.asarray(eps).astype(jnp.abs(momentum).dtype)
+
+        def relative(momentum: Array, power: Array) -> Array:
+            """`(|momentum| + eps) / bound`, or 0 for a momentum of zero."""
+            divisor = jnp.where(momentum == 0, 1, _moments.power_root(power, ord))
+            quotient = jnp.where(momentum == 0, 0, size_of(momentum) / divisor)
+            return quotient + _moments.zero_or_nan(momentum)
+
+        def clip_leaf(momentum: Array, power: Array) -> Array:
+            bound = _moments.power_root(power, ord)
+            return scale_updates(momentum, bound / jnp.maximum(size_of(momentum), bound))
+
+        before = state.momentum, state.mean_power
+        # These reads are only for the norm, so that XLA keeps nothing of them for later use.
+        read_before, read = jax.tree.map(_compat.optimization_barrier, (before, wide))
+        sizes = _of_computed(
+            jax.tree.map(relative, *learn(read_before, read)), math.inf, axis_name=axis_name
+        )
+        _, clip = record.update(sizes, state.clip, norm=sizes)
+        # A mean of finite updates that overflows must not be learned either.
+        is_finite = _moments.none_is_nan(sizes, axis_name=axis_name)
+        learned, kept = _select.learned_if(is_finite, learn, before)
+        clipped = jax.tree.map(clip_leaf, *learned)
+        return _moments.narrowed(clipped, updates), AcclipState(clip, *kept)
 
     return transformation(init_fn, update_fn, AcclipState)
-
-
-def _relative(size: Array, bound: Array, eps: jax.typing.ArrayLike) -> Array:
-    """`(size + eps) / bound`, or 0 for a size of zero."""
-    divisor = jnp.where(size > 0, bound, 1.0)
-    return jnp.where(size == 0, 0.0, (size + jnp.asarray(eps).astype(size.dtype)) / divisor)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clipax._core import _checks, _compat, _moments, _placement, _select
@@ -11,7 +12,7 @@ from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.norms import block_rms, global_norm
+from clipax.norms import _of_computed, block_rms, global_norm
 
 
 class StableAdamState(NamedTuple):
@@ -20,8 +21,8 @@ class StableAdamState(NamedTuple):
     clip: ClipState
     mu: Updates
     """The mean of the updates, bias-corrected."""
-    root_nu: Updates
-    """The root of the mean of their squares, bias-corrected."""
+    nu: Updates
+    """The mean of their squares, bias-corrected."""
     step_count: Array
     """The number of steps in both means; int32."""
 
@@ -50,7 +51,7 @@ def scale_by_stable_adam(
       axis_name: As in `clip_by_global_norm`.
 
     Returns:
-      A transformation with a `StableAdamState`. `mu` and `root_nu` have the shapes of the
+      A transformation with a `StableAdamState`. `mu` and `nu` have the shapes of the
       parameters, in float32 (float64 for float64 leaves, complex `mu` for complex leaves). `clip`
       is a `ClipState` with a scalar per leaf: `norm` is `rms_l`, `max_norm` is 1, `coefficient` is
       `min(1, 1 / rms_l)`.
@@ -65,6 +66,8 @@ def scale_by_stable_adam(
     | rms_l <= 1 | Adam's step |
     | zero in every step so far | zeros |
     | gradients far below eps | nearly zero |
+    | an entry below 1e-19, whose square is no float32 | counts as zero in `nu` |
+    | an entry above 9e18, whose square is no float32 | counts as 9e18 |
     | a NaN or inf entry | all NaN; no leaf is learned, no step counted |
     | beside a leaf with such an entry | scaled as usual |
     | None, integer, bool, float0 | unchanged, not measured |
@@ -92,10 +95,9 @@ def scale_by_stable_adam(
     record = clip_by(block_rms, 1.0, axis_name=axis_name)
 
     def init_fn(params: Updates) -> StableAdamState:
-        root_nu = _moments.zero_moduli(params)
-        zero = _placement.zero_norms(global_norm, root_nu, axis_name=axis_name)
-        clip, mu = record.init(root_nu), _moments.zeros(params)
-        return StableAdamState(clip, mu, root_nu, zero.astype(jnp.int32))
+        nu = _moments.zero_moduli(params)
+        zero = _placement.zero_norms(global_norm, nu, axis_name=axis_name)
+        return StableAdamState(record.init(nu), _moments.zeros(params), nu, zero.astype(jnp.int32))
 
     def update_fn(
         updates: Updates,
@@ -106,38 +108,48 @@ def scale_by_stable_adam(
         del params, extra_args
         count = optax.safe_increment(state.step_count)
         wide = _moments.widened(updates, state.mu)
-
-        def average(old: Array, x: Array) -> Array:
-            return _moments.mean(old, x, _moments.debiased(b1, count))
-
-        def average_square(old: Array, x: Array) -> Array:
-            return _moments.power_mean(old, x, _moments.debiased(b2, count))
+        new, new_square = _moments.debiased(b1, count), _moments.debiased(b2, count)
 
         def like(x: Array) -> Array:
             return jnp.asarray(eps).astype(x.dtype)
 
-        def learn(memory: Any, wide: Any = wide) -> Any:
-            mu, root_nu = memory
-            return jax.tree.map(average, mu, wide), jax.tree.map(average_square, root_nu, wide)
+        def relative(x: Array, nu: Array) -> Array:
+            """`|x|^2 / max(nu, eps^2)` with the new `nu`."""
+            square = _moments.power(_in_range(x))
+            least = jnp.maximum(like(nu) ** 2, np.finfo(nu.dtype).tiny)
+            weight = new_square.astype(nu.dtype)
+            nu = (1 - weight) * nu + weight * square
+            return square / jnp.maximum(nu, least) + _moments.zero_or_nan(x)
 
-        before = state.mu, state.root_nu
+        def average(mu: Array, x: Array) -> Array:
+            return _moments.mean(mu, _in_range(x), new)
+
+        def average_square(nu: Array, x: Array) -> Array:
+            return _moments.mean(nu, _moments.power(_in_range(x)), new_square)
+
+        def learn(memory: Any) -> Any:
+            mu, nu = memory
+            return jax.tree.map(average, mu, wide), jax.tree.map(average_square, nu, wide)
+
         # These reads are only for the sum, so that XLA keeps nothing of them for later use.
-        read_before, read = jax.tree.map(_compat.optimization_barrier, (before, wide))
-        mu, root_nu = learn(read_before, read)
-        relative = jax.tree.map(
-            lambda x, root: jnp.abs(x) / jnp.maximum(root, like(root)), read, root_nu
-        )
-        _, clip = record.update(relative, state.clip)
-        # A mean that overflows must not be learned either.
-        is_finite = _moments.all_finite(mu, axis_name=axis_name)
-        # No finite mean gives NaN here, but the test makes writing wait until all was read.
-        for size in jax.tree.leaves(clip.norm):
-            is_finite &= ~jnp.isnan(size)
-        (mu, root_nu), (kept_mu, kept_nu) = _select.learned_if(is_finite, learn, before)
-        steps = jax.tree.map(lambda m, root: _moments.divided(m, root + like(root)), mu, root_nu)
+        read = jax.tree.map(_compat.optimization_barrier, (wide, state.nu))
+        means = _of_computed(jax.tree.map(relative, *read), 1, is_mean=True, axis_name=axis_name)
+        rms = jax.tree.map(_moments.root, means)
+        _, clip = record.update(rms, state.clip, norm=rms)
+        is_finite = _moments.none_is_nan(rms, axis_name=axis_name)
+        (mu, nu), kept = _select.learned_if(is_finite, learn, (state.mu, state.nu))
+        steps = jax.tree.map(lambda m, v: _moments.divided(m, _moments.root(v) + like(v)), mu, nu)
         clipped = scale_updates(steps, clip.coefficient)
         count = jnp.where(is_finite, count, state.step_count)
-        new_state = StableAdamState(clip, kept_mu, kept_nu, count)
+        new_state = StableAdamState(clip, kept[0], kept[1], count)
         return _moments.narrowed(clipped, updates), new_state
 
     return transformation(init_fn, update_fn, StableAdamState)
+
+
+def _in_range(x: Array) -> Array:
+    """The entries, or the largest ones whose squares are finite in place of larger ones."""
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(_in_range(x.real), _in_range(x.imag))
+    most = 2.0 ** (np.finfo(x.dtype).maxexp // 2 - 1)
+    return jnp.clip(x, -most, most)

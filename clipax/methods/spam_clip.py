@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from clipax._core import _checks, _choice, _leaves, _moments, _placement
+from clipax._core import _checks, _choice, _compat, _leaves, _moments, _placement
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Norms, Updates
-from clipax.norms import global_norm, leaf_norm
+from clipax.norms import _of_computed, global_norm, leaf_norm
 from clipax.thresholds import Threshold
 from clipax.thresholds._fixed import bounded
 
@@ -75,6 +76,8 @@ def spam_clip(
     | square <= square_ratio * v_i | unchanged, bit for bit |
     | zero | zero, which v_i learns |
     | zero in every step so far | the first nonzero one passes unchanged |
+    | square below 1e-38 | learned as zero |
+    | square above 3e38 | learned as 3e38 |
     | NaN or inf | NaN, in warm-up unchanged; no entry of any leaf is learned, no step counted |
     | beside a NaN or inf entry | clipped as usual |
     | None, integer, bool, float0 leaf | unchanged, not measured |
@@ -124,19 +127,55 @@ def spam_clip(
             step = jnp.where(step >= reset_every, 0, step)
             rms = _choice.choose(step == 0, jax.tree.map(jnp.zeros_like, rms), rms)
         wide = _moments.widened(updates, rms)
-        is_on = step >= warmup_steps
-        usual = jax.tree.map(lambda size: jnp.where(is_on & (size > 0), size, jnp.inf), rms)
-        relative = jax.tree.map(_relative, wide, usual)
-        _, clip = record.update(relative, state.clip)
-        clipped = _leaves.map_measured(_clip_leaf, wide, usual, clip.max_norm)
+        is_on, weight = step >= warmup_steps, jnp.asarray(1 - decay, float)
 
-        def learn(old: Array, x: Array) -> Array:
-            return _moments.power_mean(old, x, 1 - decay)
+        def relative(x: Array, rms: Array) -> Array:
+            """`|x| / rms`, or 0 where the entry cannot be clipped."""
+            can_be = is_on & (rms > 0)
+            # The quotient has one use, because XLA would keep it in memory for two.
+            most = jnp.where(jnp.isfinite(x), np.finfo(rms.dtype).max, jnp.inf)
+            quotient = jnp.minimum(jnp.abs(x) / jnp.where(can_be, rms, 1), most)
+            return jnp.where(can_be, quotient, _moments.zero_or_nan(x))
 
-        learned = jax.tree.map(learn, rms, clipped), step, clip.threshold
-        is_finite = _moments.all_finite(wide, axis_name=axis_name)
+        def learn(rms: Array, x: Array, root: Array) -> Array:
+            exceeds = is_on & (rms > 0) & (jnp.abs(x) > root * rms)
+            square = _moments.power(jnp.where(exceeds, root * rms, jnp.abs(x)))
+            new = _moments.root(_moments.mean(rms * rms, square, weight))
+            # `clip_leaf` takes an entry that ends here for one without a history.
+            is_alike = exceeds & _is_first(new, x, weight)
+            return jnp.where(is_alike, new * (1 + 8 * np.finfo(new.dtype).eps), new)
+
+        def clip_leaf(x: Array, rms: Array, root: Array) -> Array:
+            """Clips an entry to the bound that it had before its mean learned.
+
+            A clipped entry adds its bound, `square_ratio * v`, to the mean of squares `v`. So the
+            new one is `v * (decay + weight * square_ratio)`, and beside any other entry larger.
+            """
+            learned = jnp.where(is_finite, weight, 0).astype(rms.dtype)
+            bound = root / jnp.sqrt((1 - learned) + learned * root * root) * rms
+            # Rounding must not clip an entry at its bound.
+            slack = jnp.where(is_finite, 1 + 8 * np.finfo(rms.dtype).eps, 1).astype(rms.dtype)
+            modulus = jnp.abs(x)
+            exceeds = is_on & ~_is_first(rms, x, learned) & (modulus > slack * bound)
+            if not jnp.iscomplexobj(x):
+                # No quotient, because XLA keeps one in memory instead of computing it again.
+                return jnp.where(exceeds, jnp.where(x < 0, -bound, bound) + (x - x), x)
+            direction = _moments.divided(x, jnp.where(exceeds, modulus, 1))
+            return jnp.where(exceeds, scale_updates(direction, bound), x)
+
+        # These reads are only for the norm, so that XLA keeps nothing of them for later use.
+        read = jax.tree.map(_compat.optimization_barrier, (wide, rms))
+        sizes = _of_computed(jax.tree.map(relative, *read), math.inf, axis_name=axis_name)
+        _, clip = record.update(sizes, state.clip, norm=sizes)
+        is_finite = _moments.none_is_nan(
+            jax.tree.map(_moments.zero_or_nan, sizes), axis_name=axis_name
+        )
+        learned = _leaves.map_measured(learn, rms, wide, clip.max_norm), step, clip.threshold
         before = state.rms, state.step_count, state.clip.threshold
         rms, count, threshold = _choice.choose(is_finite, learned, before)
+        # Everything later reads what is written here, so that XLA writes it in place.
+        rms = jax.tree.map(_compat.optimization_barrier, rms)
+        clipped = _leaves.map_measured(clip_leaf, wide, rms, clip.max_norm)
         clip = clip._replace(threshold=threshold)
         return _moments.narrowed(clipped, updates), SpamClipState(clip, rms, count)
 
@@ -151,17 +190,8 @@ def _root_of(ratios: Threshold) -> Threshold:
     return Threshold(ratios.init, update_fn)
 
 
-def _relative(x: Array, usual: Array) -> Array:
-    modulus = jnp.abs(x)
-    return _moments.in_range(modulus / usual, modulus)
-
-
-def _clip_leaf(x: Array, usual: Array, root: Array) -> Array:
-    # The inner `where` keeps an infinite bound out of the derivative with respect to the ratio.
-    is_bounded = jnp.isfinite(usual)
-    bound = jnp.where(is_bounded, root * jnp.where(is_bounded, usual, 1.0), jnp.inf)
-    modulus = jnp.abs(x)
-    exceeds = modulus > bound
-    # Two factors, direction and bound, because their product can be too small for a float.
-    direction = _moments.divided(x, jnp.where(exceeds, modulus, 1.0))
-    return jnp.where(exceeds, scale_updates(direction, jnp.where(exceeds, bound, 1.0)), x)
+def _is_first(rms: Array, x: Array, weight: Array) -> Array:
+    """Whether the mean of squares is about `weight * |x|^2`, as after zeros."""
+    near = 4 * np.finfo(rms.dtype).eps
+    learned, mean = weight.astype(rms.dtype) * _moments.power(x), rms * rms
+    return (mean >= (1 - near) * learned) & (mean <= (1 + near) * learned)

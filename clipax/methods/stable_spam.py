@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _choice, _leaves, _moments, _rules
+from clipax._core import _checks, _choice, _compat, _leaves, _moments, _paths, _range, _rules
 from clipax._core._clip_by import ClipState, clip_by
-from clipax._core._scaling import Factors, in_two
+from clipax._core._scaling import Factors, in_two, scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Norms, Updates
 from clipax.coefficients import hard, normalized
-from clipax.norms import global_norm, leaf_norm
+from clipax.norms import _of_computed, global_norm, leaf_norm
 from clipax.thresholds import Threshold, fixed, per_norm
 
 # The mean forgets a spike sooner than the root mean square does, and meanwhile the quotient is
@@ -144,7 +144,8 @@ def stable_spam(
         count = optax.safe_increment(state.norm_count)
         mean = _moments.mean(state.mean, norm, _moments.debiased(decay_norm, count, norm.dtype))
         weight = _moments.debiased(decay_square, count, norm.dtype)
-        root = _moments.power_mean(state.root_mean_square, norm, weight)
+        kept = _moments.root(1 - weight) * state.root_mean_square
+        root = _moments.hypotenuse(kept, _moments.root(weight) * norm)
         is_given_up = mean < _LEAST_SHARE * root
         first = NormState(norm, norm, jnp.ones_like(count))
         learned = _choice.choose(is_given_up, first, NormState(mean, root, count))
@@ -171,13 +172,23 @@ def stable_spam(
         wide = jax.tree.map(
             lambda leaf: _leaves.widened(jnp.asarray(leaf)), _rules.only_measured(updates)
         )
-        _, clip = entries.update(wide, state.clip)
-        factors = in_two(hard, clip.norm, clip.max_norm)
-        clipped = _leaves.map_measured(_clip_leaf, wide, clip.max_norm, *factors)
+        # These reads are only for the norms, so that XLA keeps nothing of them for later use.
+        read = jax.tree.map(_compat.optimization_barrier, wide)
+        largest = _of_computed(read, math.inf, axis_name=axis_name)
+        _, clip = entries.update(largest, state.clip, norm=largest)
+        bounds = clip.max_norm, *in_two(hard, clip.norm, clip.max_norm)
+        clipped = _leaves.map_measured(_clip_leaf, wide, *bounds)
         moments = state.moments
         if normalize:
+            # The largest entry ends at the bound, and no square over its own overflows.
+            ends = jax.tree.map(jnp.minimum, clip.norm, clip.max_norm)
+            units = jax.tree.map(_range.finite_or_one, ends)
+            squares = _leaves.map_measured(_squares, read, units, *bounds)
+            sums = _paths.flat(_of_computed(squares, 1, axis_name=axis_name))
+            norms = jax.tree.map(lambda total, unit: unit * _moments.root(total), sums, units)
             # The record of this half is dropped: metrics read that of the first half alone.
-            clipped, after = leaves.update(clipped, clip._replace(threshold=moments))
+            _, after = leaves.update(largest, clip._replace(threshold=moments), norm=norms)
+            clipped = in_two(_normalized, norms, after.max_norm).scale(clipped)
             moments = after.threshold
         return _moments.narrowed(clipped, updates), StableSpamState(clip, moments)
 
@@ -211,3 +222,8 @@ def _clip_leaf(leaf: Array, bound: Array, first: Array, second: Array) -> Array:
     moduli = jnp.abs(leaf)
     exceeds = moduli > bound.astype(moduli.dtype)
     return Factors(*(jnp.where(exceeds, factor, 1) for factor in (first, second))).scale(leaf)
+
+
+def _squares(leaf: Array, unit: Array, *bound: Array) -> Array:
+    small = scale_updates(_clip_leaf(leaf, *bound), 1 / unit)
+    return (small * small.conj()).real

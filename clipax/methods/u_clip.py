@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _choice, _leaves, _moments, _placement
+from clipax._core import _checks, _choice, _compat, _leaves, _moments, _placement
 from clipax._core._scaling import in_two
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
@@ -108,16 +108,26 @@ def u_clip(
         wide = _moments.widened(updates, state.carry)
         totals = jax.tree.map(_moments.added, wide, state.carry)
         clipped, inner_state = inner.update(totals, state.inner_state, params, **extra_args)
-        rest = _rest_in_reach if max_carry is None else jnp.subtract
-        carry = jax.tree.map(rest, totals, clipped)
-        norm = global_norm(carry, axis_name=axis_name)
-        # An update with an entry that is not finite never leaves a finite carry.
-        is_finite = jnp.isfinite(norm)
-        if max_carry is not None:
+        if max_carry is None:
+            is_finite = _moments.all_finite(totals, axis_name=axis_name)
+            rest = jax.tree.map(_rest_in_reach, totals, clipped)
+            # Chosen before it is measured, so that XLA writes it in place of the old one.
+            carry = _choice.choose(is_finite, rest, state.carry)
+            carry = jax.tree.map(_compat.optimization_barrier, carry)
+            norm = global_norm(carry, axis_name=axis_name)
+        else:
+            rest = jax.tree.map(jnp.subtract, totals, clipped)
+            norm = global_norm(rest, axis_name=axis_name)
+            # An update with an entry that is not finite never leaves a finite carry.
+            is_finite = jnp.isfinite(norm)
             (bound,) = _leaves.in_dtype_of(norm, max_carry)
-            carry, norm = in_two(hard, norm, bound).scale(carry), jnp.minimum(norm, bound)
-        new_state = UClipState(carry, norm, inner_state)
-        return _moments.narrowed(clipped, updates), _choice.choose(is_finite, new_state, state)
+            carry = in_two(hard, norm, bound).scale(rest)
+            norm = jnp.minimum(norm, bound)
+            carry = _choice.choose(is_finite, carry, state.carry)
+        others = _choice.choose(
+            is_finite, (norm, inner_state), (state.carry_norm, state.inner_state)
+        )
+        return _moments.narrowed(clipped, updates), UClipState(carry, *others)
 
     return transformation(init_fn, update_fn, UClipState)
 
