@@ -366,7 +366,7 @@ def the_form_of_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def by_platform(arrays: Any, *, default: Any, cpu: Any, gpu: Any) -> Any:
         return (gpu or default)(list(arrays))
 
-    monkeypatch.setattr(_range, "_by_platform", by_platform)
+    monkeypatch.setattr(_range, "by_platform", by_platform)
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -102,7 +102,7 @@ def p_norms(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
         return _at_every_scale(ways.usual, arrays)
     can_be_doubled = _can_be_doubled(arrays)
     on_cpus = _in_doubles if ways.little and can_be_doubled else _at_the_right_scale
-    return _by_platform(
+    return by_platform(
         arrays,
         # An accelerator computes faster than it reads. An array that may be read again cannot
         # be fused with the computation that makes it.
@@ -121,7 +121,7 @@ def norms_on_gpus(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
     return (_in_doubles if is_doubled else _at_every_scale)(ways.usual, arrays)
 
 
-def _by_platform(
+def by_platform(
     arrays: Sequence[Array], *, default: _Branch, cpu: _Branch | None, gpu: _Branch | None
 ) -> list[Array]:
     branches = {"default": default}
@@ -139,7 +139,7 @@ def _sums_of_moduli(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
 
     if ways.shards or not ways.computed:
         return sums(SUM, arrays)
-    return _by_platform(
+    return by_platform(
         arrays,
         default=functools.partial(sums, SUM),
         cpu=functools.partial(sums, SUM_IN_STEPS),
@@ -159,7 +159,7 @@ def _largest_entries(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
     if ways.shards:
         return of_integers(MAX, arrays)
     in_steps = functools.partial(of_integers, MAX_IN_STEPS)
-    return _by_platform(
+    return by_platform(
         arrays,
         default=functools.partial(of_integers, MAX),
         # A CPU reduces floats many times as fast as integers.

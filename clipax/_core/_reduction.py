@@ -51,7 +51,7 @@ def separate_norms(
     units = any(len(layout.axes) < array.ndim for array, layout in rows)
     stacked = Ways(Separate(stacks, ord), shards=False, units=units)
     on_gpus = functools.partial(_range.norms_on_gpus, stacked)
-    return _range._by_platform(arrays, default=each_alone, cpu=None, gpu=on_gpus)
+    return _range.by_platform(arrays, default=each_alone, cpu=None, gpu=on_gpus)
 
 
 # A call costs a small part of its trace, which alike arrays share.
