@@ -1,12 +1,15 @@
 """Bounds on the largest singular value that are cheaper than a decomposition."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax._core import _placement
+from clipax._core import _leaves, _placement
 from clipax._core._powers import root
 from clipax._core._typing import Array
+from clipax._spectral._matrices import MatrixView, squares
 from clipax._spectral._singular import adjoint, in_units, matmul
 
 # A bound with this factor holds whatever rounding did to it.
@@ -30,19 +33,23 @@ def from_products(x: Array) -> Array:
     return schatten_norm(x, _SQUARINGS_FOR_BOUND) * _MARGIN
 
 
-def from_below(x: Array, frobenius: Array) -> Array:
+def from_below(view: MatrixView, leaf: Array, frobenius: Array) -> Array:
     """One power iteration: `|x^H y| / |y|` for `y = x v` and a vector `v` of random signs.
 
-    No entry of `x v` exceeds the Frobenius norm for `|v| = 1`, so all products stay in range.
+    No entry of `x v` exceeds the Frobenius norm for `|v| = 1`, so all products stay in range. The
+    products are sums over axes of the leaf, because a CPU would copy a transposed leaf, and is
+    slow at products with a vector.
     """
-    columns = x.shape[-1]
+    leaf = _leaves.widened(leaf)
+    unit = jnp.where(frobenius > 0, frobenius, 1).astype(leaf.dtype)
+    shape = [size if axis in view.columns else 1 for axis, size in enumerate(leaf.shape)]
     # The signs are fixed. A vector of ones would be orthogonal to gradients whose rows sum to zero.
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], (columns, 1)) / columns**0.5
-    unit = jnp.where(frobenius > 0, frobenius, 1)[..., None, None].astype(x.dtype)
-    y = matmul(jax.lax.stop_gradient(x), jnp.asarray(signs, x.dtype)) / unit
-    length = _length(y)[..., None, None]
-    y = y / jnp.where(length > 0, length, 1).astype(x.dtype)
-    return frobenius * _length(matmul(adjoint(x), y) / unit)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], shape) / math.prod(shape) ** 0.5
+    scaled = jax.lax.stop_gradient(leaf) * jnp.asarray(signs, leaf.dtype)
+    y = jnp.sum(scaled, view.columns, keepdims=True) / unit
+    length = view.length(y)
+    y = y / jnp.where(length > 0, length, 1).astype(leaf.dtype)
+    return frobenius * view.length(jnp.sum(jnp.conj(leaf) * y, view.rows, keepdims=True) / unit)
 
 
 def schatten_norm(x: Array, squarings: int = _SQUARINGS) -> Array:
@@ -73,6 +80,4 @@ def schatten_norm(x: Array, squarings: int = _SQUARINGS) -> Array:
 
 
 def _length(x: Array) -> Array:
-    """The root of the sum of squares of a matrix, with a derivative of zero at zero."""
-    squares = x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
-    return root(jnp.sum(squares, axis=(-2, -1)), 2)
+    return root(jnp.sum(squares(x), axis=(-2, -1)), 2)

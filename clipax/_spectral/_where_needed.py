@@ -39,26 +39,27 @@ def clip_where_needed(
     A norm is the largest singular value where a matrix had to be decomposed, so wherever it is
     clipped, and a bound from below otherwise.
     """
-    x, leaf = view.matrices(leaf), jnp.asarray(leaf)
-    lowest = _bounds.from_below(x, frobenius)
-    constants = jax.lax.stop_gradient((x, frobenius, lowest, max_norm))
+    leaf = jnp.asarray(leaf)
+    lowest = view.per_matrix(_bounds.from_below(view, leaf, frobenius))
+    bound = jax.lax.stop_gradient(max_norm)
 
     def is_within(norm: Array) -> Array:
         # A coefficient does not grow with the singular value.
-        return coefficient(norm, constants[-1]) == 1
+        return coefficient(jax.lax.stop_gradient(norm), bound) == 1
 
-    is_small = is_within(_bounds.from_frobenius(constants[1]))
-    # A matrix that surely exceeds its bound needs no nearer one.
-    is_open = ~is_small & is_within(constants[2])
-    is_small |= is_open & _cond(
-        is_open, lambda: is_within(_bounds.from_products(constants[0])), lambda: is_open
-    )
+    # The branches read the leaf itself, because a transposed one would be copied for them.
+    def is_within_by_products() -> Array:
+        return is_within(_bounds.from_products(view.matrices(jax.lax.stop_gradient(leaf))))
 
     def clip() -> tuple[Array, Array]:
-        measured = _spectral.measure(x, iterations)
+        measured = _spectral.measure(view.matrices(leaf), iterations)
         clipped = clip_measured(view, leaf, measured, max_norm, coefficient, iterations)
         return jnp.where(is_small, lowest, measured.norm), clipped
 
+    is_small = is_within(_bounds.from_frobenius(view.per_matrix(frobenius)))
+    # A matrix that surely exceeds its bound needs no nearer one.
+    is_open = ~is_small & is_within(lowest)
+    is_small |= is_open & _cond(is_open, is_within_by_products, lambda: is_open)
     return _cond(~is_small, clip, lambda: (lowest, leaf))
 
 

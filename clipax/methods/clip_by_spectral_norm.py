@@ -160,11 +160,10 @@ def clip_by_spectral_norm(
         matrices: dict[int, Any] = {}
         # The bound is fixed, so it is known before the norms.
         for row, view, leaf, bound in with_bounds(record(norms)[1]):
-            size = view.per_matrix(norms[row])
-            lowest, matrices[row] = clip_where_needed(
-                view, leaf, size, bound, coefficient, iterations
+            known, matrices[row] = clip_where_needed(
+                view, leaf, norms[row], bound, coefficient, iterations
             )
-            norms[row] = view.as_norm(lowest)
+            norms[row] = view.as_norm(known)
         clipped, new_state = record(norms)
         for row, leaf in matrices.items():
             clipped[row] = leaf
