@@ -39,8 +39,8 @@ def clip_by_spectral_norm(
         `count -> value`, a tree prefix of them, or a threshold as in `clip_by`, which learns from
         the largest singular values. SPECTRA's code has 0.1 for gradients and 10 for an optimizer's
         updates.
-      coefficient: `(s, max_norm) -> factor` in [0, 1]: `hard`, `square_root` for SPECTRA's soft
-        clipping, or another.
+      coefficient: `(s, max_norm) -> factor` in [0, 1], which must not grow with `s`: `hard`,
+        `square_root` for SPECTRA's soft clipping, or another.
       iterations: None decomposes each matrix, which is exact but slow on accelerators. An integer
         >= 1 takes that many Newton-Schulz steps instead, for `hard` and `square_root` only. 10 are
         enough for a Frobenius norm of 1000 max_norm, and 5 more for each factor of 100; `hard` may
@@ -52,24 +52,30 @@ def clip_by_spectral_norm(
         attention's first projections. A function that returns None makes the leaf a vector.
       stack_axis: The axis along which matrices or vectors are stacked, as in `clip_by_leaf_norm`.
       mask: Which leaves are clipped, as in `clip_by_leaf_norm`.
+      exact_norm: Whether to decompose every matrix, so that `norm` is exact for all. By default, a
+        matrix is decomposed only if no cheap bound shows that it stays. A threshold that learns
+        from the norms gets exact ones in any case.
       axis_name: As in `clip_by_global_norm`, for vectors. In a mapped program every matrix must be
         whole, because a shard does not show its singular values; `()` says so where types do not.
 
     Returns:
       A transformation whose state is a `ClipState` with a scalar per leaf, or an array that
       broadcasts against the leaf where matrices are stacked. `norm` is the largest singular value
-      (with `iterations`, a bound at most n^(1/2048) times too large for n of them) and
-      `coefficient` is its factor, the smallest.
+      where a matrix is clipped (with `iterations`, a bound at most n^(1/2048) times too large for n
+      of them). For other matrices, it may be an estimate that is never too large, unless
+      `exact_norm` is set. `coefficient` is the factor of the largest singular value, the smallest.
 
     Raises:
       ValueError: A value in `max_norm` is not a number >= 0; `coefficient` is not a function, or
-        not one that `iterations` supports; `iterations` is not an integer >= 1; at `init` and
+        not one that `iterations` supports; `iterations` is not an integer >= 1, or `exact_norm` not
+        a boolean; at `init` and
         `update`, a prefix does not fit or a leaf lacks an axis; at `update`, `unit_axis` and
         `stack_axis` share an axis, or a matrix may be sharded.
 
     | leaf | result |
     |---|---|
     | `norm` of the state <= max_norm (`hard`) | the matrix, bit for bit |
+    | not clipped | the norm may be too small, unless `exact_norm` is set |
     | all zero | zeros, also for max_norm = 0 |
     | any finite, max_norm = 0 | zeros |
     | a vector, or a matrix of one row or column | as in `clip_by_leaf_norm` |
