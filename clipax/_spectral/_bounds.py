@@ -17,8 +17,8 @@ _MARGIN = 1.001
 # Entries of a smaller matrix may be flushed to zero in a product.
 _LEAST_NORM = 2.0**-100
 _SQUARINGS = 9
-# These give a sum of 16th powers. Its root is at most 1.2 times the largest of 768 singular values
-# of random entries; another product would make that 1.1.
+# These give a sum of 16th powers. Its root is 1.2 times the largest of 768 singular values of
+# random entries; another product would make that 1.1.
 _SQUARINGS_FOR_BOUND = 2
 
 
@@ -43,7 +43,7 @@ def from_below(view: MatrixView, leaf: Array, frobenius: Array) -> Array:
     leaf = _leaves.widened(leaf)
     unit = jnp.where(frobenius > 0, frobenius, 1).astype(leaf.dtype)
     shape = [size if axis in view.columns else 1 for axis, size in enumerate(leaf.shape)]
-    # The signs are fixed. A vector of ones would be orthogonal to gradients whose rows sum to zero.
+    # Fixed signs. A vector of ones would be orthogonal to gradients whose rows sum to zero.
     signs = np.random.default_rng(0).choice([-1.0, 1.0], shape) / math.prod(shape) ** 0.5
     scaled = jax.lax.stop_gradient(leaf) * jnp.asarray(signs, leaf.dtype)
     y = jnp.sum(scaled, view.columns, keepdims=True) / unit
@@ -55,8 +55,8 @@ def from_below(view: MatrixView, leaf: Array, frobenius: Array) -> Array:
 def schatten_norm(x: Array, squarings: int = _SQUARINGS) -> Array:
     """`(sum_i s_i^p)^(1/p)`, which is 1 to n^(1/p) times the largest of n values.
 
-    `p` is `2^(squarings + 2)`, by default 2048. Each square is divided by its Frobenius norm first,
-    so that nothing overflows, and the product of the roots of these norms is the result.
+    `p` is `2^(squarings + 2)`, by default 2048. Each square is divided by its Frobenius norm
+    first, so that nothing overflows, and the product of the roots of these norms is the result.
     """
     scaled, unit, largest = in_units(x)
 

@@ -61,16 +61,16 @@ def clip_by_spectral_norm(
     Returns:
       A transformation whose state is a `ClipState` with a scalar per leaf, or an array that
       broadcasts against the leaf where matrices are stacked. `norm` is the largest singular value
-      where a matrix is clipped (with `iterations`, a bound at most n^(1/2048) times too large for n
-      of them). For other matrices, it may be an estimate that is never too large, unless
-      `exact_norm` is set. `coefficient` is the factor of the largest singular value, the smallest.
+      where a matrix is clipped (with `iterations`, a bound at most n^(1/2048) times too large for
+      n of them). For other matrices, it may be an estimate that is never too large, unless
+      `exact_norm` is set. `coefficient` is the factor of the largest singular value.
 
     Raises:
       ValueError: A value in `max_norm` is not a number >= 0; `coefficient` is not a function, or
-        not one that `iterations` supports; `iterations` is not an integer >= 1, or `exact_norm` not
-        a boolean; at `init` and
-        `update`, a prefix does not fit or a leaf lacks an axis; at `update`, `unit_axis` and
-        `stack_axis` share an axis, or a matrix may be sharded.
+        not one that `iterations` supports; `iterations` is not an integer >= 1, or
+        `exact_norm` not a boolean; at `init` and `update`, a prefix does not fit or a leaf lacks
+        an axis; at `update`, `unit_axis` and `stack_axis` share an axis, or a matrix may be
+        sharded.
 
     | leaf | result |
     |---|---|
