@@ -135,6 +135,7 @@ def test_wandb_takes_the_keys(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) ->
     floats = clipax.as_floats(metrics(), prefix="train/")
     with wandb.init(project="clips", mode="offline", dir=tmp_path) as run:
         run.log(floats, step=1)
+    wandb.teardown()  # Its service may still be writing when the run is over.
     (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     for key in floats:
         assert key.encode() in written.read_bytes()

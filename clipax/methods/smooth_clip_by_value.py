@@ -4,7 +4,6 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -79,24 +78,8 @@ def smooth_clip_by_value(
     largest = functools.partial(leaf_norm, ord=math.inf)
     whole_leaves = clip_by(largest, bound, coefficient, axis_name=axis_name)
 
-    def draw(leaf: Any, top: Array, norm: Array) -> Array:
-        def made_at_once(leaf: Array, top: Array, norm: Array) -> Array:
-            # A CPU's compiler stores each quotient and each `tanh` that two kernels read. A branch
-            # stores its result alone. The sum of zeros is zero too, and unlike the leaf itself it
-            # is not copied before the branch is known.
-            drawn: Array = jax.lax.cond(
-                norm != 0, lambda: _draw_leaf(leaf, top, coefficient), lambda: leaf + leaf
-            )
-            return drawn
-
-        def made_where_used(leaf: Array, top: Array, norm: Array) -> Array:
-            del norm
-            return _draw_leaf(leaf, top, coefficient)
-
-        drawn: Array = jax.lax.platform_dependent(
-            jnp.asarray(leaf), top, norm, cpu=made_at_once, default=made_where_used
-        )
-        return drawn
+    def draw(leaf: Any, top: Array) -> Array:
+        return _draw_leaf(leaf, top, coefficient)
 
     def update_fn(
         updates: Updates, state: ClipState, params: Updates | None = None, **extra_args: Any
@@ -104,7 +87,7 @@ def smooth_clip_by_value(
         del params, extra_args
         # This one only records: under jit, the updates that it scales are never computed.
         _, state = whole_leaves.update(updates, state)
-        return _leaves.map_measured(draw, updates, state.max_norm, state.norm), state
+        return _leaves.map_measured(draw, updates, state.max_norm), state
 
     return transformation(whole_leaves.init, update_fn)
 
