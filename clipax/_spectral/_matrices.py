@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from clipax._core import _compat, _leaves, _mapped, _rules
+from clipax._core._powers import root
 from clipax._core._typing import Array, Axes, AxisName, LeafRule, Updates
 from clipax.units import output_last
 
@@ -48,6 +49,16 @@ class MatrixView(NamedTuple):
     def per_matrix(self, norms: Array) -> Array:
         """Undoes `as_norm`."""
         return jnp.squeeze(norms, self.rows + self.columns) if self.stack else norms
+
+    def length(self, x: Array) -> Array:
+        """The root of the sum of squares of each matrix, in the shape of the leaf's norms."""
+        axes = self.rows + self.columns
+        return root(jnp.sum(squares(x), axes, keepdims=bool(self.stack)), 2)
+
+
+def squares(x: Array) -> Array:
+    """The squared moduli of entries."""
+    return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
 
 
 def matrix_views(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from clipax._core import _placement
 from clipax._core._typing import Array, Coefficient
+from clipax._spectral._bounds import schatten_norm
 from clipax._spectral._singular import (
     Decomposition,
     adjoint,
@@ -27,7 +28,6 @@ from clipax._spectral._singular import (
 )
 from clipax.coefficients import hard
 
-_SQUARINGS = 10
 _STEPS_OF_INVERSE_ROOT = 6
 # A smaller value scales more, and then the iteration would send singular values that rounding
 # leaves above one below zero.
@@ -51,7 +51,7 @@ def measure(x: Array, iterations: int | None) -> Measured:
     if iterations is None:
         parts = decompose(jax.lax.stop_gradient(x))
         return Measured(largest(x, parts), parts)
-    return Measured(_schatten_norm(x), None)
+    return Measured(schatten_norm(x), None)
 
 
 def clip(
@@ -109,28 +109,6 @@ def _clip_jvp(
 
     clipped = _clip(coefficient, iterations, x, parts, max_norm)
     return lasting(clipped, by_given, x, max_norm), moved
-
-
-def _schatten_norm(x: Array) -> Array:
-    """`(sum_i s_i^2048)^(1/2048)`, which is 1 to n^(1/2048) times the largest of n values.
-
-    Repeated squaring computes the trace of a power. Each square is divided by its trace first, so
-    that nothing overflows, and the product of the roots of these traces is the norm.
-    """
-    scaled, unit, largest = in_units(x)
-
-    def square(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        power, norm = carry
-        trace = jnp.trace(power, axis1=-2, axis2=-1).real[..., None]
-        # The inner `where` keeps the derivative finite at zero.
-        divisor = jnp.where(trace > 0, trace, 1)
-        root = divisor ** (0.5 ** jnp.asarray(step + 1).astype(trace.dtype))
-        power = power / divisor.astype(power.dtype)[..., None]
-        return matmul(power, power), norm * jnp.where(trace > 0, root, 0)
-
-    start = matmul(adjoint(scaled), scaled), _placement.filled_like(unit, 1.0)
-    _, norm = jax.lax.fori_loop(0, _SQUARINGS + 1, square, start)
-    return jnp.where(jnp.isfinite(largest), norm * unit, largest)[..., 0]
 
 
 @functools.partial(jax.jit, static_argnames=("is_hard", "iterations"), inline=True)

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from clipax._core import _checks, _paths, _rules
@@ -12,6 +11,7 @@ from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import AxisName, Bound, Coefficient, LeafRule, Norms, Updates
 from clipax._spectral import _matrices, _spectral
+from clipax._spectral._where_needed import clip_measured, clip_where_needed
 from clipax.coefficients import hard, square_root
 from clipax.norms import leaf_norm
 from clipax.thresholds._per_norm import as_threshold
@@ -26,6 +26,7 @@ def clip_by_spectral_norm(
     unit_axis: LeafRule = None,
     stack_axis: LeafRule = None,
     mask: LeafRule = True,
+    exact_norm: bool = False,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the singular values of each matrix so that its spectral norm is bounded.
@@ -38,8 +39,8 @@ def clip_by_spectral_norm(
         `count -> value`, a tree prefix of them, or a threshold as in `clip_by`, which learns from
         the largest singular values. SPECTRA's code has 0.1 for gradients and 10 for an optimizer's
         updates.
-      coefficient: `(s, max_norm) -> factor` in [0, 1]: `hard`, `square_root` for SPECTRA's soft
-        clipping, or another.
+      coefficient: `(s, max_norm) -> factor` in [0, 1], which must not grow with `s`: `hard`,
+        `square_root` for SPECTRA's soft clipping, or another.
       iterations: None decomposes each matrix, which is exact but slow on accelerators. An integer
         >= 1 takes that many Newton-Schulz steps instead, for `hard` and `square_root` only. 10 are
         enough for a Frobenius norm of 1000 max_norm, and 5 more for each factor of 100; `hard` may
@@ -51,24 +52,30 @@ def clip_by_spectral_norm(
         attention's first projections. A function that returns None makes the leaf a vector.
       stack_axis: The axis along which matrices or vectors are stacked, as in `clip_by_leaf_norm`.
       mask: Which leaves are clipped, as in `clip_by_leaf_norm`.
+      exact_norm: Whether to decompose every matrix, so that `norm` is exact for all. By default, a
+        matrix is decomposed only if no cheap bound shows that it stays. A threshold that learns
+        from the norms gets exact ones in any case.
       axis_name: As in `clip_by_global_norm`, for vectors. In a mapped program every matrix must be
         whole, because a shard does not show its singular values; `()` says so where types do not.
 
     Returns:
       A transformation whose state is a `ClipState` with a scalar per leaf, or an array that
       broadcasts against the leaf where matrices are stacked. `norm` is the largest singular value
-      (with `iterations`, a bound at most n^(1/2048) times too large for n of them) and
-      `coefficient` is its factor, the smallest.
+      where a matrix is clipped (with `iterations`, a bound at most n^(1/2048) times too large for
+      n of them). For other matrices, it may be an estimate that is never too large, unless
+      `exact_norm` is set. `coefficient` is the factor of the largest singular value.
 
     Raises:
       ValueError: A value in `max_norm` is not a number >= 0; `coefficient` is not a function, or
-        not one that `iterations` supports; `iterations` is not an integer >= 1; at `init` and
-        `update`, a prefix does not fit or a leaf lacks an axis; at `update`, `unit_axis` and
-        `stack_axis` share an axis, or a matrix may be sharded.
+        not one that `iterations` supports; `iterations` is not an integer >= 1, or
+        `exact_norm` not a boolean; at `init` and `update`, a prefix does not fit or a leaf lacks
+        an axis; at `update`, `unit_axis` and `stack_axis` share an axis, or a matrix may be
+        sharded.
 
     | leaf | result |
     |---|---|
     | `norm` of the state <= max_norm (`hard`) | the matrix, bit for bit |
+    | not clipped | the norm may be too small, unless `exact_norm` is set |
     | all zero | zeros, also for max_norm = 0 |
     | any finite, max_norm = 0 | zeros |
     | a vector, or a matrix of one row or column | as in `clip_by_leaf_norm` |
@@ -107,6 +114,9 @@ def clip_by_spectral_norm(
             )
     _checks.axes(unit_axis=unit_axis, stack_axis=stack_axis)
     _checks.static(mask=mask)
+    _checks.flag(exact_norm=exact_norm)
+    # A history learns from every norm.
+    is_exact = exact_norm or _checks.is_transformation(max_norm)
     norm = functools.partial(leaf_norm, stack_axis=stack_axis)
     # This one records norms, bounds and factors of all leaves, and scales the vectors.
     recorder = clip_by(
@@ -123,28 +133,47 @@ def clip_by_spectral_norm(
         leaves, treedef = jax.tree.flatten(updates)
         wanted = _rules.wanted(updates, mask)
         views = _matrices.matrix_views(updates, wanted, unit_axis, stack_axis, axis_name)
-        matrices = {row: view.matrices(leaves[row]) for row, view in views.items()}
-        measured = {row: _spectral.measure(x, iterations) for row, x in matrices.items()}
+        # Frobenius norms of matrices, and the norms of vectors.
+        norms = _by_leaf(norm(updates, mask=mask, axis_name=axis_name), updates)
+        every_path = {position.path: None for position in _paths.positions(updates)}
 
-        are_vectors = [one and row not in views for row, one in enumerate(wanted)]
-        vectors = jax.tree.unflatten(treedef, are_vectors)
-        norms = _by_leaf(norm(updates, mask=vectors, axis_name=axis_name), updates)
-        for row, view in views.items():
-            norms[row] = view.as_norm(measured[row].norm)
-        known = {position.path: None for position in _paths.positions(updates)}
-        known |= dict(zip(_paths.of_leaves(updates), norms, strict=True))
-        own = known.get("", known)
-        is_own = isinstance(getattr(state, "norm", own), dict) == isinstance(own, dict)
-        scaled, state = recorder.update(updates, state if is_own else None, norm=own)
+        def record(norms: list[Any]) -> tuple[list[Any], ClipState]:
+            known = every_path | dict(zip(_paths.of_leaves(updates), norms, strict=True))
+            own = known.get("", known)
+            is_own = isinstance(getattr(state, "norm", own), dict) == isinstance(own, dict)
+            scaled, new_state = recorder.update(updates, state if is_own else None, norm=own)
+            return jax.tree.leaves(scaled), new_state
 
-        clipped = jax.tree.leaves(scaled)
-        bounds, factors = (_by_leaf(each, updates) for each in (state.max_norm, state.coefficient))
-        for row, view in views.items():
-            bound = view.per_matrix(bounds[row])
-            x = _spectral.clip(matrices[row], measured[row], bound, coefficient, iterations)
-            # The selection has the shape of the leaf, so the result is sharded as the leaf is.
-            clipped[row] = jnp.where(factors[row] == 1, leaves[row], view.leaf(x, leaves[row]))
-        return jax.tree.unflatten(treedef, clipped), state
+        def with_bounds(new_state: ClipState) -> list[Any]:
+            bounds = _by_leaf(new_state.max_norm, updates)
+            rows = views.items()
+            return [(row, view, leaves[row], view.per_matrix(bounds[row])) for row, view in rows]
+
+        if is_exact:
+            measured = {
+                row: _spectral.measure(view.matrices(leaves[row]), iterations)
+                for row, view in views.items()
+            }
+            for row, view in views.items():
+                norms[row] = view.as_norm(measured[row].norm)
+            clipped, new_state = record(norms)
+            for row, view, leaf, bound in with_bounds(new_state):
+                clipped[row] = clip_measured(
+                    view, leaf, measured[row], bound, coefficient, iterations
+                )
+            return jax.tree.unflatten(treedef, clipped), new_state
+
+        matrices: dict[int, Any] = {}
+        # The bound is fixed, so it is known before the norms.
+        for row, view, leaf, bound in with_bounds(record(norms)[1]):
+            known, matrices[row] = clip_where_needed(
+                view, leaf, norms[row], bound, coefficient, iterations
+            )
+            norms[row] = view.as_norm(known)
+        clipped, new_state = record(norms)
+        for row, leaf in matrices.items():
+            clipped[row] = leaf
+        return jax.tree.unflatten(treedef, clipped), new_state
 
     return transformation(recorder.init, update_fn)
 

@@ -130,7 +130,7 @@ def assert_equals_numpy(method: Any, formula: Any, bounds: Any, error: float = 3
 @pytest.mark.parametrize("coefficient", trees.mostly_slow(FORMULAS, [hard, square_root]))
 def test_equals_numpy_over_a_long_run(coefficient: Any) -> None:
     method = clipax.clip_by_spectral_norm(
-        2.0, coefficient, unit_axis=UNIT_AXIS, stack_axis=STACK_AXIS
+        2.0, coefficient, unit_axis=UNIT_AXIS, stack_axis=STACK_AXIS, exact_norm=True
     )
     assert_equals_numpy(method, FORMULAS[coefficient], 2.0)
 
@@ -139,7 +139,12 @@ def test_equals_numpy_over_a_long_run(coefficient: Any) -> None:
 @pytest.mark.parametrize("coefficient", [hard, square_root])
 def test_equals_numpy_over_a_long_run_by_iterations(coefficient: Any) -> None:
     method = clipax.clip_by_spectral_norm(
-        2.0, coefficient, iterations=16, unit_axis=UNIT_AXIS, stack_axis=STACK_AXIS
+        2.0,
+        coefficient,
+        iterations=16,
+        unit_axis=UNIT_AXIS,
+        stack_axis=STACK_AXIS,
+        exact_norm=True,
     )
     assert_equals_numpy(method, FORMULAS[coefficient], 2.0)
 
@@ -149,6 +154,7 @@ def test_equals_numpy_under_a_schedule_with_rules_that_are_functions() -> None:
         a_ramp,
         unit_axis=lambda path, leaf: UNIT_AXIS[path],
         stack_axis=lambda path, leaf: STACK_AXIS[path],
+        exact_norm=True,
     )
     assert_equals_numpy(method, FORMULAS[hard], 0.01 * np.arange(COUNT))
 
