@@ -27,7 +27,7 @@ class PerExampleInfo(NamedTuple):
 
 
 class OfExamples(NamedTuple):
-    """The fields of `PerExampleInfo` that have the examples along their first axis."""
+    """The fields of `PerExampleInfo` that have the examples, or users, along their first axis."""
 
     losses: Array
     norms: Norms
