@@ -392,6 +392,10 @@ def test_a_sensitivity_may_be_traced() -> None:
     bounds = {"a": jnp.asarray(3.0), "b": jnp.asarray(4)}
     found = jax.jit(per_example.sensitivity)(bounds, normalize_by=jnp.asarray(2))
     assert found == 2.5
+    known = []
+    jax.jit(lambda: known.append(per_example.sensitivity({"a": 3, "b": 4.0}, normalize_by=2)))()
+    assert known == [2.5]
+    assert isinstance(known[0], float)
     assert per_example.sensitivity({"a": math.inf}) == math.inf
 
 

@@ -1,9 +1,11 @@
 """How much one example can change a sum of clipped gradients."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipax._core import _checks
 from clipax._core._typing import Array
@@ -13,7 +15,7 @@ from clipax.per_example._bounds import check_max_norm
 
 def sensitivity(
     max_norm: Any, *, normalize_by: jax.typing.ArrayLike = 1.0, replace: bool = False
-) -> Array:
+) -> float | Array:
     """Bounds how far one example can move the gradients of `clipped_grad`.
 
         sensitivity = sqrt(sum over parts of max_norm^2) / normalize_by
@@ -30,7 +32,7 @@ def sensitivity(
         sensitivity, and not in its presence.
 
     Returns:
-      A scalar.
+      A number, or a scalar array if an argument is an array.
 
     Raises:
       ValueError: An argument is not as above.
@@ -49,13 +51,17 @@ def sensitivity(
 
     Example:
       >>> sensitivity({"kernel": 3.0, "bias": 4.0})
-      Array(5., dtype=float32)
+      5.0
       >>> sensitivity(1.0, normalize_by=128, replace=True)
-      Array(0.015625, dtype=float32)
+      0.015625
     """
     check_max_norm(max_norm)
     _checks.scalar(_checks.finite_positive, normalize_by=normalize_by)
     _checks.flag(replace=replace)
-    bounds = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), max_norm)
-    bound = global_norm(bounds, axis_name=())
-    return bound * (2 if replace else 1) / jnp.asarray(normalize_by).astype(bound.dtype)
+    moves = 2 if replace else 1
+    bounds = jax.tree.leaves(max_norm)
+    if not any(isinstance(each, jax.Array) for each in (*bounds, normalize_by)):
+        # Numbers stay numbers, also inside `jit`, because an accountant needs to know them.
+        return moves * math.hypot(*map(float, bounds)) / float(np.asarray(normalize_by))
+    bound = global_norm([jnp.asarray(each, float) for each in bounds], axis_name=())
+    return moves * bound / jnp.asarray(normalize_by).astype(bound.dtype)
