@@ -149,6 +149,20 @@ def test_users_are_clipped_as_by_hand() -> None:
     zoo.assert_near(bound, np.asarray(math.exp(-0.2 * 0.25)))
 
 
+def test_users_of_equal_size_can_be_examples_of_their_own() -> None:
+    loss_fn, params, batch = every_way()
+    in_pairs = jax.tree.map(lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:]), batch)
+
+    def mean_of_user(params: Any, user: Any) -> jax.Array:
+        return jnp.mean(jax.vmap(loss_fn, (None, 0))(params, user))
+
+    wanted, of_wanted = trees.quick_jit(clipax.clipped_grad(mean_of_user, 0.1))(params, in_pairs)
+    grad_fn = trees.quick_jit(clipax.clipped_grad(loss_fn, 0.1, num_users=EXAMPLES // 2))
+    grads, info = grad_fn(params, batch, user_ids=np.arange(EXAMPLES) // 2)
+    zoo.assert_near(info.norms, of_wanted.norms)
+    zoo.assert_near(grads, wanted)
+
+
 def test_a_user_with_a_nan_is_skipped_and_what_is_left_out_may_be_nan() -> None:
     batch = jnp.array([[3.0, 4.0], [math.nan, 1.0], [0.0, 0.5]])
     grad_fn = clipax.clipped_grad(total, 1.0, num_users=2, mean=False, skip_nonfinite=True)

@@ -47,8 +47,14 @@ def in_parts(
 
 def _varying_as_after(run: Callable[..., Any], zeros: Any, parts: Any) -> Any:
     """Zeros of the type that comes out of a step, which a scan must also carry into it."""
-    first = jax.tree.map(lambda leaf: jax.lax.index_in_dim(leaf, 0, keepdims=False), parts)
-    types = jax.make_jaxpr(run)(zeros, first).out_avals
+    types: list[Any] = []
+
+    def look(part: Any) -> tuple[()]:
+        types.extend(jax.make_jaxpr(run)(zeros, part).out_avals)
+        return ()
+
+    # Not the first part, because there may be none.
+    jax.eval_shape(jax.vmap(look), parts)
     leaves, structure = jax.tree.flatten(zeros)
     rows = zip(leaves, types, strict=False)
     varying = [_compat.varying_over(leaf, _compat.varying_axes_of(each)) for leaf, each in rows]
