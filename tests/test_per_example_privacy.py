@@ -177,6 +177,39 @@ def test_a_user_with_a_nan_is_skipped_and_what_is_left_out_may_be_nan() -> None:
     zoo.assert_near(grads, np.array([0.6, 1.3]))
 
 
+@pytest.mark.parametrize(
+    "user_ids",
+    [
+        np.array([0, 255], np.uint8),
+        jnp.array([0, 255], jnp.uint8),
+        np.array([0, 255], np.int64),
+        [0, 255],
+    ],
+)
+def test_ids_can_be_integers_of_any_width(user_ids: Any) -> None:
+    grads, info = clipax.clipped_grad(total, 1.0, num_users=300)(
+        jnp.zeros(2), PAIRS, user_ids=user_ids
+    )
+    zoo.assert_near(grads, np.array([0.3, 0.65]))
+    assert np.flatnonzero(info.is_counted).tolist() == [0, 255]
+
+
+def test_an_id_of_64_bits_is_no_other_user() -> None:
+    for far in (2**32, -(2**32), 2**63 - 1):
+        grads, _ = clipax.clipped_grad(total, 1.0, num_users=3, mean=False)(
+            jnp.zeros(2), PAIRS, user_ids=np.array([far, 1])
+        )
+        assert grads.tolist() == [0, 0.5]
+
+
+def test_user_ids_of_the_loss_are_not_taken_for_those_of_the_batch() -> None:
+    def loss_fn(w: jax.Array, x: jax.Array, *, user_ids: Any = None) -> jax.Array:
+        return total(w, x)
+
+    with pytest.raises(ValueError, match="user_ids is an argument of this function and one of"):
+        clipax.clipped_grad(loss_fn, 1.0, num_users=2)(jnp.zeros(2), PAIRS, user_ids=[0, 1])
+
+
 def key_loss(w: jax.Array, x: jax.Array, keys: Any) -> jax.Array:
     is_kept = jax.random.bernoulli(keys["dropout"], 0.5, x.shape)
     return zoo.mean_square(jnp.where(is_kept, 2 * x, 0.0) @ w)
@@ -504,6 +537,7 @@ def test_every_bad_argument_is_refused(bad: dict[str, Any], message: str) -> Non
         (np.zeros(3, int), r"int(32|64)\[3\]"),
         (1, r"int32\[\]"),
         (["ann", "bob"], r"\['ann', 'bob'\]"),
+        ([2**40, 0], r"\[1099511627776, 0\]"),
     ],
 )
 def test_every_bad_user_id_is_refused(bad: Any, found: str) -> None:

@@ -121,7 +121,7 @@ def of_examples(examples: int, kind: Any, **argument: Any) -> jax.Array | None:
     wanted = f"{name} must be {examples} {words}, one an example"
     try:
         array = jnp.asarray(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{wanted}, got {value!r}.") from error
     if array.shape != (examples,) or not jnp.issubdtype(array.dtype, kind):
         raise ValueError(f"{wanted}, got {array.dtype}{list(array.shape)}.")

@@ -24,7 +24,7 @@ from clipax.per_example._info import (
 )
 from clipax.per_example._meshes import with_automatic_axes
 from clipax.per_example._microbatches import in_parts
-from clipax.per_example._users import measure_users
+from clipax.per_example._users import checked_users, measure_users
 
 
 def clipped_grad(
@@ -138,7 +138,7 @@ def clipped_grad(
             functools.partial(_clip_batch, options=options),
             call,
             _arguments.of_examples(call.examples, np.bool_, mask=mask),
-            _checked_users(user_ids, call.examples, num_users),
+            checked_users(user_ids, call.examples, num_users),
             bound,
             out=("params", placements, "replicated"),
         )
@@ -184,12 +184,3 @@ def _divisor(each: OfExamples, options: Options) -> jax.typing.ArrayLike | None:
     if options.normalize_by is not None:
         return options.normalize_by
     return number_counted(each.is_counted, jnp.float32) if options.mean else None
-
-
-def _checked_users(user_ids: Any, examples: int, num_users: int | None) -> Array | None:
-    if (user_ids is None) != (num_users is None):
-        raise ValueError(
-            "user_ids must be given where clipped_grad has num_users, and only there, got"
-            f" user_ids={user_ids!r} for num_users={num_users!r}."
-        )
-    return _arguments.of_examples(examples, np.integer, user_ids=user_ids)

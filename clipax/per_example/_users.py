@@ -4,16 +4,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipax._core import _leaves
 from clipax._core._typing import Array
-from clipax.per_example import _mapped
+from clipax.per_example import _arguments, _mapped
 from clipax.per_example._calls import Call
 from clipax.per_example._clipping import Options
 from clipax.per_example._gradients import LeafGradients, made
 from clipax.per_example._grams import row_norms
 from clipax.per_example._measured import Measured, measure, traced
 from clipax.per_example._microbatches import in_parts
+
+
+def checked_users(user_ids: Any, examples: int, num_users: int | None) -> Array | None:
+    """Checks whose each example is."""
+    if (user_ids is None) != (num_users is None):
+        raise ValueError(
+            "user_ids must be given where clipped_grad has num_users, and only there, got"
+            f" user_ids={user_ids!r} for num_users={num_users!r}."
+        )
+    if isinstance(user_ids, np.ndarray) and np.issubdtype(user_ids.dtype, np.integer):
+        # JAX would wrap an integer of 64 bits, and give the example to another user.
+        user_ids = user_ids.astype(np.int64)
+        is_known = (user_ids >= 0) & (user_ids <= np.iinfo(np.int32).max)
+        user_ids = np.where(is_known, user_ids, -1).astype(np.int32)
+    found = _arguments.of_examples(examples, np.integer, user_ids=user_ids)
+    if found is not None and found.dtype.itemsize < 4:
+        return found.astype(jnp.int32)  # The number of users can need more bits than the ids.
+    return found
 
 
 def measure_users(
