@@ -446,6 +446,15 @@ def test_a_sensitivity_may_be_traced() -> None:
     assert per_example.sensitivity({"a": math.inf}) == math.inf
 
 
+def test_a_constant_may_be_traced() -> None:
+    @jax.jit
+    def run(number: jax.Array) -> Any:
+        return clipax.clipped_grad(total, 1.0, normalize_by=number)(jnp.zeros(2), PAIRS)[0]
+
+    for number in (jnp.asarray(4), jnp.asarray(4.0)):
+        zoo.assert_near(run(number), np.array([0.15, 0.325]))
+
+
 # Bounds of leaves, as others split them.
 
 
