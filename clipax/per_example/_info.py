@@ -8,7 +8,10 @@ from clipax._core._typing import Array, Norms
 
 
 class PerExampleInfo(NamedTuple):
-    """What happened to each example."""
+    """What happened to each example.
+
+    With `num_users`, `norms`, `coefficients`, `is_counted` and `clip_fraction` are of users.
+    """
 
     losses: Array
     """The loss of each example, before clipping."""
