@@ -80,7 +80,7 @@ CALL_ERRORS: dict[str, tuple[dict[str, Any], tuple[Any, ...], str]] = {
     "booleans": ({}, (jnp.ones(2, bool), PAIRS), "array of floats, got bool"),
     "float0": ({}, (np.zeros(2, jax.dtypes.float0), PAIRS), "array of floats, got"),
     "a key": ({}, ({"key": jax.random.key(0)}, PAIRS), "parameter .*key.* must be an array"),
-    "a Python number": ({}, (1.0, PAIRS), "array of floats, got float"),
+    "a Python integer": ({}, (1, PAIRS), "array of floats, got int"),
     "a string": ({}, ({"name": "w"}, PAIRS), "parameter .*name.* must be an array of floats"),
     "no parameters": ({}, ({}, PAIRS), "parameters"),
     "None alone": ({}, (None, PAIRS), "parameters"),
@@ -108,8 +108,7 @@ CALL_ERRORS: dict[str, tuple[dict[str, Any], tuple[Any, ...], str]] = {
         (jnp.zeros(2), {"x": PAIRS, "y": jnp.ones((3, 2))}),
         r"one leading axis .* 2 in argument 1\['x'\], 3 in argument 1\['y'\]",
     ),
-    "no examples": ({}, (jnp.zeros(2), jnp.ones((0, 2))), "at least one example, got 0 in"),
-    "an empty batch": ({}, (jnp.zeros(2), {}), "at least one example, got no array"),
+    "no batch": ({}, (jnp.zeros(2), {}), "one leading axis of examples, got no array"),
 }
 
 

@@ -14,6 +14,7 @@ The way from a loss to a sum of clipped gradients. Data goes down, one room afte
 `_measured` runs the rooms from the loss to the norms, and `_clipping` those below. They use
 
     `_arguments`, `_bounds`    checks of what the user gives
+    `_keys`                    one random key for each example
     `_mapped`                  which mapped axes shard a gradient, and what is refused there
     `_programs`, `_scopes`     how to read a program of JAX
     `_evaluation`              how to run the parts of it that are needed
@@ -21,12 +22,17 @@ The way from a loss to a sum of clipped gradients. Data goes down, one room afte
     `_roles`, `_factors`       arrays for the products, in one form for all
     `_grams`                   norms from Gram matrices
 
-and around them are `_microbatches` (some examples after others), `_meshes` (explicit mesh axes)
-and `_info` (`PerExampleInfo`). Each public function has a module of its name.
+and around them are `_microbatches` (some examples after others), `_users` (the gradients of each
+user's examples added up), `_meshes` (explicit mesh axes) and `_info` (`PerExampleInfo`). Each
+public function has a module of its name.
 """
 
 from clipax.per_example._clipped_grad import clipped_grad as clipped_grad
 from clipax.per_example._explain_clipped_grad import explain_clipped_grad as explain_clipped_grad
 from clipax.per_example._info import PerExampleInfo as PerExampleInfo
+from clipax.per_example._noise_scale import NoiseScale as NoiseScale
+from clipax.per_example._noise_scale import noise_scale as noise_scale
 from clipax.per_example._per_example_norms import per_example_norms as per_example_norms
+from clipax.per_example._sensitivity import sensitivity as sensitivity
+from clipax.per_example._split_max_norm import split_max_norm as split_max_norm
 from clipax.per_example._track_quantile import track_quantile as track_quantile

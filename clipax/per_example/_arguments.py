@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -44,6 +45,37 @@ def arrays_apart(
     return loss_of_arrays, [*alone, arrays]
 
 
+def named_last(
+    loss_fn: Callable[..., Any],
+    names: Sequence[str],
+    args: Sequence[Any],
+    shared: Mapping[str, Any],
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """Makes some keyword arguments of a loss function a dict, its last argument by position.
+
+    Returns:
+      The function, and what it gets by position and by keyword.
+    """
+    for name in names:
+        if name not in shared:
+            raise ValueError(
+                f"batch_argnames has {name!r}, and the arguments that are passed by keyword are"
+                f" {sorted(shared)}."
+            )
+
+    def loss_of_named(*given: Any, **keywords: Any) -> Any:
+        return loss_fn(*given[:-1], **given[-1], **keywords)
+
+    named = {name: shared[name] for name in names}
+    rest = {name: value for name, value in shared.items() if name not in named}
+    return loss_of_named, (*args, named), rest
+
+
+def as_array(leaf: Any) -> Any:
+    """Makes a number of Python an array, as `jax.grad` does."""
+    return jnp.asarray(leaf) if type(leaf) in (float, complex) else leaf
+
+
 def is_value(leaf: Any) -> bool:
     """Whether JAX can compute with it."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -80,6 +112,40 @@ def refuse_two_meanings(loss_fn: Any, count: int, own: Mapping[str, Any]) -> Non
             )
 
 
+def of_examples(examples: int, kind: Any, **argument: Any) -> jax.Array | None:
+    """Checks an argument that has one boolean or integer for each example, or is None."""
+    ((name, value),) = argument.items()
+    if value is None:
+        return None
+    words = "booleans" if kind is np.bool_ else "integers"
+    wanted = f"{name} must be {examples} {words}, one an example"
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{wanted}, got {value!r}.") from error
+    if array.shape != (examples,) or not jnp.issubdtype(array.dtype, kind):
+        raise ValueError(f"{wanted}, got {array.dtype}{list(array.shape)}.")
+    return array
+
+
+def names(**argument: Any) -> tuple[str, ...]:
+    """Checks an argument that gives one name, several, or none."""
+    ((name, value),) = argument.items()
+    names = (value,) if isinstance(value, str) else value
+    good = isinstance(names, Sequence) and all(isinstance(each, str) for each in names)
+    if not good or len(set(names)) != len(names):
+        raise ValueError(f"{name} must be a name or several different ones, got {value!r}.")
+    return tuple(names)
+
+
+def position(**argument: Any) -> int:
+    """Checks an argument that gives one position."""
+    ((name, value),) = argument.items()
+    if not _is_position(value):
+        raise ValueError(f"{name} must be a position >= 0, got {value!r}.")
+    return int(value)
+
+
 def positions(**argument: Any) -> tuple[int, ...]:
     """Checks an argument that gives one position or several."""
     ((name, value),) = argument.items()
@@ -90,12 +156,29 @@ def positions(**argument: Any) -> tuple[int, ...]:
         if isinstance(value, Sequence) and not isinstance(value, str)
         else (None,)
     )
-    good = all(
-        isinstance(each, int | np.integer) and not isinstance(each, bool) and each >= 0
-        for each in positions
-    )
+    good = all(map(_is_position, positions))
     if not good or not positions or len(set(positions)) != len(positions):
         raise ValueError(
             f"{name} must be a position >= 0 or several different ones, got {value!r}."
         )
     return tuple(int(each) for each in positions)
+
+
+def float_dtype(**argument: Any) -> Any:
+    """Checks a dtype of real numbers, and returns None or what NumPy calls it."""
+    ((name, value),) = argument.items()
+    if value is None:
+        return None
+    wanted = f"{name} must be a dtype of real numbers, such as jnp.float32"
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError as error:
+        raise ValueError(f"{wanted}, got {value!r}.") from error
+    if not jnp.issubdtype(dtype, np.floating):
+        raise ValueError(f"{wanted}, got {value!r}.")
+    return dtype
+
+
+def _is_position(value: Any) -> bool:
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return is_integer and int(value) >= 0

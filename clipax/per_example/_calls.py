@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax._core import _leaves, _paths
-from clipax.per_example import _arguments, _mapped
+from clipax.per_example import _arguments, _keys, _mapped
 
 ArgNums: TypeAlias = int | Sequence[int]
+ArgNames: TypeAlias = str | Sequence[str]
 
 
 class Loss(NamedTuple):
@@ -22,6 +23,10 @@ class Loss(NamedTuple):
     batch_argnums: tuple[int, ...]
     """Which arguments have the examples along the first axis of every leaf."""
     has_aux: bool
+    batch_argnames: tuple[str, ...] = ()
+    """Which keyword arguments have the examples."""
+    prng_argnum: int | None = None
+    """Which argument is a random key that is still to be split."""
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -37,9 +42,14 @@ class Loss(NamedTuple):
 
 
 def loss_of(
-    loss_fn: Callable[..., Any], argnums: ArgNums, batch_argnums: ArgNums, has_aux: bool
+    loss_fn: Callable[..., Any],
+    argnums: ArgNums,
+    batch_argnums: ArgNums,
+    has_aux: bool,
+    batch_argnames: ArgNames = (),
+    prng_argnum: int | None = None,
 ) -> Loss:
-    """Checks the positions."""
+    """Checks the positions and names."""
     positions = _arguments.positions(argnums=argnums)
     is_one = isinstance(argnums, int | np.integer)
     batched = _arguments.positions(batch_argnums=batch_argnums)
@@ -49,7 +59,16 @@ def loss_of(
             f"argnums and batch_argnums must differ, and both have {sorted(both)}. An argument is"
             " either differentiated or has the examples."
         )
-    return Loss(loss_fn, positions[0] if is_one else positions, batched, has_aux)
+    if prng_argnum is not None:
+        prng_argnum = _arguments.position(prng_argnum=prng_argnum)
+        if prng_argnum in (*positions, *batched):
+            raise ValueError(
+                "prng_argnum must differ from argnums and batch_argnums, and they have"
+                f" {prng_argnum}. Keys that are split already belong into batch_argnums alone."
+            )
+    names = _arguments.names(batch_argnames=batch_argnames)
+    argnums = positions[0] if is_one else positions
+    return Loss(loss_fn, argnums, batched, has_aux, names, prng_argnum)
 
 
 class Call(NamedTuple):
@@ -74,6 +93,12 @@ class Call(NamedTuple):
     def examples(self) -> int:
         """The number of examples."""
         return int(jax.tree.leaves(self.batch)[0].shape[0])
+
+    def wide_zeros(self, *lead: int) -> Any:
+        """Zeros like the parameters, in the width of norms, with these axes before theirs."""
+        return jax.tree.map(
+            lambda leaf: jnp.zeros((*lead, *leaf.shape), _leaves.widened(leaf).dtype), self.params
+        )
 
     @property
     def in_axes(self) -> tuple[int | None, ...]:
@@ -104,19 +129,34 @@ def call_of(loss: Loss, args: Sequence[Any], shared: Mapping[str, Any], **own: A
       **own: Keywords of clipax's own, with None for those that are not given.
     """
     _arguments.refuse_two_meanings(loss.function, len(args), own)
-    for name, positions in (("argnums", loss.positions), ("batch_argnums", loss.batch_argnums)):
+    key = loss.prng_argnum
+    keys = () if key is None else (key,)
+    given = {"argnums": loss.positions, "batch_argnums": loss.batch_argnums, "prng_argnum": keys}
+    for name, positions in given.items():
         for position in positions:
             if position >= len(args):
                 raise ValueError(
                     f"{name} has {position}, and there are {len(args)} arguments that are passed"
                     " by position. Arguments that are passed by keyword are not differentiated,"
-                    " and they are the same for all examples."
+                    " and they are the same for all examples, unless batch_argnames names them."
                 )
-    chosen = {*loss.positions, *loss.batch_argnums}
+    if loss.batch_argnames:
+        function, args, shared = _arguments.named_last(
+            loss.function, loss.batch_argnames, args, shared
+        )
+        batched = (*loss.batch_argnums, len(args) - 1)
+        loss = loss._replace(function=function, batch_argnums=batched)
+    chosen = {*loss.positions, *loss.batch_argnums, *keys}
     function, arrays = _arguments.arrays_apart(loss.function, chosen, args, shared)
+    for position in loss.positions:
+        arrays[position] = jax.tree.map(_arguments.as_array, arrays[position])
     call = Call(loss._replace(function=function), arrays)
     _check_params(call)
     _check_batch(call)
+    if key is not None:
+        arrays[key] = _keys.split(arrays[key], call.examples, key)
+        batched = (*call.loss.batch_argnums, key)
+        call = Call(call.loss._replace(batch_argnums=batched), arrays)
     _mapped.refuse_summed_gradients(call.params, call.batch)
     return call
 
@@ -142,6 +182,8 @@ def _check_batch(call: Call) -> None:
     for position, arg in zip(call.loss.batch_argnums, call.batch, strict=True):
         for path, leaf in jax.tree_util.tree_leaves_with_path(arg):
             name = f"argument {position}" + jax.tree_util.keystr(path)
+            if call.loss.batch_argnames and arg is call.batch[-1]:
+                name = f"argument {path[0].key!r}" + jax.tree_util.keystr(path[1:])
             if not _arguments.is_value(leaf):
                 raise ValueError(
                     f"{name} must be an array with the examples along its first axis, got"
@@ -150,9 +192,8 @@ def _check_batch(call: Call) -> None:
             if not jnp.ndim(leaf):
                 raise ValueError(f"{name} has no axis of examples: its shape is ().")
             sizes.setdefault(leaf.shape[0], name)
-    if len(sizes) != 1 or not next(iter(sizes)):
+    if len(sizes) != 1:
         found = ", ".join(f"{size} in {name}" for size, name in sizes.items()) or "no array"
         raise ValueError(
-            "All leaves of the batch must have one leading axis of at least one example,"
-            f" got {found}."
+            f"All leaves of the batch must have one leading axis of examples, got {found}."
         )

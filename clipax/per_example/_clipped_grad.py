@@ -6,13 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipax._core import _checks
 from clipax._core._typing import Array, Bound, Coefficient
 from clipax.coefficients import hard
+from clipax.per_example import _arguments
 from clipax.per_example._bounds import check_max_norm
-from clipax.per_example._calls import ArgNums, Call, call_of, loss_of
-from clipax.per_example._clipping import Options, as_bound, clip
+from clipax.per_example._calls import ArgNames, ArgNums, Call, call_of, loss_of
+from clipax.per_example._clipping import Options, as_bound, clip, clip_measured
 from clipax.per_example._info import (
     OfBatch,
     OfExamples,
@@ -21,7 +23,8 @@ from clipax.per_example._info import (
     share_of_counted,
 )
 from clipax.per_example._meshes import with_automatic_axes
-from clipax.per_example._microbatches import clip_in_parts
+from clipax.per_example._microbatches import in_parts
+from clipax.per_example._users import checked_users, measure_users
 
 
 def clipped_grad(
@@ -31,8 +34,14 @@ def clipped_grad(
     coefficient: Coefficient = hard,
     argnums: ArgNums = 0,
     batch_argnums: ArgNums = 1,
+    batch_argnames: ArgNames = (),
+    prng_argnum: int | None = None,
     has_aux: bool = False,
     mean: bool = True,
+    normalize_by: jax.typing.ArrayLike | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    num_users: int | None = None,
+    user_mean: bool = True,
     skip_nonfinite: bool = False,
     microbatch_size: int | None = None,
 ) -> Callable[..., tuple[Any, PerExampleInfo]]:
@@ -41,21 +50,32 @@ def clipped_grad(
         grads = mean over b of coefficient(|g_b|, max_norm) * g_b,   g_b = grad loss_fn(., b)
 
     Args:
-      loss_fn: `loss_fn(params, example) -> loss`, the scalar loss of *one* example.
+      loss_fn: `loss_fn(params, example) -> loss`, the scalar loss of *one* example. Nothing can
+        detect a loss that looks at other examples too, for example in a shared argument.
       max_norm: The bound, >= 0, or a tree prefix of the parameters with a bound for each part.
       coefficient: `(norm, max_norm) -> factor`, such as `hard`, `normalized` or `auto_s`.
       argnums: The position or positions of the parameters.
       batch_argnums: The position or positions of the arguments with the examples along the
         first axis of every leaf. All other arguments are the same for all examples.
+      batch_argnames: The names of keyword arguments that have the examples too.
+      prng_argnum: The position of a PRNG key, or of a tree of them. It is split, so that each
+        example has a key of its own.
       has_aux: Whether `loss_fn` returns `(loss, aux)`.
       mean: Whether to divide the sum by the number of counted examples.
+      normalize_by: A constant > 0 to divide the sum by instead, whatever `mean` says.
+      dtype: The dtype of `grads`. By default, a mean has the dtypes of the parameters, and a sum
+        or a sum divided by a constant at least float32, because noise is added to it.
+      num_users: How many users a batch can have. The gradients of each user's examples are
+        combined before the clip, and everything below that is said of examples holds for users.
+      user_mean: Whether to average the gradients of a user's examples, or to sum them.
       skip_nonfinite: Whether to leave out examples whose norm is NaN or inf.
       microbatch_size: How many examples to process at once; all by default.
 
     Returns:
-      `grad_fn(*args, mask=None, max_norm=None, **shared) -> (grads, PerExampleInfo)`, which
-      takes the arguments of `loss_fn`. `mask`, one boolean per example, says which examples
-      count; `max_norm` replaces the bound above. `grads` are like the parameters.
+      `grad_fn(*args, mask=None, max_norm=None, user_ids=None, **shared) -> (grads,
+      PerExampleInfo)`, which takes the arguments of `loss_fn`. `mask`, one boolean per example,
+      says which examples count; `max_norm` replaces the bound above; `user_ids`, one integer in
+      [0, num_users) per example, says whose it is. `grads` are like the parameters.
 
     Raises:
       ValueError: An argument is not as above, or `loss_fn` may mix examples of several devices.
@@ -66,10 +86,13 @@ def clipped_grad(
     | gradient zero | zero |
     | `max_norm=0` | zeros |
     | NaN or inf | gradients NaN; with `skip_nonfinite`, as if it were not there |
-    | masked out | as if it were not there, even if it is NaN |
-    | none counted | zeros |
+    | masked out, or of no known user | as if it were not there, even if it is NaN |
+    | none counted, or none in the batch | zeros |
 
-    Clipping alone gives no privacy, which also needs noise and an accountant.
+    Clipping alone gives no privacy, which also needs noise and an accountant. For privacy, set
+    `mean=False` or `normalize_by`, and `skip_nonfinite=True`. One example then changes `grads` by
+    at most `clipax.per_example.sensitivity`. A mean has no such bound, because its divisor
+    depends on the examples.
 
     Example:
       >>> def loss_fn(w, example):
@@ -84,25 +107,40 @@ def clipped_grad(
     """
     check_max_norm(max_norm)
     _checks.function(loss_fn=loss_fn, coefficient=coefficient)
-    _checks.flag(has_aux=has_aux, mean=mean, skip_nonfinite=skip_nonfinite)
-    if microbatch_size is not None:
-        _checks.positive_integer(microbatch_size=microbatch_size)
-    loss = loss_of(loss_fn, argnums, batch_argnums, has_aux)
-    options = Options(coefficient, mean, skip_nonfinite, microbatch_size)
+    _checks.flag(has_aux=has_aux, mean=mean, user_mean=user_mean, skip_nonfinite=skip_nonfinite)
+    if normalize_by is not None:
+        _checks.scalar(_checks.finite_positive, normalize_by=normalize_by)
+    for name, value in {"num_users": num_users, "microbatch_size": microbatch_size}.items():
+        if value is not None:
+            _checks.positive_integer(**{name: value})
+    loss = loss_of(loss_fn, argnums, batch_argnums, has_aux, batch_argnames, prng_argnum)
+    options = Options(
+        coefficient,
+        mean,
+        normalize_by,
+        _arguments.float_dtype(dtype=dtype),
+        num_users,
+        user_mean,
+        skip_nonfinite,
+        microbatch_size,
+    )
     usual_bound = max_norm
+    rows = "examples" if num_users is None else "replicated"
+    placements = OfExamples("examples", rows, rows, rows, "examples")  # type: ignore[arg-type]
 
     def grad_fn(
-        *args: Any, mask: Any = None, max_norm: Any = None, **shared: Any
+        *args: Any, mask: Any = None, max_norm: Any = None, user_ids: Any = None, **shared: Any
     ) -> tuple[Any, PerExampleInfo]:
         bound = usual_bound if max_norm is None else max_norm
         check_max_norm(bound)
-        call = call_of(loss, args, shared, mask=mask, max_norm=max_norm)
+        call = call_of(loss, args, shared, mask=mask, max_norm=max_norm, user_ids=user_ids)
         grads, of_examples, of_batch = with_automatic_axes(
             functools.partial(_clip_batch, options=options),
             call,
-            _checked_mask(mask, call.examples),
+            _arguments.of_examples(call.examples, np.bool_, mask=mask),
+            checked_users(user_ids, call.examples, num_users),
             bound,
-            out=("params", "examples", "replicated"),
+            out=("params", placements, "replicated"),
         )
         return grads, PerExampleInfo(**of_examples._asdict(), **of_batch._asdict())
 
@@ -110,30 +148,39 @@ def clipped_grad(
 
 
 def _clip_batch(
-    call: Call, mask: Array | None, bound: Any, options: Options
+    call: Call, mask: Array | None, user_ids: Array | None, bound: Any, options: Options
 ) -> tuple[Any, OfExamples, OfBatch]:
-    if options.microbatch_size is None:
-        sums, each = clip(call, mask, bound, options)
+    if user_ids is not None:
+        measured, mask = measure_users(call, mask, user_ids, options)
+        sums, each = clip_measured(measured, mask, bound, options)
     else:
-        sums, each = clip_in_parts(call, mask, bound, options, options.microbatch_size)
-    if options.mean:
-        sums = jax.tree.map(lambda leaf: leaf / number_counted(each.is_counted, leaf.dtype), sums)
+        sums, each = _clip_examples(call, mask, bound, options)
+    divisor = _divisor(each, options)
+    if divisor is not None:
+        sums = jax.tree.map(lambda leaf: leaf / jnp.asarray(divisor).astype(leaf.dtype), sums)
     max_norm = jax.tree.map(as_bound, bound, each.norms)
     clip_fraction = jax.tree.map(
         lambda norm, limit: share_of_counted(each.is_counted, norm > limit), each.norms, max_norm
     )
-    grads = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), sums, call.params)
+    grads = jax.tree.map(
+        lambda total, leaf: total.astype(options.dtype_of(leaf)), sums, call.params
+    )
     return grads, each, OfBatch(clip_fraction, max_norm)
 
 
-def _checked_mask(mask: Any, examples: int) -> Array | None:
-    if mask is None:
-        return None
-    wanted = f"mask must be {examples} booleans, one an example"
-    try:
-        mask = jnp.asarray(mask)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{wanted}, got {mask!r}.") from error
-    if mask.shape != (examples,) or mask.dtype != bool:
-        raise ValueError(f"{wanted}, got {mask.dtype}{list(mask.shape)}.")
-    return mask
+def _clip_examples(
+    call: Call, mask: Array | None, bound: Any, options: Options
+) -> tuple[Any, OfExamples]:
+    if options.microbatch_size is None and call.examples:
+        return clip(call, mask, bound, options)
+
+    def step(part: Call, mask: Array | None) -> tuple[Any, OfExamples]:
+        return clip(part, mask, bound, options)
+
+    return in_parts(step, call, (mask,), options.microbatch_size or 1, call.wide_zeros())
+
+
+def _divisor(each: OfExamples, options: Options) -> jax.typing.ArrayLike | None:
+    if options.normalize_by is not None:
+        return options.normalize_by
+    return number_counted(each.is_counted, jnp.float32) if options.mean else None

@@ -5,14 +5,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from clipax._core import _paths
+from clipax._core import _leaves, _paths
 from clipax._core._scaling import in_two
 from clipax._core._typing import Array, Coefficient
 from clipax.per_example import _mapped
 from clipax.per_example._calls import Call
 from clipax.per_example._info import OfExamples
-from clipax.per_example._measured import measure
+from clipax.per_example._measured import Measured, measure
 from clipax.per_example._sums import Weights, weighted_sum
 
 
@@ -21,18 +22,36 @@ class Options(NamedTuple):
 
     coefficient: Coefficient
     mean: bool
+    normalize_by: jax.typing.ArrayLike | None
+    dtype: Any
+    num_users: int | None
+    user_mean: bool
     skip_nonfinite: bool
     microbatch_size: int | None
+
+    def dtype_of(self, leaf: Any) -> Any:
+        """The dtype of the gradient of a parameter."""
+        if self.dtype is not None:
+            return np.result_type(self.dtype, np.complex64) if _is_complex(leaf) else self.dtype
+        is_mean = self.mean and self.normalize_by is None
+        # Noise is added to a sum, and rounding the sum first would undo the bound of each example.
+        return leaf.dtype if is_mean else _leaves.widened(jnp.zeros((), leaf.dtype)).dtype
 
 
 def clip(call: Call, mask: Array | None, bound: Any, options: Options) -> tuple[Any, OfExamples]:
     """The sums of the clipped gradients, in the width of norms, with a record of each example."""
-    measured = measure(call)
+    return clip_measured(measure(call), mask, bound, options)
+
+
+def clip_measured(
+    measured: Measured, mask: Array | None, bound: Any, options: Options
+) -> tuple[Any, OfExamples]:
+    """The same for gradients that are measured."""
     _mapped.refuse_different_weights(measured.shards, mask=mask, max_norm=bound)
     values, structure = jax.tree.flatten(bound)
     covered = _paths.covered(bound, measured.gradient, name="max_norm")
     norms = [measured.norms_over(places) for places in covered]
-    is_counted = jnp.ones(call.examples, bool) if mask is None else mask
+    is_counted = jnp.ones(measured.leaf_norms[0].shape, bool) if mask is None else mask
     if options.skip_nonfinite:
         is_counted = jnp.all(jnp.stack([is_counted, *map(jnp.isfinite, norms)]), 0)
     weights, coefficients = _weighed(norms, values, is_counted, options.coefficient)
@@ -40,9 +59,10 @@ def clip(call: Call, mask: Array | None, bound: Any, options: Options) -> tuple[
     of_leaves = {
         place: pair for places, pair in zip(covered, weights, strict=True) for place in places
     }
+    rows = zip(measured.leaves, jax.tree.leaves(measured.gradient), strict=True)
     sums = [
-        weighted_sum(leaf, of_leaves[place], is_left_out)
-        for place, leaf in enumerate(measured.leaves)
+        weighted_sum(leaf, of_leaves[place], is_left_out, options.dtype_of(gradient))
+        for place, (leaf, gradient) in enumerate(rows)
     ]
     like_bound = functools.partial(jax.tree.unflatten, structure)
     return jax.tree.unflatten(jax.tree.structure(measured.gradient), sums), OfExamples(
@@ -64,6 +84,10 @@ def _weighed(
     second = [jnp.where(is_counted, each, 0) for each in pair.second]
     coefficients = pair._replace(second=second).product
     return list(zip(pair.first, second, strict=True)), coefficients
+
+
+def _is_complex(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, np.complexfloating)
 
 
 def as_bound(value: Any, norms: Array) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from clipax._core import _checks, _compat
-from clipax.per_example._calls import ArgNums, call_of, loss_of
+from clipax.per_example._calls import ArgNames, ArgNums, call_of, loss_of
 from clipax.per_example._plans import Plan, plans_of
 from clipax.per_example._tracing import trace
 
@@ -20,6 +20,8 @@ def explain_clipped_grad(
     *args: Any,
     argnums: ArgNums = 0,
     batch_argnums: ArgNums = 1,
+    batch_argnames: ArgNames = (),
+    prng_argnum: int | None = None,
     has_aux: bool = False,
     **shared: Any,
 ) -> None:
@@ -31,6 +33,8 @@ def explain_clipped_grad(
         `jax.ShapeDtypeStruct`s will do.
       argnums: The position or positions of the parameters.
       batch_argnums: The position or positions of the arguments with the examples.
+      batch_argnames: The names of keyword arguments with the examples.
+      prng_argnum: The position of a PRNG key that is split, one for each example.
       has_aux: Whether `loss_fn` returns `(loss, aux)`.
       **shared: The arguments of the gradient function that are passed by keyword.
 
@@ -51,10 +55,16 @@ def explain_clipped_grad(
     """
     _checks.function(loss_fn=loss_fn)
     _checks.flag(has_aux=has_aux)
-    own = {"argnums": argnums, "batch_argnums": batch_argnums, "has_aux": has_aux}
-    usual = {"argnums": 0, "batch_argnums": 1, "has_aux": False}
-    given = {name: value for name, value in own.items() if value != usual[name]}
-    call = call_of(loss_of(loss_fn, argnums, batch_argnums, has_aux), args, shared, **given)
+    own: dict[str, Any] = {
+        "argnums": argnums,
+        "batch_argnums": batch_argnums,
+        "has_aux": has_aux,
+        "batch_argnames": batch_argnames,
+        "prng_argnum": prng_argnum,
+    }
+    usual = {"argnums": 0, "batch_argnums": 1, "batch_argnames": (), "has_aux": False}
+    given = {name: value for name, value in own.items() if value != usual.get(name)}
+    call = call_of(loss_of(loss_fn, **own), args, shared, **given)
     if not _compat.bound_axes():
         # The way to a norm does not depend on how arrays are sharded. In a mapped program, types
         # say what the loss may do, so there the arrays stay.

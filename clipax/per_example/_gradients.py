@@ -51,14 +51,17 @@ def leaf_gradients(plan: Plan, values: Values, examples: int) -> LeafGradients:
 
 
 def _with_each(leaf: LeafGradients) -> LeafGradients:
-    each = _made(leaf) if leaf.each is None else leaf.each
+    each = made(leaf)
     # The plan keeps whichever is smaller: the factors, or the gradients themselves.
     if leaf.products and leaf.plan.entries < math.prod(leaf.plan.shape):
         return leaf._replace(each=each)
     return leaf._replace(products=[], constant=None, each=each)
 
 
-def _made(leaf: LeafGradients) -> Array:
+def made(leaf: LeafGradients) -> Array:
+    """The gradient of each example."""
+    if leaf.each is not None:
+        return leaf.each
     plan = leaf.plan
     each: Any = jnp.zeros((leaf.examples, *plan.shape), plan.dtype)
     for term, parts in leaf.products:

@@ -8,7 +8,10 @@ from clipax._core._typing import Array, Norms
 
 
 class PerExampleInfo(NamedTuple):
-    """What happened to each example."""
+    """What happened to each example.
+
+    With `num_users`, `norms`, `coefficients`, `is_counted` and `clip_fraction` are of users.
+    """
 
     losses: Array
     """The loss of each example, before clipping."""
@@ -27,7 +30,7 @@ class PerExampleInfo(NamedTuple):
 
 
 class OfExamples(NamedTuple):
-    """The fields of `PerExampleInfo` that have the examples along their first axis."""
+    """The fields of `PerExampleInfo` that have the examples, or users, along their first axis."""
 
     losses: Array
     norms: Norms

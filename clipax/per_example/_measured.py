@@ -14,9 +14,16 @@ from clipax.per_example._calls import Call
 from clipax.per_example._evaluation import evaluate
 from clipax.per_example._gradients import LeafGradients, leaf_gradients
 from clipax.per_example._norms import norms_of_leaves
-from clipax.per_example._plans import plans_of
+from clipax.per_example._plans import Plan, plans_of
 from clipax.per_example._programs import Ref, Values
 from clipax.per_example._tracing import ExampleProgram, trace
+
+
+class Traced(NamedTuple):
+    """What does not depend on which examples are measured."""
+
+    program: ExampleProgram
+    plans: list[Plan]
 
 
 class Measured(NamedTuple):
@@ -48,7 +55,7 @@ class Measured(NamedTuple):
         """
         parts = [self.leaf_norms[place] for place in places]
         if not parts:
-            return jnp.zeros(self.losses.shape, jnp.float32)
+            return jnp.zeros(self.leaf_norms[0].shape, jnp.float32)
         layouts = tuple(Layout((), self.shards[place]) for place in places)
         if len(parts) == 1 and not layouts[0].shards:
             return parts[0]
@@ -57,10 +64,15 @@ class Measured(NamedTuple):
         return jax.vmap(functools.partial(total_norm, layouts=layouts, ord=2.0))(varying)
 
 
-def measure(call: Call) -> Measured:
-    """Goes from a call to norms: program, plans, factors, norms."""
+def traced(call: Call) -> Traced:
+    """Goes from a call to plans."""
     program = trace(call)
-    plans = plans_of(program)
+    return Traced(program, plans_of(program))
+
+
+def measure(call: Call, known: Traced | None = None) -> Measured:
+    """Goes from a call to norms: program, plans, factors, norms."""
+    program, plans = known or traced(call)
     scope, examples = program.scope, call.examples
     returned = [(scope.ref(each), scope.depends_on_example(each)) for each in program.returned]
     differs = dict(returned)

@@ -17,9 +17,9 @@ _automatic: Callable[..., Any] = jax.sharding.auto_axes
 
 
 def with_automatic_axes(
-    function: Callable[..., Any], call: Call, *others: Any, out: tuple[Placement, ...]
+    function: Callable[..., Any], call: Call, *others: Any, out: tuple[Any, ...]
 ) -> Any:
-    """Calls `function(call, *others)`, which returns a tuple placed like this.
+    """Calls `function(call, *others)`, which returns a tuple placed like a prefix of placements.
 
     On explicit axes, every sum and shape of the program would have to say how it is sharded.
     """
@@ -45,7 +45,7 @@ def with_automatic_axes(
         return function(call._replace(args=args), *others)
 
     run = _automatic(
-        of_arrays, axes=explicit, out_sharding=tuple(shardings[placement] for placement in out)
+        of_arrays, axes=explicit, out_sharding=jax.tree.map(shardings.__getitem__, out)
     )
     return jax.jit(run)(call.args, *others)
 

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from clipax._core import _checks
-from clipax.per_example._calls import ArgNums, Call, call_of, loss_of
+from clipax.per_example._calls import ArgNames, ArgNums, Call, call_of, loss_of
 from clipax.per_example._measured import measure
 from clipax.per_example._meshes import with_automatic_axes
+from clipax.per_example._microbatches import in_parts
 
 
 def per_example_norms(
@@ -14,15 +15,19 @@ def per_example_norms(
     *,
     argnums: ArgNums = 0,
     batch_argnums: ArgNums = 1,
+    batch_argnames: ArgNames = (),
+    prng_argnum: int | None = None,
     has_aux: bool = False,
     per_leaf: bool = False,
 ) -> Callable[..., Any]:
     """Makes a function that returns the norm of each example's gradient.
 
     Args:
-      loss_fn: As in `clipped_grad`, like the next three arguments.
+      loss_fn: As in `clipped_grad`, like the next five arguments.
       argnums: The position or positions of the parameters.
       batch_argnums: The position or positions of the arguments with the examples.
+      batch_argnames: The names of keyword arguments with the examples.
+      prng_argnum: The position of a PRNG key that is split, one for each example.
       has_aux: Whether `loss_fn` returns `(loss, aux)`.
       per_leaf: Whether each leaf has norms of its own.
 
@@ -41,11 +46,14 @@ def per_example_norms(
     """
     _checks.function(loss_fn=loss_fn)
     _checks.flag(has_aux=has_aux, per_leaf=per_leaf)
-    loss = loss_of(loss_fn, argnums, batch_argnums, has_aux)
+    loss = loss_of(loss_fn, argnums, batch_argnums, has_aux, batch_argnames, prng_argnum)
+
+    def step(call: Call) -> tuple[tuple[()], Any]:
+        measured = measure(call)
+        return (), measured.norms_in_tree() if per_leaf else measured.norms()
 
     def norms_of(call: Call) -> tuple[Any]:
-        measured = measure(call)
-        return (measured.norms_in_tree() if per_leaf else measured.norms(),)
+        return (step(call)[1] if call.examples else in_parts(step, call, (), 1, ())[1],)
 
     def norm_fn(*args: Any, **shared: Any) -> Any:
         call = call_of(loss, args, shared)

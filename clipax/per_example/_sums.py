@@ -1,6 +1,6 @@
 """The weighted sums of gradients, over all examples."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
@@ -14,10 +14,13 @@ Weights: TypeAlias = tuple[Array, Array]
 """The weight of each example as a product, because one float cannot hold a very small one."""
 
 
-def weighted_sum(leaf: LeafGradients, weights: Weights, is_left_out: Array | None) -> Array:
+def weighted_sum(
+    leaf: LeafGradients, weights: Weights, is_left_out: Array | None, dtype: Any
+) -> Array:
     """The weighted sum of one leaf's gradients, in the width of norms.
 
-    An example that is left out can be NaN, so a weight of zero would not be enough.
+    An example that is left out can be NaN, so a weight of zero would not be enough. `dtype` is
+    that of the result: products in bfloat16 are exact enough only for a result in bfloat16.
     """
     plan = leaf.plan
     wide = _leaves.widened(jnp.zeros((), plan.dtype)).dtype
@@ -36,6 +39,8 @@ def weighted_sum(leaf: LeafGradients, weights: Weights, is_left_out: Array | Non
     for term, parts in leaf.products:
         lhs = parts.lhs if parts.is_one_hot else without(parts.lhs)
         parts = parts._replace(lhs=lhs, rhs=without(parts.rhs))
+        if parts.rhs.dtype == jnp.bfloat16 != dtype:
+            parts = parts.widened(wide)
         total += assembled(term, weighted_product(parts, weights)).astype(wide)
     if leaf.constant is not None:
         constant = leaf.constant.astype(wide)
