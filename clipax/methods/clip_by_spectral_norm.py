@@ -1,9 +1,11 @@
 """Clipping singular values."""
 
 import functools
+import math
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from clipax._core import _checks, _paths, _rules
@@ -54,7 +56,8 @@ def clip_by_spectral_norm(
       mask: Which leaves are clipped, as in `clip_by_leaf_norm`.
       exact_norm: Whether to decompose every matrix, so that `norm` is exact for all. By default, a
         matrix is decomposed only if no cheap bound shows that it stays. A threshold that learns
-        from the norms gets exact ones in any case.
+        from the norms gets exact ones in any case, and so does a bound of `inf`, which only
+        measures.
       axis_name: As in `clip_by_global_norm`, for vectors. In a mapped program every matrix must be
         whole, because a shard does not show its singular values; `()` says so where types do not.
 
@@ -76,6 +79,7 @@ def clip_by_spectral_norm(
     |---|---|
     | `norm` of the state <= max_norm (`hard`) | the matrix, bit for bit |
     | not clipped | the norm may be too small, unless `exact_norm` is set |
+    | max_norm = inf, as a number | unchanged; the norm is exact |
     | all zero | zeros, also for max_norm = 0 |
     | any finite, max_norm = 0 | zeros |
     | a vector, or a matrix of one row or column | as in `clip_by_leaf_norm` |
@@ -116,7 +120,7 @@ def clip_by_spectral_norm(
     _checks.static(mask=mask)
     _checks.flag(exact_norm=exact_norm)
     # A history learns from every norm.
-    is_exact = exact_norm or _checks.is_transformation(max_norm)
+    is_exact = exact_norm or _checks.is_transformation(max_norm) or _only_measures(max_norm)
     norm = functools.partial(leaf_norm, stack_axis=stack_axis)
     # This one records norms, bounds and factors of all leaves, and scales the vectors.
     recorder = clip_by(
@@ -176,6 +180,12 @@ def clip_by_spectral_norm(
         return jax.tree.unflatten(treedef, clipped), new_state
 
     return transformation(recorder.init, update_fn)
+
+
+def _only_measures(max_norm: Bound) -> bool:
+    numbers = (float, int, np.floating)
+    leaves = jax.tree.leaves(max_norm, is_leaf=_checks.is_bound_leaf)
+    return any(isinstance(leaf, numbers) and leaf == math.inf for leaf in leaves)
 
 
 def _by_leaf(norms: Norms, updates: Updates) -> list[Any]:

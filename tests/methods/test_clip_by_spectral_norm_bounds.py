@@ -98,6 +98,14 @@ def test_edge_not_clipped() -> None:
     np.testing.assert_allclose(state.norm, spectral_norm(x), rtol=1e-5)
 
 
+@pytest.mark.parametrize("max_norm", [math.inf, np.float32(np.inf), {"w": math.inf}])
+def test_edge_max_norm_inf_as_a_number(max_norm: Any) -> None:
+    tree = {"w": jnp.asarray(SHAPES[0])}
+    clipped, state = clipped_by(max_norm, tree)
+    trees.assert_bitwise(clipped, tree)
+    np.testing.assert_allclose(state.norm["w"], spectral_norm(SHAPES[0]), rtol=1e-5)
+
+
 def test_a_threshold_that_learns_gets_exact_norms() -> None:
     rule = optax.scale(100.0)
     _, state = clipped_by(rule, jnp.asarray(SHAPES[0]))
@@ -136,7 +144,7 @@ def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.mark.parametrize(
-    ("over", "times"), [(100.0, 0), (1.5, 0), (0.9, 1), (0.01, 1), (math.inf, 0)]
+    ("over", "times"), [(100.0, 0), (1.5, 0), (0.9, 1), (0.01, 1), (math.inf, 1)]
 )
 def test_a_matrix_within_its_bound_is_not_decomposed(
     decomposed: list[bool], over: float, times: int
