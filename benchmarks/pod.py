@@ -249,18 +249,21 @@ def _placed(size: Size, mesh: Mesh) -> tuple[Any, jax.ShapeDtypeStruct]:
 
 
 def _placed_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
-    """As a compiled `init` places it; but moments, which `init` fills with zeros, as their leaf."""
-    # Without the parameters, `init` would be compiled for a CPU.
-    init = jax.jit(optimizer.init, keep_unused=True).lower(params)
+    """Moments are split as their leaf is, and the rest as `init` makes it."""
     of_params = {tuple(path): leaf for path, leaf in tree_flatten_with_path(params)[0]}
 
-    def place(path: Any, made: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    def of_moment(path: Any, leaf: Any) -> Any:
         like = next((of_params[end] for end in _ends(path) if end in of_params), None)
-        is_moment = like is not None and like.shape == made.shape
-        sharding = like.sharding if is_moment else sharding
-        return jax.ShapeDtypeStruct(made.shape, made.dtype, sharding=sharding)
+        return like.sharding if like is not None and like.shape == leaf.shape else None
 
-    return tree_map_with_path(place, init.out_info, init.compile().output_shardings)
+    moments = tree_map_with_path(of_moment, jax.eval_shape(optimizer.init, params))
+    # Without the parameters, `init` would be compiled for a CPU.
+    init = jax.jit(optimizer.init, keep_unused=True, out_shardings=moments).lower(params)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        init.out_info,
+        init.compile().output_shardings,
+    )
 
 
 def _ends(path: Any) -> list[Any]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from benchmarks import timing
 from benchmarks.compilers import hlo
 from benchmarks.compilers.accelerators import chips, compiled_step, layers, why_not
-from benchmarks.methods import GROUPS, OPTIMIZERS, READ_ONCE, SCALED, Optimizer
+from benchmarks.methods import GROUPS, OPTIMIZERS, SCALED, Optimizer
 
 _GROUPS = ("global", "leaf", "unit", "value", "scalar history")
 _WIDTHS = (1024, 4096, 1024, 4096, 1024)
@@ -60,7 +60,7 @@ def _forms() -> list[tuple[str, Optimizer]]:
     return [
         (name, wrap(OPTIMIZERS["adam"]))
         for name, wrap in rows.items()
-        if name not in (READ_ONCE, SCALED)
+        if name != SCALED
     ]
 
 
