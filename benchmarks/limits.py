@@ -7,9 +7,11 @@ state that the method makes, so that a new method has its limit by itself.
 
 import collections
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from benchmarks import workloads
@@ -115,32 +117,50 @@ def least(moved: Traffic, alone: Optimizer) -> Optimizer:
     """A step that moves just this: it sums what it reads, and adds to its memories."""
 
     def init_fn(params: Any) -> Any:
-        memories = [jax.numpy.zeros(shape, dtype) for shape, dtype in moved.memories]
+        memories = [jnp.zeros(shape, dtype) for shape, dtype in moved.memories]
         return memories, _sums(moved.reads, params, params, memories), alone.init(params)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> Any:
         memories, _, inner = state
         sums = _sums(moved.reads, updates, params, memories)
-        memories = list(map(_added, memories, _of_shapes(updates, memories)))
+        # What is donated is written once it was read, or XLA would copy it: by a factor of one.
+        one = jnp.where(sums[-1] < 0, 2.0, 1.0) if sums else jnp.ones(())
+        memories = [
+            _added(memory, leaf, one)
+            for memory, leaf in zip(memories, _of_shapes(updates, memories), strict=True)
+        ]
         updates, inner = alone.update(updates, inner, params)
+        updates = jax.tree.map(lambda leaf: workloads.scaled(leaf, one), updates)
         return updates, (memories, sums, inner)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _sums(reads: Reads, updates: Any, params: Any, memories: Any) -> list[Any]:
-    """The sums of squares of each pass."""
-    passes = [updates] * reads.gradients + [params] * reads.params + [memories] * reads.memories
-    made: list[Any] = []
-    for tree in passes:
-        # XLA would else keep the squares, which Adam needs too, and make two passes one.
-        apart, _ = jax.lax.optimization_barrier((tree, made))
-        made = [*made, list(map(workloads.sum_of_squares, jax.tree.leaves(apart)))]
-    return made
+def _sums(reads: Reads, updates: Any, params: Any, memories: Any) -> list[jax.Array]:
+    """A sum for each pass, which begins when the one before has ended."""
+    # XLA would else keep what Adam needs too: squares, and float32 of bfloat16 leaves.
+    apart, params = jax.lax.optimization_barrier((updates, params))
+    sums: list[jax.Array] = []
+    for number in range(reads.gradients):
+        apart, sums = jax.lax.optimization_barrier((apart, sums))
+        sums = [*sums, _sum(apart, _KINDS[number])]
+    return [*sums, *(_sum(tree) for tree in [params] * reads.params + [memories] * reads.memories)]
 
 
-def _added(memory: jax.Array, leaf: jax.Array) -> jax.Array:
-    return 0.9 * memory + leaf.astype(memory.dtype)
+def _sum_of_moduli(leaf: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.abs(leaf.astype(jnp.float32)))
+
+
+# Two passes of one kind would become one.
+_KINDS = (workloads.sum_of_squares, _sum_of_moduli)
+
+
+def _sum(tree: Any, kind: Callable[[jax.Array], jax.Array] = workloads.sum_of_squares) -> Any:
+    return sum(map(kind, jax.tree.leaves(tree)))
+
+
+def _added(memory: jax.Array, leaf: jax.Array, one: jax.Array) -> jax.Array:
+    return workloads.scaled(0.9 * memory + leaf.astype(memory.dtype), one)
 
 
 def _of_shapes(updates: Any, memories: Any) -> list[jax.Array]:
