@@ -119,11 +119,11 @@ def main() -> None:
             print(f"{chip}, {name}: {table['rows'][name]}", flush=True)
             if arguments.output is not None:
                 arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    for chip, table in result["chips"].items():
-        print(f"\n{text(chip, table, result)}")
+    for table in result["chips"].values():
+        print(f"\n{text(table, result)}")
 
 
-# -- The decoder -----------------------------------------------------------------------------------
+# -- The decoder ----------------------------------------------------------------------------------
 
 _DATA, _MODEL = "data", "model"
 
@@ -205,7 +205,7 @@ def _attention(x: jax.Array, weights: Any, size: Size) -> jax.Array:
     return _product(mixed.reshape(size.length, -1), weights["output"])
 
 
-# -- Its step --------------------------------------------------------------------------------------
+# -- Its step -------------------------------------------------------------------------------------
 
 
 def compiled_step(row: Row, size: Size, mesh: Mesh) -> jax.stages.Compiled:
@@ -242,7 +242,9 @@ def _placed(size: Size, mesh: Mesh) -> tuple[Any, jax.ShapeDtypeStruct]:
 
     of_shape, split = shapes(size)
     params = {
-        part: {name: on_mesh(shape, split[part][name], jnp.float32) for name, shape in each.items()}
+        part: {
+            name: on_mesh(shape, split[part][name], jnp.float32) for name, shape in each.items()
+        }
         for part, each in of_shape.items()
     }
     return params, on_mesh((size.batch, size.length + 1), PartitionSpec(_DATA), jnp.int32)
@@ -270,7 +272,7 @@ def _ends(path: Any) -> list[Any]:
     return [tuple(path[start:]) for start in range(len(path))]
 
 
-# -- Its figures -----------------------------------------------------------------------------------
+# -- Its figures ----------------------------------------------------------------------------------
 
 COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
 
@@ -295,7 +297,7 @@ def figures(row: Row, size: Size, topology: str) -> dict[str, Any]:
     }
 
 
-def text(chip: str, table: dict[str, Any], about: dict[str, Any]) -> str:
+def text(table: dict[str, Any], about: dict[str, Any]) -> str:
     """Per chip, and what is added to a step without a clip."""
     made = table["rows"]
     base = made.get(ALONE)
@@ -304,7 +306,9 @@ def text(chip: str, table: dict[str, Any], about: dict[str, Any]) -> str:
     cells = [_cells(name, row, base, tree) for name, row in made.items()]
     count = about["parameters"] / 1e9
     title = f"A step of AdamW with {count:.3g} billion parameters, {table['topology']}, per chip"
-    note = f"Added: to {ALONE}. Of tree: of a chip's part of the parameters, {tree / 2**20:.1f} MiB."
+    note = (
+        f"Added: to {ALONE}. Of tree: of a chip's part of the parameters, {tree / 2**20:.1f} MiB."
+    )
     return f"{title}\n{timing.columns([header, *cells])}\n{note}"
 
 

@@ -20,6 +20,7 @@ class Settings(NamedTuple):
     """Those that are left of the plans' trees; all, where this is empty."""
     dtypes: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
+    optimizers: tuple[str, ...] = ()
 
     def chosen(self, plans: list[P]) -> list[P]:
         return [

@@ -5,7 +5,7 @@ Every run starts from gradients above the bound, restored in place before the cl
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -52,8 +52,7 @@ def plans(is_quick: bool, is_full: bool) -> list[Plan]:
     ]
 
 
-def run(settings: Settings, show: Callable[[str], None]) -> list[Table]:
-    tables = []
+def run(settings: Settings, show: Callable[[str], None]) -> Iterator[Table]:
     for plan in settings.chosen(plans(settings.is_quick, settings.is_full)):
         tree = workloads.tree(plan.tree, plan.dtype, settings.is_quick)
         pristine = workloads.gradients(tree)
@@ -62,8 +61,7 @@ def run(settings: Settings, show: Callable[[str], None]) -> list[Table]:
             made = _table(tree, pristine, group, plan.donates, rounds)
             machine.release_memory()
             show(timing.text(made))
-            tables.append(made)
-    return tables
+            yield made
 
 
 def _rounds(tree: workloads.Tree, is_quick: bool) -> int:

@@ -6,7 +6,7 @@ are found by the state that they make.
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ class Plan(NamedTuple):
     leaves: int
     dtype: str
     runs: int
+    tree: str = f"leaves of {SHAPE}"
 
 
 def plans(is_quick: bool, is_full: bool) -> list[Plan]:
@@ -80,19 +81,18 @@ def _shapes(leaves: int, dtype: str = "float32") -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct(SHAPE, dtype)] * leaves
 
 
-def run(settings: Settings, show: Callable[[str], None]) -> list[Table]:
+def run(settings: Settings, show: Callable[[str], None]) -> Iterator[Table]:
     # What every first compilation in a process pays is no one's share.
     jax.jit(lambda x: jnp.sqrt(jnp.sum(x))).lower(jnp.zeros(SHAPE)).compile()
-    tables = []
-    for plan in plans(settings.is_quick, settings.is_full):
-        if settings.of_groups((plan.group,)) and plan.dtype in (settings.dtypes or (plan.dtype,)):
-            tables.append(_table(plan, settings.is_full))
-            show(text(tables[-1]))
-    return tables
+    for plan in settings.chosen(plans(settings.is_quick, settings.is_full)):
+        if settings.of_groups((plan.group,)):
+            made = _table(plan, settings.is_full)
+            show(text(made))
+            yield made
 
 
 def _table(plan: Plan, is_full: bool) -> Table:
-    group, leaves, dtype, runs = plan
+    group, leaves, dtype, runs, _ = plan
     methods = clips(group)
     peer = [*methods][-1]
     notes = []

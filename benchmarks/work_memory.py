@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,14 +32,14 @@ def plans(is_quick: bool) -> list[Plan]:
     return every[:1] if is_quick else every
 
 
-def run(settings: Settings, show: Callable[[str], None]) -> list[Table]:
+def run(settings: Settings, show: Callable[[str], None]) -> Iterator[Table]:
     tables = [
         _table(workloads.tree(*plan, settings.is_quick), group, settings.is_quick)
         for plan in settings.chosen(plans(settings.is_quick))
         for group in settings.of_groups(tuple(ROWS))
     ]
     show(text(tables))
-    return tables
+    yield from tables
 
 
 def _table(tree: Tree, group: str, is_quick: bool) -> Table:

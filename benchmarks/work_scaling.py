@@ -1,6 +1,6 @@
 """Time per byte of the clip, and of one read, against the size of the tree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -23,7 +23,7 @@ def sizes(is_quick: bool) -> list[int]:
     return [2**16, 2**17] if is_quick else [2**power for power in range(20, 33, 2)]
 
 
-def run(settings: Settings, show: Callable[[str], None]) -> list[Table]:
+def run(settings: Settings, show: Callable[[str], None]) -> Iterator[Table]:
     is_quick = settings.is_quick
     tables, notes = [], []
     for size in sizes(is_quick):
@@ -39,7 +39,7 @@ def run(settings: Settings, show: Callable[[str], None]) -> list[Table]:
     show(text(tables, notes))
     if tables:
         tables[-1]["notes"] = notes
-    return tables
+    yield from tables
 
 
 def _table(size: int, is_quick: bool) -> Table:

@@ -79,17 +79,17 @@ def _possible(plan: Plan) -> Plan:
     return plan._replace(groups=tuple(fitting))
 
 
-def run(settings: Settings, show: Callable[[str], None]) -> list[Table]:
-    tables = []
+def run(settings: Settings, show: Callable[[str], None]) -> Iterator[Table]:
     for plan in settings.chosen(plans(settings.is_quick, settings.is_full)):
+        if plan.optimizer not in (settings.optimizers or OPTIMIZERS):
+            continue
         tree = workloads.tree(plan.tree, plan.dtype, settings.is_quick)
         gradients = workloads.gradients(tree)
         rounds = _rounds(tree, settings.is_quick)
         for group in settings.of_groups(plan.groups):
             made = _table(tree, gradients, plan.optimizer, group, rounds)
             show(timing.text(made))
-            tables.append(made)
-    return tables
+            yield made
 
 
 def _rounds(tree: workloads.Tree, is_quick: bool) -> int:

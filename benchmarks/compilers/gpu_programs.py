@@ -57,11 +57,7 @@ def main() -> None:
 
 def _forms() -> list[tuple[str, Optimizer]]:
     rows = {name: wrap for group in _GROUPS for name, wrap in GROUPS[group].rows.items()}
-    return [
-        (name, wrap(OPTIMIZERS["adam"]))
-        for name, wrap in rows.items()
-        if name != SCALED
-    ]
+    return [(name, wrap(OPTIMIZERS["adam"])) for name, wrap in rows.items() if name != SCALED]
 
 
 def _compiled(optimizer: Optimizer, widths: tuple[int, ...], dtype: str) -> Program:
