@@ -29,7 +29,10 @@ from benchmarks import (
     work_step,
 )
 from benchmarks.machine import is_gpu, line, machine
+from benchmarks.methods import GROUPS, OPTIMIZERS
 from benchmarks.reproduce_shared import json_ready
+from benchmarks.settings import Settings
+from benchmarks.workloads import BIG, MATRICES, SMALL
 
 WORKS = {
     "step": work_step,
@@ -46,11 +49,23 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     # The load is read before anything here adds to it.
     result: dict[str, Any] = {"machine": machine()}
-    result["settings"] = {"quick": arguments.quick, "full": arguments.full}
+    settings = Settings(
+        arguments.quick,
+        arguments.full,
+        tuple(arguments.trees),
+        tuple(arguments.dtypes),
+        tuple(arguments.groups),
+        tuple(arguments.optimizers),
+    )
+    result["settings"] = settings._asdict()
     print(line(result["machine"]), flush=True)
     for name in arguments.only:
         start = time.perf_counter()
-        result[name] = WORKS[name].run(arguments.quick, arguments.full, _show)
+        result[name] = []
+        for table in WORKS[name].run(settings, _show):
+            result[name].append(table)
+            # A run that is ended before its time leaves what it has.
+            _write(result, arguments.output)
         print(f"\n{name}: {time.perf_counter() - start:.0f} s, compilation too.", flush=True)
     goals = reached.goals(result, is_gpu())
     if arguments.quick:
@@ -58,8 +73,8 @@ def main() -> None:
     if goals:
         _show(reached.text(goals))
     result["reached"] = [goal._asdict() | {"verdict": goal.verdict} for goal in goals]
-    if arguments.output is not None:
-        _write(result, arguments.output)
+    _write(result, arguments.output)
+    _draw(result, arguments.output)
 
 
 def _arguments() -> argparse.Namespace:
@@ -70,11 +85,13 @@ def _arguments() -> argparse.Namespace:
     add("--quick", action="store_true", help="small sizes, to see that it runs")
     add("--full", action="store_true", help="every method on every tree: hours")
     add("--only", nargs="+", choices=WORKS, default=list(WORKS), help="default: all")
+    add("--trees", nargs="+", choices=[*BIG, SMALL, MATRICES], default=[], help="default: all")
+    add("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=[], help="default: all")
+    add("--optimizers", nargs="+", choices=OPTIMIZERS, default=[], help="default: all")
+    add("--groups", nargs="+", choices=GROUPS, default=[], help="of methods; default: all")
     add("--output", type=Path, metavar="FOLDER", help="for results.json and results.png")
     arguments = parser.parse_args()
     if arguments.output is not None:
-        if importlib.util.find_spec("matplotlib") is None:
-            parser.error("--output needs matplotlib: pip install 'clipax[demo]'")
         arguments.output.mkdir(parents=True, exist_ok=True)
     return arguments
 
@@ -83,11 +100,20 @@ def _show(text: str) -> None:
     print(f"\n{text}", flush=True)
 
 
-def _write(result: dict[str, Any], folder: Path) -> None:
+def _write(result: dict[str, Any], folder: Path | None) -> None:
+    if folder is not None:
+        text = json.dumps(json_ready(result), indent=1, allow_nan=False)
+        (folder / "results.json").write_text(text + "\n")
+
+
+def _draw(result: dict[str, Any], folder: Path | None) -> None:
+    if folder is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        _show("Without a picture: matplotlib is not installed (the extra demo).")
+        return
     from benchmarks import plot
 
-    text = json.dumps(json_ready(result), indent=1, allow_nan=False)
-    (folder / "results.json").write_text(text + "\n")
     about = result["machine"]
     plot.save(
         result,

@@ -1,5 +1,6 @@
 """What is compared: every method of clipax, and what optax has in its place."""
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,15 +15,20 @@ from clipax._demo._methods import METHODS
 Optimizer = optax.GradientTransformation
 Clips = dict[str, Optimizer]
 ALONE = "alone"
-READ_ONCE = "limit: alone, and one read"
 SCALED = "limit: behind a number"
+GLOBAL, OPTAX_GLOBAL = "clip_by_global_norm", "optax.clip_by_global_norm"
 READ = "clip_by_leaf_norm + metrics(per_leaf=True)"
+OBSERVED = "observe(clip_by_global_norm)"
+SKIPPED = "skip_step(clip_by_global_norm)"
+STABLE_ADAM = "scale_by_stable_adam"
+SPECTRAL = "spectral"
+NOTHING_ABOVE = "clip_by_spectral_norm, nothing above its bound"
 
 # Those that are measured without an optimizer too.
 CLIPS: dict[str, Clips] = {
     "global": {
-        "clip_by_global_norm": clipax.clip_by_global_norm(1.0),
-        "optax.clip_by_global_norm": optax.clip_by_global_norm(1.0),
+        GLOBAL: clipax.clip_by_global_norm(1.0),
+        OPTAX_GLOBAL: optax.clip_by_global_norm(1.0),
     },
     "leaf": {
         "clip_by_leaf_norm": clipax.clip_by_leaf_norm(1.0),
@@ -43,7 +49,7 @@ PAIRS = {"optax.clip": "clip_by_value"} | {
     if name.startswith("optax.")
 }
 
-_GLOBAL = CLIPS["global"]["clip_by_global_norm"]
+_GLOBAL = CLIPS["global"][GLOBAL]
 _LEAF = CLIPS["leaf"]["clip_by_leaf_norm"]
 
 
@@ -69,18 +75,6 @@ def _group(clips: Clips, baseline: str = ALONE) -> Group:
     return Group({ALONE: _alone} | {name: _before(clips[name]) for name in clips}, baseline)
 
 
-def _read_once() -> Optimizer:
-    """What a norm of the gradients costs at the least: their squares are summed, and no more."""
-
-    def squares(updates: Any, state: Any, params: Any = None) -> Any:
-        del state, params
-        # XLA would else keep the squares, which Adam needs too.
-        apart: Any = jax.lax.optimization_barrier(updates)
-        return updates, list(map(workloads.sum_of_squares, apart.values()))
-
-    return optax.GradientTransformation(lambda params: [jnp.zeros(()) for _ in params], squares)
-
-
 def _scaled_by_a_number() -> Optimizer:
     """A clip that measures nothing."""
 
@@ -92,7 +86,7 @@ def _scaled_by_a_number() -> Optimizer:
 
 
 GROUPS: dict[str, Group] = {name: _group(clips) for name, clips in CLIPS.items()} | {
-    "global": _group({READ_ONCE: _read_once(), SCALED: _scaled_by_a_number()} | CLIPS["global"]),
+    "global": _group({SCALED: _scaled_by_a_number()} | CLIPS["global"]),
     "value": _group(
         {
             "clip_by_value": clipax.clip_by_value(1.0),
@@ -110,14 +104,14 @@ GROUPS: dict[str, Group] = {name: _group(clips) for name, clips in CLIPS.items()
     # One norm and its history, against a fixed bound on the same norm.
     "scalar history": _group(
         {
-            "clip_by_global_norm": _GLOBAL,
+            GLOBAL: _GLOBAL,
             "autoclip": clipax.autoclip(),
             "clip_by_quantile": clipax.clip_by_quantile(),
             "zclip": clipax.zclip(),
             "clip_by_mean_std": clipax.clip_by_mean_std(),
             "clip_by(global_norm, ema)": clipax.clip_by(clipax.global_norm, optax.ema(0.9)),
         },
-        baseline="clip_by_global_norm",
+        baseline=GLOBAL,
     ),
     "other histories": _group(
         {
@@ -129,10 +123,12 @@ GROUPS: dict[str, Group] = {name: _group(clips) for name, clips in CLIPS.items()
     "wrappers": Group(
         {
             ALONE: _alone,
+            GLOBAL: _before(_GLOBAL),
             "measure": _before(clipax.measure()),
-            "observe(clip_by_global_norm)": _before(clipax.observe(_GLOBAL)),
+            OBSERVED: _before(clipax.observe(_GLOBAL)),
             "track(clip_by_global_norm)": _before(clipax.track(_GLOBAL)),
             "skip_step": lambda inner: clipax.skip_step(inner, z_max=6.0),
+            SKIPPED: lambda inner: clipax.skip_step(optax.chain(_GLOBAL, inner), z_max=6.0),
         }
     ),
     "feedback": _group(
@@ -154,15 +150,16 @@ GROUPS: dict[str, Group] = {name: _group(clips) for name, clips in CLIPS.items()
     "moments": Group(
         {
             ALONE: _alone,
-            "scale_by_stable_adam": lambda _: optax.chain(
+            STABLE_ADAM: lambda _: optax.chain(
                 clipax.scale_by_stable_adam(), optax.scale_by_learning_rate(1e-3)
             ),
         },
         optimizers=("adam",),
     ),
     # Each matrix is decomposed, or multiplied with itself: nothing that is read once.
-    "spectral": _group(
+    SPECTRAL: _group(
         {
+            NOTHING_ABOVE: clipax.clip_by_spectral_norm(1e6),
             "clip_by_spectral_norm": clipax.clip_by_spectral_norm(1.0),
             "clip_by_spectral_norm(iterations=10)": clipax.clip_by_spectral_norm(
                 1.0, iterations=10
@@ -170,7 +167,7 @@ GROUPS: dict[str, Group] = {name: _group(clips) for name, clips in CLIPS.items()
         }
     ),
 }
-_NAMED = {name.split("(")[0] for group in GROUPS.values() for name in group.rows}
+_NAMED = {re.match(r"[\w.]+", name)[0] for group in GROUPS.values() for name in group.rows}
 _FOUND: Clips = {
     name: build()
     for name, build in METHODS.items()

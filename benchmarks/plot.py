@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import timing, torch_peer, work_clip, work_scaling
-from benchmarks.methods import ALONE, READ_ONCE
+from benchmarks.limits import READ_ONCE
+from benchmarks.methods import ALONE
 from benchmarks.timing import Table
 
 Results = dict[str, list[Table]]
@@ -107,6 +108,7 @@ _NUMBER: dict[str, Any] = {"textcoords": "offset points", "fontsize": "x-small"}
 
 
 def _compilation(axes: Any, tables: list[Table]) -> None:
+    tables = [table for table in tables if table["about"]["group"] == "global"]
     for name, color in (("clipax", CLIPAX), ("optax", OPTAX)):
         times = {t["about"]["leaves"]: timing.median_of(t, name) for t in tables}
         known = {leaves: seconds for leaves, seconds in times.items() if seconds is not None}

@@ -4,14 +4,26 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from benchmarks import timing, torch_peer
-from benchmarks.methods import ALONE, GROUPS, READ, READ_ONCE, SCALED
+from benchmarks import timing, torch_peer, work_compile
+from benchmarks.limits import READ_ONCE
+from benchmarks.methods import (
+    ALONE,
+    GLOBAL,
+    GROUPS,
+    NOTHING_ABOVE,
+    OBSERVED,
+    OPTAX_GLOBAL,
+    READ,
+    SCALED,
+    SKIPPED,
+    SPECTRAL,
+    STABLE_ADAM,
+)
 from benchmarks.timing import Table
 from benchmarks.work_clip import LIMIT
 from benchmarks.workloads import BIG, SMALL
 
 Results = dict[str, list[Table]]
-GLOBAL, OPTAX_GLOBAL = "clip_by_global_norm", "optax.clip_by_global_norm"
 OPTAX_RMS, AGC = "optax.clip_by_block_rms", "adaptive_grad_clip"
 DTYPES = ("float32", "bfloat16")
 
@@ -38,10 +50,10 @@ class Goal(NamedTuple):
 def goals(results: Results, is_gpu: bool) -> list[Goal]:
     """Those of the works that ran."""
     parts = {
-        "step": (partial(_adam, is_gpu=is_gpu), _histories, _metrics),
+        "step": (partial(_adam, is_gpu=is_gpu), _histories, _metrics, _own_limits, _over_peers),
         "clip": (partial(_torch, is_gpu=is_gpu), partial(_leaves, is_gpu=is_gpu), _small),
-        "compile": (_compilation,),
-        "memory": (_memory,),
+        "compile": (_compilation, _compilation_of_many),
+        "memory": (_memory, _memory_of_wrappers),
     }
     ran = (part for work, each in parts.items() if work in results for part in each)
     return [goal for part in ran for goal in part(results)]
@@ -107,6 +119,41 @@ def _metrics(results: Results) -> Iterator[Goal]:
         yield Goal("Adam with metrics(per_leaf=True) over without", _where(table), ratio, 1.02)
 
 
+def _own_limits(results: Results) -> Iterator[Goal]:
+    """The slowest of each group; singular values are no matter of what is moved."""
+    for table in results["step"]:
+        group = table["about"]["group"]
+        is_adam = table["about"]["optimizer"] in GROUPS[group].optimizers[:1]
+        ratios = {
+            row["name"]: row["over_limit"]
+            for row in table["rows"]
+            if "limit" in row and not row["name"].startswith("optax.")
+        }
+        if ratios and is_adam and group != SPECTRAL:
+            slowest = max(ratios, key=ratios.__getitem__)
+            work = f"a step over its own limit ({slowest}, the slowest of {len(ratios)})"
+            yield Goal(work, _where(table), ratios[slowest], 1.3)
+
+
+_OVER_PEERS = (
+    ("wrappers", SKIPPED, GLOBAL, 1.15),
+    ("wrappers", OBSERVED, GLOBAL, 1.25),
+    ("moments", STABLE_ADAM, ALONE, 1.35),
+    (SPECTRAL, NOTHING_ABOVE, ALONE, 2.0),
+)
+
+
+def _over_peers(results: Results) -> Iterator[Goal]:
+    names = {ALONE: "Adam alone", GLOBAL: f"{GLOBAL}, with Adam"}
+    for group, ours, theirs, bar in _OVER_PEERS:
+        work = f"{ours} over {names[theirs]}"
+        tables = _find(results, "step", optimizer="adam", group=group)
+        for table in tables:
+            yield Goal(work, _where(table), timing.ratio_of(table, ours, theirs), bar)
+        if not tables:
+            yield Goal(work, "", None, bar)
+
+
 def _small(results: Results) -> Iterator[Goal]:
     for table in _find(results, "clip", group="global", donated=True, tree=SMALL):
         ratio, limit = (timing.ratio_of(table, name, OPTAX_GLOBAL) for name in (GLOBAL, LIMIT))
@@ -114,7 +161,7 @@ def _small(results: Results) -> Iterator[Goal]:
 
 
 def _compilation(results: Results) -> Iterator[Goal]:
-    tables = [t for t in results.get("compile", []) if t["baseline"] == "optax"]
+    tables = [t for t in _find(results, "compile", group="global") if t["baseline"] == "optax"]
     if tables:
         table = max(tables, key=lambda each: each["about"]["leaves"])
         table = next((t for t in tables if t["about"]["leaves"] == 1000), table)
@@ -123,8 +170,29 @@ def _compilation(results: Results) -> Iterator[Goal]:
         yield Goal("compile time over optax's", where, ratio, 0.2)
 
 
+def _compilation_of_many(results: Results) -> Iterator[Goal]:
+    """The slowest of those with a norm for each leaf, and with a memory for each entry."""
+    for group, peer, bar in (("leaf", work_compile.OPTAX_RMS, 1.0), ("entry", "optax.adam", 3.0)):
+        for table in _find(results, "compile", group=group):
+            ratios = {row["name"]: row["ratio"] for row in table["rows"] if row["name"] != peer}
+            slowest = max(ratios, key=ratios.__getitem__)
+            work = f"init, trace, compile ({slowest}, the slowest of {len(ratios)}) over {peer}"
+            is_there = table["baseline"] == peer
+            where = f"{table['about']['leaves']} leaves, {table['about']['dtype']}"
+            why_not = f"{peer} takes minutes"
+            yield Goal(work, where, ratios[slowest] if is_there else None, bar, why_not=why_not)
+
+
+def _memory_of_wrappers(results: Results) -> Iterator[Goal]:
+    for table in _find(results, "memory", group="wrappers"):
+        for name in (SKIPPED, OBSERVED):
+            row = next(row for row in table["rows"] if row["name"] == name)
+            work = f"temp memory of {name} over {GLOBAL}, share of the tree"
+            yield Goal(work, _where(table), row["temp_share"], 0.01, is_strict=True)
+
+
 def _memory(results: Results) -> Iterator[Goal]:
-    for table in results.get("memory", []):
+    for table in _find(results, "memory", group="global"):
         rows = {row["name"]: row for row in table["rows"]}
         for kind in ("temp", "peak"):
             if kind == "temp" or "peak_bytes" in rows[GLOBAL]:

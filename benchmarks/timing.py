@@ -44,10 +44,23 @@ def interleaved(works: dict[str, Work], rounds: int, pause: float = 0.0) -> Seco
     return seconds
 
 
-def table(title: str, seconds: Seconds, baseline: str, **about: Any) -> Table:
-    """A row for each work; its ratio is its median over that of the baseline."""
+def table(
+    title: str,
+    seconds: Seconds,
+    baseline: str,
+    limits: dict[str, str] | None = None,
+    **about: Any,
+) -> Table:
+    """A row for each work; its ratio is its median over that of the baseline.
+
+    `limits` names the row that a row cannot be faster than.
+    """
     base = float(np.median(seconds[baseline]))
     rows = [_row(name, values, base) for name, values in seconds.items()]
+    for row in rows:
+        if limits and row["name"] in limits:
+            row["limit"] = limits[row["name"]]
+            row["over_limit"] = row["median_s"] / float(np.median(seconds[row["limit"]]))
     return {"title": title, "about": about, "baseline": baseline, "rows": rows}
 
 
@@ -77,16 +90,23 @@ def ratio_of(table: Table, one: str, other: str) -> float | None:
 
 
 def text(table: Table) -> str:
+    has_limits = any("limit" in row for row in table["rows"])
+
+    def over_limit(row: dict[str, Any]) -> tuple[str, ...]:
+        return (f"{row['over_limit']:.2f}" if "limit" in row else "",) if has_limits else ()
+
     cells = [
         (
             row["name"],
             *(f"{1e3 * row[f'{key}_s']:.2f}" for key in ("median", "q1", "q3", "min", "max")),
+            *over_limit(row),
             f"{row['ratio']:.2f}",
             str(row["runs"]),
         )
         for row in table["rows"]
     ]
-    header = ("", "median ms", "q1", "q3", "min", "max", "ratio", "runs")
+    limit = ("over limit",) if has_limits else ()
+    header = ("", "median ms", "q1", "q3", "min", "max", *limit, "ratio", "runs")
     notes = [f"Ratio: to {table['baseline']}.", *table.get("notes", [])]
     return "\n".join([table["title"], columns([header, *cells]), *notes])
 

@@ -5,8 +5,8 @@ Every run starts from gradients above the bound, restored in place before the cl
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks import machine, timing, torch_peer, workloads
 from benchmarks.methods import CLIPS, PAIRS, Optimizer
+from benchmarks.settings import Settings
 from benchmarks.timing import Table, Work
 from benchmarks.workloads import BIG, SMALL
 
@@ -23,40 +24,50 @@ READS = ("one read: sum of squares", "one read: dot")
 COLUMNS = "one read: sums of columns"
 SCALE = "scale by a number"
 
-Plan = tuple[str, str, tuple[str, ...], bool]
+
+class Plan(NamedTuple):
+    """A tree, the groups that run on it, and whether its gradients are donated."""
+
+    tree: str
+    dtype: str
+    groups: tuple[str, ...]
+    donates: bool
 
 
 def plans(is_quick: bool, is_full: bool) -> list[Plan]:
-    """Tree, dtype, groups, and whether the gradients are donated."""
     every, first = tuple(CLIPS), ("global",)
     leaf, gpt2 = BIG
     if is_quick:
         return [
-            (leaf, "float32", every, True),
-            (gpt2, "float32", first, False),
-            (SMALL, "bfloat16", first, True),
+            Plan(leaf, "float32", every, True),
+            Plan(gpt2, "float32", first, False),
+            Plan(SMALL, "bfloat16", first, True),
         ]
     small = every if is_full else first
     return [
-        *((name, "float32", every, donates) for name in BIG for donates in (True, False)),
-        *((name, "bfloat16", every, True) for name in BIG),
+        *(Plan(name, "float32", every, donates) for name in BIG for donates in (True, False)),
+        *(Plan(name, "bfloat16", every, True) for name in BIG),
         # Optax's clip of a thousand leaves takes up to a minute to compile.
-        *((SMALL, dtype, small, True) for dtype in ("float32", "bfloat16")),
+        *(Plan(SMALL, dtype, small, True) for dtype in ("float32", "bfloat16")),
     ]
 
 
-def run(is_quick: bool, is_full: bool, show: Callable[[str], None]) -> list[Table]:
-    tables = []
-    for name, dtype, groups, donates in plans(is_quick, is_full):
-        tree = workloads.tree(name, dtype, is_quick)
+def run(settings: Settings, show: Callable[[str], None]) -> Iterator[Table]:
+    for plan in settings.chosen(plans(settings.is_quick, settings.is_full)):
+        tree = workloads.tree(plan.tree, plan.dtype, settings.is_quick)
         pristine = workloads.gradients(tree)
-        rounds = 3 if is_quick else 20 if tree.bytes > 200e6 else 40 if tree.bytes > 50e6 else 200
-        for group in groups:
-            made = _table(tree, pristine, group, donates, rounds)
+        rounds = _rounds(tree, settings.is_quick)
+        for group in settings.of_groups(plan.groups):
+            made = _table(tree, pristine, group, plan.donates, rounds)
             machine.release_memory()
             show(timing.text(made))
-            tables.append(made)
-    return tables
+            yield made
+
+
+def _rounds(tree: workloads.Tree, is_quick: bool) -> int:
+    if is_quick:
+        return 3
+    return 20 if tree.bytes > 200e6 else 40 if tree.bytes > 50e6 else 200
 
 
 def _table(tree: workloads.Tree, pristine: Any, group: str, donates: bool, rounds: int) -> Table:

@@ -2,14 +2,15 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from benchmarks import machine, timing, workloads
-from benchmarks.methods import ALONE, GROUPS, OPTIMIZERS, READ_ONCE
+from benchmarks.methods import GLOBAL, GROUPS, OBSERVED, OPTIMIZERS, SKIPPED
+from benchmarks.settings import Settings
 from benchmarks.timing import Table
 from benchmarks.work_step import Step, jitted_step
 from benchmarks.workloads import BIG, Tree
@@ -17,23 +18,36 @@ from benchmarks.workloads import BIG, Tree
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-def plans(is_quick: bool) -> list[tuple[str, str]]:
-    every = [(name, dtype) for name in BIG for dtype in ("float32", "bfloat16")]
+# The first of each group is what the others are compared with.
+ROWS = {"global": tuple(GROUPS["global"].rows), "wrappers": (GLOBAL, OBSERVED, SKIPPED)}
+
+
+class Plan(NamedTuple):
+    tree: str
+    dtype: str
+
+
+def plans(is_quick: bool) -> list[Plan]:
+    every = [Plan(name, dtype) for name in BIG for dtype in ("float32", "bfloat16")]
     return every[:1] if is_quick else every
 
 
-def run(is_quick: bool, is_full: bool, show: Callable[[str], None]) -> list[Table]:
-    del is_full
-    tables = [_table(workloads.tree(*plan, is_quick), is_quick) for plan in plans(is_quick)]
+def run(settings: Settings, show: Callable[[str], None]) -> Iterator[Table]:
+    tables = [
+        _table(workloads.tree(*plan, settings.is_quick), group, settings.is_quick)
+        for plan in settings.chosen(plans(settings.is_quick))
+        for group in settings.of_groups(tuple(ROWS))
+    ]
     show(text(tables))
-    return tables
+    yield from tables
 
 
-def _table(tree: Tree, is_quick: bool) -> Table:
-    rows = [{"name": name, "temp_bytes": _temp_bytes(name, tree)} for name in _names()]
+def _table(tree: Tree, group: str, is_quick: bool) -> Table:
+    names = ROWS[group]
+    rows = [{"name": name, "temp_bytes": _temp_bytes(group, name, tree)} for name in names]
     if machine.is_gpu():
         for row in rows:
-            row["peak_bytes"] = _peak_in_a_process(row["name"], tree, is_quick)
+            row["peak_bytes"] = _peak_in_a_process(group, row["name"], tree, is_quick)
     for kind in ("temp", "peak"):
         base = rows[0].get(f"{kind}_bytes")
         for row in rows:
@@ -41,17 +55,14 @@ def _table(tree: Tree, is_quick: bool) -> Table:
             is_known = base is not None and taken is not None
             row[f"{kind}_share"] = (taken - base) / tree.bytes if is_known else None
     title = f"Memory of a step of Adam: {tree}; parameters and state donated"
-    about = {"work": "memory", "tree": tree.name, "dtype": tree.dtype, "tree_bytes": tree.bytes}
-    return {"title": title, "about": about, "baseline": ALONE, "rows": rows, "notes": []}
+    about = {"tree": tree.name, "dtype": tree.dtype, "tree_bytes": tree.bytes, "group": group}
+    about |= {"work": "memory"}
+    return {"title": title, "about": about, "baseline": names[0], "rows": rows, "notes": []}
 
 
-def _names() -> list[str]:
-    return [name for name in GROUPS["global"].rows if name != READ_ONCE]
-
-
-def _temp_bytes(name: str, tree: Tree) -> int | None:
+def _temp_bytes(group: str, name: str, tree: Tree) -> int | None:
     """As the compiler counts them."""
-    optimizer = GROUPS["global"].rows[name](OPTIMIZERS["adam"])
+    optimizer = GROUPS[group].rows[name](OPTIMIZERS["adam"])
     params = {key: jax.ShapeDtypeStruct(shape, tree.dtype) for key, shape in tree.shapes.items()}
     state = jax.eval_shape(optimizer.init, params)
     program = jitted_step(optimizer).lower(params, state, params).compile()
@@ -59,17 +70,17 @@ def _temp_bytes(name: str, tree: Tree) -> int | None:
     return None if analysis is None else analysis.temp_size_in_bytes
 
 
-def _peak_in_a_process(name: str, tree: Tree, is_quick: bool) -> int:
+def _peak_in_a_process(group: str, name: str, tree: Tree, is_quick: bool) -> int:
     """In one of its own: an allocator's peak never falls."""
-    arguments = [name, tree.name, tree.dtype, "quick" if is_quick else ""]
+    arguments = [group, name, tree.name, tree.dtype, "quick" if is_quick else ""]
     command = [sys.executable, "-m", "benchmarks.work_memory", *arguments]
     made = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True)
     return int(made.stdout.split()[-1])
 
 
-def peak_bytes(name: str, tree: Tree) -> int | None:
+def peak_bytes(group: str, name: str, tree: Tree) -> int | None:
     """What the device's allocator held at most, where it counts that."""
-    step = Step(GROUPS["global"].rows[name](OPTIMIZERS["adam"]), workloads.gradients(tree))
+    step = Step(GROUPS[group].rows[name](OPTIMIZERS["adam"]), workloads.gradients(tree))
     for _ in range(3):
         step.run()
     stats = jax.devices()[0].memory_stats()
@@ -97,10 +108,10 @@ def text(tables: list[Table]) -> str:
         for row in table["rows"]
     ]
     title = "Memory of a step of Adam: temporary, as the compiler counts; a GPU's peak"
-    note = "Of tree: what is above Adam alone, as a share of the tree's bytes."
+    note = "Of tree: what is above the first of its group, as a share of the tree's bytes."
     return "\n".join([title, timing.columns([header, *cells], left=3), note])
 
 
 if __name__ == "__main__":
-    name, tree_name, dtype, quick = sys.argv[1:]
-    sys.stdout.write(f"{peak_bytes(name, workloads.tree(tree_name, dtype, bool(quick)))}\n")
+    group, name, tree_name, dtype, quick = sys.argv[1:]
+    sys.stdout.write(f"{peak_bytes(group, name, workloads.tree(tree_name, dtype, bool(quick)))}\n")

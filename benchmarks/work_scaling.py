@@ -1,11 +1,12 @@
 """Time per byte of the clip, and of one read, against the size of the tree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
 from benchmarks import machine, timing, workloads
 from benchmarks.methods import CLIPS
+from benchmarks.settings import Settings
 from benchmarks.timing import Table, Work
 from benchmarks.work_clip import PROGRAMS, READS, Clip
 from benchmarks.workloads import Tree
@@ -22,8 +23,8 @@ def sizes(is_quick: bool) -> list[int]:
     return [2**16, 2**17] if is_quick else [2**power for power in range(20, 33, 2)]
 
 
-def run(is_quick: bool, is_full: bool, show: Callable[[str], None]) -> list[Table]:
-    del is_full
+def run(settings: Settings, show: Callable[[str], None]) -> Iterator[Table]:
+    is_quick = settings.is_quick
     tables, notes = [], []
     for size in sizes(is_quick):
         available = machine.available_bytes()
@@ -38,7 +39,7 @@ def run(is_quick: bool, is_full: bool, show: Callable[[str], None]) -> list[Tabl
     show(text(tables, notes))
     if tables:
         tables[-1]["notes"] = notes
-    return tables
+    yield from tables
 
 
 def _table(size: int, is_quick: bool) -> Table:

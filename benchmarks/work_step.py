@@ -4,6 +4,7 @@ The parameters and the optimizer's state are donated, as in training. The gradie
 not: they come from outside here, and are needed again for the next step.
 """
 
+import collections
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -12,8 +13,20 @@ import jax
 import optax
 
 import clipax
+from benchmarks import limits as limits_of
 from benchmarks import machine, timing, workloads
-from benchmarks.methods import CLIPS, GROUPS, OPTIMIZERS, PAIRS, READ, Optimizer
+from benchmarks.methods import (
+    ALONE,
+    CLIPS,
+    GROUPS,
+    OPTIMIZERS,
+    PAIRS,
+    READ,
+    SCALED,
+    SPECTRAL,
+    Optimizer,
+)
+from benchmarks.settings import Settings
 from benchmarks.timing import Table, Work
 from benchmarks.workloads import BIG, MATRICES, SMALL
 
@@ -29,7 +42,7 @@ class Plan(NamedTuple):
 
 def plans(is_quick: bool, is_full: bool) -> list[Plan]:
     """Every method with Adam on both big trees, and with SGD on one; the rest for a few."""
-    every = tuple(name for name in GROUPS if name != "spectral")
+    every = tuple(name for name in GROUPS if name != SPECTRAL)
     core, first = tuple(CLIPS), ("global",)
     leaf, gpt2 = BIG
     if is_full:
@@ -54,7 +67,7 @@ def plans(is_quick: bool, is_full: bool) -> list[Plan]:
             (SMALL, "float32", "sgd", first),
             (SMALL, "bfloat16", "adam", first),
         ]
-    spectral = (MATRICES, "float32", "adam", ("spectral",))
+    spectral = (MATRICES, "float32", "adam", (SPECTRAL,))
     return [_possible(Plan(*each)) for each in (*chosen, spectral)]
 
 
@@ -66,16 +79,17 @@ def _possible(plan: Plan) -> Plan:
     return plan._replace(groups=tuple(fitting))
 
 
-def run(is_quick: bool, is_full: bool, show: Callable[[str], None]) -> list[Table]:
-    tables = []
-    for plan in plans(is_quick, is_full):
-        tree = workloads.tree(plan.tree, plan.dtype, is_quick)
+def run(settings: Settings, show: Callable[[str], None]) -> Iterator[Table]:
+    for plan in settings.chosen(plans(settings.is_quick, settings.is_full)):
+        if plan.optimizer not in (settings.optimizers or OPTIMIZERS):
+            continue
+        tree = workloads.tree(plan.tree, plan.dtype, settings.is_quick)
         gradients = workloads.gradients(tree)
-        for group in plan.groups:
-            made = _table(tree, gradients, plan.optimizer, group, rounds=_rounds(tree, is_quick))
+        rounds = _rounds(tree, settings.is_quick)
+        for group in settings.of_groups(plan.groups):
+            made = _table(tree, gradients, plan.optimizer, group, rounds)
             show(timing.text(made))
-            tables.append(made)
-    return tables
+            yield made
 
 
 def _rounds(tree: workloads.Tree, is_quick: bool) -> int:
@@ -91,11 +105,11 @@ _PLACEMENTS = 3
 
 
 def _table(tree: workloads.Tree, gradients: Any, optimizer: str, group: str, rounds: int) -> Table:
-    rows = GROUPS[group].rows
-    wrapped = {name: wrap(OPTIMIZERS[optimizer]) for name, wrap in rows.items()}
+    wrapped, limits = with_limits(group, optimizer, gradients)
+    rows = [*wrapped]
     seconds: timing.Seconds = {name: [] for name in rows}
     for placement in range(_PLACEMENTS):
-        turned = [*rows][placement:] + [*rows][:placement]
+        turned = rows[placement:] + rows[:placement]
         steps = {name: Step(wrapped[name], gradients, name == READ) for name in turned}
         works = {name: Work(step.run) for name, step in steps.items()}
         for name, measured in timing.interleaved(works, rounds // _PLACEMENTS).items():
@@ -105,7 +119,32 @@ def _table(tree: workloads.Tree, gradients: Any, optimizer: str, group: str, rou
         machine.release_memory()
     title = f"Step of {optimizer}, {group}: {tree}; parameters and state donated"
     about = {"tree": tree.name, "dtype": tree.dtype, "optimizer": optimizer, "group": group}
-    return timing.table(title, seconds, GROUPS[group].baseline, work="step", **about)
+    baseline = GROUPS[group].baseline
+    made = timing.table(title, seconds, baseline, limits, work="step", **about)
+    return made | {"notes": _by_limit(limits)}
+
+
+def _by_limit(limits: dict[str, str]) -> list[str]:
+    rows = collections.defaultdict(list)
+    for name, limit in limits.items():
+        rows[limit].append(name)
+    return [f"Over {limit}: {', '.join(names)}." for limit, names in rows.items()]
+
+
+def with_limits(
+    group: str, optimizer: str, params: Any
+) -> tuple[dict[str, Optimizer], dict[str, str]]:
+    """The optimizers of a group and of their limits, and the name of each row's limit."""
+    wrapped = {name: wrap(OPTIMIZERS[optimizer]) for name, wrap in GROUPS[group].rows.items()}
+    alone = wrapped[ALONE]
+    least, limits = {}, {}
+    for name in wrapped:
+        moved = limits_of.traffic(name, wrapped[name], alone, params)
+        if name not in (ALONE, SCALED):
+            limits[name] = ALONE if moved is None else moved.name
+        if name not in (ALONE, SCALED) and moved is not None:
+            least[moved.name] = limits_of.least(moved, alone)
+    return {ALONE: alone} | least | wrapped, limits
 
 
 class Step:

@@ -8,16 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import trees
 
 from benchmarks import (
+    limits,
     methods,
     per_example,
     timing,
     torch_peer,
     work_clip,
     work_compile,
+    work_memory,
     work_scaling,
     work_step,
     workloads,
@@ -80,15 +83,29 @@ def _steps(results, stdout):
         for group in plan.groups
     ]
     assert [
-        (*(table["about"][key] for key in ("tree", "dtype", "optimizer", "group")), _names(table))
+        (
+            *(table["about"][key] for key in ("tree", "dtype", "optimizer", "group")),
+            [name for name in _names(table) if not name.startswith("limit: alone")],
+        )
         for table in results["step"]
     ] == expected
     for table in results["step"]:
+        _limits(table)
         assert table["title"] in stdout
         for row in table["rows"]:
             assert re.search(
                 rf"^{re.escape(row['name'])} +{1e3 * row['median_s']:.2f} ", stdout, re.M
             )
+
+
+def _limits(table):
+    """Each method has one, which ran in the same table."""
+    medians = {row["name"]: row["median_s"] for row in table["rows"]}
+    for row in table["rows"]:
+        is_one = row["name"] in (methods.ALONE, methods.SCALED) or row["name"].startswith("limit")
+        assert ("limit" in row) != is_one
+        if not is_one:
+            assert math.isclose(row["over_limit"], row["median_s"] / medians[row["limit"]])
 
 
 def _clips(results, stdout):
@@ -110,19 +127,18 @@ def _clips(results, stdout):
 
 
 def _compilations(results, stdout):
-    counts = [table["about"]["leaves"] for table in results["compile"]]
-    assert counts == list(work_compile.counts(is_quick=True))
-    for table in results["compile"]:
-        assert _names(table) == ["clipax", "optax"]
+    plans = work_compile.plans(is_quick=True, is_full=False)
+    for plan, table in zip(plans, results["compile"], strict=True):
+        about = {"group": plan.group, "leaves": plan.leaves, "dtype": plan.dtype}
+        assert about.items() < table["about"].items()
+        assert _names(table) == list(work_compile.clips(plan.group))
         for row in table["rows"]:
             assert min(row[f"{stage}_s"] for stage in work_compile.STAGES) > 0
 
 
 def _memory(results, stdout):
     for table in results["memory"]:
-        assert _names(table) == [
-            name for name in methods.GROUPS["global"].rows if name != methods.READ_ONCE
-        ]
+        assert _names(table) == list(work_memory.ROWS[table["about"]["group"]])
         alone, *others = (row["temp_bytes"] for row in table["rows"])
         for row, temp_bytes in zip(table["rows"][1:], others, strict=True):
             share = (temp_bytes - alone) / table["about"]["tree_bytes"]
@@ -155,7 +171,16 @@ def _verdicts(results, stdout):
         "metrics",
         "clip_by_global_norm over optax's",
         "compile time",
-        "temp memory",
+        "temp memory over",
+        "over its own limit",
+        "skip_step(clip_by_global_norm) over",
+        "observe(clip_by_global_norm) over",
+        "scale_by_stable_adam over",
+        "nothing above its bound over",
+        "over optax.clip_by_block_rms",
+        "over optax.adam",
+        "temp memory of skip_step",
+        "temp memory of observe",
     ):
         assert any(part in goal["work"] for goal in goals)
     for goal in goals:
@@ -185,6 +210,86 @@ def test_every_method_is_in_a_plan(is_quick, is_full):
     # `clip` is another name of `clip_by_value`.
     factories = set(trees.public_factories()) - {"clip"}
     assert factories <= {re.match(r"[\w.]+", row)[0] for row in planned}
+
+
+def _limit(name, dtype):
+    """What a row has to move, and the programs of its limit and of the optimizer alone."""
+    params = {"kernel": jax.ShapeDtypeStruct((128, 256), dtype)}
+    group = next(each for each in methods.GROUPS.values() if name in each.rows)
+    optimizer = methods.OPTIMIZERS[group.optimizers[0]]
+    alone = group.rows[methods.ALONE](optimizer)
+    moved = limits.traffic(name, group.rows[name](optimizer), alone, params)
+    programs = []
+    for each in (alone if moved is None else limits.least(moved, alone), alone):
+        state = jax.eval_shape(each.init, params)
+        programs.append(work_step.jitted_step(each).lower(params, state, params).compile())
+    return moved, *programs
+
+
+# Reads of the gradients and parameters, reads of memories, and memories in float32.
+MOVED = {
+    "clip_by_global_norm": (1, 0, 0),
+    "clip_by_value": (0, 0, 0),
+    "adaptive_grad_clip": (2, 0, 0),
+    "observe(clip_by_global_norm)": (2, 0, 0),
+    "spam_clip": (0, 0, 1),
+    "u_clip(clip_by_global_norm)": (1, 1, 1),
+}
+
+
+@pytest.mark.usefixtures("_promotes")
+@pytest.mark.parametrize("name", MOVED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_limit_moves_just_its_bytes(name, dtype):
+    moved, limit, alone = _limit(name, dtype)
+    reads, of_memories, memories = MOVED[name]
+    assert len(moved.memories if moved else ()) == memories
+    width = 4 if dtype == "float32" else 2
+    # A memory is read and written, and the gradients are read for it.
+    wanted = reads * width + of_memories * 4 + memories * (8 + width)
+    more, base = (each.cost_analysis()["bytes accessed"] for each in (limit, alone))
+    assert (more - base) / (128 * 256) == pytest.approx(wanted, rel=0.01, abs=0.01)
+    # No copy of anything, but a few sums.
+    assert limit.memory_analysis().temp_size_in_bytes < 128 * 256
+
+
+def test_a_limit_names_what_is_moved():
+    reads = limits.Reads(gradients=2, memories=1)
+    memories = (((3,), "float32"),) * 4
+    name = limits.Traffic(reads, memories, leaves=2).name
+    assert name == "limit: alone, and two reads, one read of the memory, two float32 memories"
+    assert limits.READ_ONCE == "limit: alone, and one read"
+
+
+def test_many_leaves_and_entries_are_found_by_the_state():
+    leaf, entry = (set(work_compile.clips(group)) for group in ("leaf", "entry"))
+    assert {"clip_by_leaf_norm", "adaptive_grad_clip", "optax.clip_by_block_rms"} < leaf
+    assert {"u_clip", "clip21", "spam_clip", "acclip", "optax.adam"} < entry
+    assert not leaf & entry
+    assert "clip_by_global_norm" not in leaf | entry
+
+
+@pytest.mark.slow
+def test_all_that_a_gpu_has_to_show_runs(tmp_path):
+    quick = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (folder / "python3").chmod(0o755)
+    path = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    command = [_ROOT / "benchmarks" / "on_gpu.sh", "--quick", tmp_path / "out"]
+    run = subprocess.run(
+        command, env=os.environ | quick | path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    parts = ("contract", "step_leaf", "step_gpt2", "clip", "memory", "per_example")
+    assert tuple(summary["parts"]) == parts
+    assert summary["device"] in run.stdout
+    for name, part in summary["parts"].items():
+        assert part["status"] == "ok"
+        assert (tmp_path / "out" / f"{name}.txt").read_text()
+        assert ("results" in part) == (name != "contract")
 
 
 def test_works_take_turns():
@@ -232,7 +337,11 @@ def test_an_unknown_work_is_refused():
 
 @pytest.mark.parametrize(
     ("module", "extra"),
-    [("benchmarks.compilers.tpu_memory", "tpu"), ("benchmarks.compilers.gpu_programs", "cuda")],
+    [
+        ("benchmarks.compilers.tpu_memory", "tpu"),
+        ("benchmarks.pod", "tpu"),
+        ("benchmarks.compilers.gpu_programs", "cuda"),
+    ],
 )
 def test_a_compiler_that_is_not_there_is_named(module, extra):
     if not accelerators.why_not(extra):

@@ -2,6 +2,10 @@
 
 import functools
 import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import every_method
@@ -12,6 +16,7 @@ import trees
 from compilers import needs
 
 import clipax
+from benchmarks import pod
 from benchmarks.compilers import accelerators, hlo
 
 pytestmark = [pytest.mark.tpu, needs("tpu")]
@@ -133,3 +138,22 @@ def test_leaf_norms_hold_one_gradient_at_a_time(chip: str) -> None:
 @every_chip
 def test_the_exported_artefact_compiles(chip: str) -> None:
     accelerators.compile_exported(every_method.exported(), accelerators.chips(chip)[:1])
+
+
+def test_a_pod_trains_with_every_way_to_clip(tmp_path: Path) -> None:
+    output = tmp_path / "pod.json"
+    command = [sys.executable, "-m", "benchmarks.pod", "--quick", "--chips", "v5e"]
+    root = Path(__file__).resolve().parent.parent
+    run = subprocess.run(
+        [*command, "--output", output], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    made = json.loads(output.read_text())["chips"]["v5e"]["rows"]
+    assert list(made) == list(pod.rows(pod.QUICK))
+    alone = made[pod.ALONE]["collectives"]["all-reduce"]
+    for name, row in made.items():
+        assert f"\n{name}  " in run.stdout
+        if "clipped_grad" not in name:
+            # One for each mesh axis, for the gradients and for the parameters.
+            axes = 4 if name == "adaptive_grad_clip" else 2
+            assert row["collectives"]["all-reduce"] - alone <= axes

@@ -97,9 +97,14 @@ def chips(name: str) -> Any:
             "h100", platform="cuda", target_config=_H100, topology=f"1x1x{SLICE}"
         )
         return described.devices
+    return tpu_slice(TPUS[name])
+
+
+def tpu_slice(topology: str) -> Any:
+    """The devices of a slice of any size, such as `v5e:16x16`."""
     for variable, value in _TPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    return topologies.get_topology_desc(topology_name=TPUS[name], platform="tpu").devices
+    return topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:

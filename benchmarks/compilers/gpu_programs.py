@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from benchmarks import timing
 from benchmarks.compilers import hlo
 from benchmarks.compilers.accelerators import chips, compiled_step, layers, why_not
-from benchmarks.methods import GROUPS, OPTIMIZERS, READ_ONCE, SCALED, Optimizer
+from benchmarks.methods import GROUPS, OPTIMIZERS, SCALED, Optimizer
 
 _GROUPS = ("global", "leaf", "unit", "value", "scalar history")
 _WIDTHS = (1024, 4096, 1024, 4096, 1024)
@@ -57,11 +57,7 @@ def main() -> None:
 
 def _forms() -> list[tuple[str, Optimizer]]:
     rows = {name: wrap for group in _GROUPS for name, wrap in GROUPS[group].rows.items()}
-    return [
-        (name, wrap(OPTIMIZERS["adam"]))
-        for name, wrap in rows.items()
-        if name not in (READ_ONCE, SCALED)
-    ]
+    return [(name, wrap(OPTIMIZERS["adam"])) for name, wrap in rows.items() if name != SCALED]
 
 
 def _compiled(optimizer: Optimizer, widths: tuple[int, ...], dtype: str) -> Program:

@@ -40,9 +40,14 @@ def computations(program: str) -> Computations:
 
 
 def all_reduces(program: str) -> int:
-    """How many the whole program has; an asynchronous one counts once."""
+    """How many the whole program has."""
+    return count(program, "all-reduce")
+
+
+def count(program: str, collective: str) -> int:
+    """How many of these the whole program has; an asynchronous one counts once."""
     kinds = [operation.kind for body in computations(program).values() for operation in body]
-    return kinds.count("all-reduce") + kinds.count("all-reduce-start")
+    return kinds.count(collective) + kinds.count(f"{collective}-start")
 
 
 def kernels(program: str) -> int:

@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Callable, Container, Iterable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,15 +159,24 @@ def without_skipped_counts(state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(reset, state)
 
 
+def _pairs(one: Any, other: Any) -> Iterable[tuple[Any, Any]]:
+    return zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+
+
 def assert_same_type(one: Any, other: Any) -> None:
     """Same structure, shapes and dtypes."""
     assert jax.tree.structure(one) == jax.tree.structure(other)
-    chex.assert_trees_all_equal_shapes_and_dtypes(one, other)
+    for left, right in _pairs(one, other):
+        assert (jnp.shape(left), jnp.result_type(left)) == (
+            jnp.shape(right),
+            jnp.result_type(right),
+        )
 
 
 def assert_close(one: Any, other: Any, rtol: float = 2e-6, atol: float = 0.0) -> None:
     assert jax.tree.structure(one) == jax.tree.structure(other)
-    chex.assert_trees_all_close(one, other, rtol=rtol, atol=atol)
+    for left, right in _pairs(one, other):
+        np.testing.assert_allclose(left, right, rtol=rtol, atol=atol)
 
 
 def assert_bitwise(one: Any, other: Any) -> None:
