@@ -20,6 +20,7 @@ from clipax.per_example._info import (
     number_counted,
     share_of_counted,
 )
+from clipax.per_example._memory import Memory, check_memory
 from clipax.per_example._meshes import with_automatic_axes
 from clipax.per_example._microbatches import clip_in_parts
 
@@ -35,6 +36,7 @@ def clipped_grad(
     mean: bool = True,
     skip_nonfinite: bool = False,
     microbatch_size: int | None = None,
+    memory: Memory = "auto",
 ) -> Callable[..., tuple[Any, PerExampleInfo]]:
     """Makes a gradient function that clips the gradient of each example.
 
@@ -51,6 +53,9 @@ def clipped_grad(
       mean: Whether to divide the sum by the number of counted examples.
       skip_nonfinite: Whether to leave out examples whose norm is NaN or inf.
       microbatch_size: How many examples to process at once; all by default.
+      memory: "kept" keeps activations until the norms are known; "twice" makes them a second time
+        for the sum. "auto" is "twice" if the loss uses `jax.checkpoint`, there is one bound, and
+        those of the batch are larger than the parameters.
 
     Returns:
       `grad_fn(*args, mask=None, max_norm=None, **shared) -> (grads, PerExampleInfo)`, which
@@ -87,8 +92,9 @@ def clipped_grad(
     _checks.flag(has_aux=has_aux, mean=mean, skip_nonfinite=skip_nonfinite)
     if microbatch_size is not None:
         _checks.positive_integer(microbatch_size=microbatch_size)
+    check_memory(memory)
     loss = loss_of(loss_fn, argnums, batch_argnums, has_aux)
-    options = Options(coefficient, mean, skip_nonfinite, microbatch_size)
+    options = Options(coefficient, mean, skip_nonfinite, microbatch_size, memory)
     usual_bound = max_norm
 
     def grad_fn(

@@ -10,9 +10,11 @@ from clipax._core import _paths
 from clipax._core._scaling import in_two
 from clipax._core._typing import Array, Coefficient
 from clipax.per_example import _mapped
+from clipax.per_example._again import Group, weighted_sums
 from clipax.per_example._calls import Call
 from clipax.per_example._info import OfExamples
 from clipax.per_example._measured import measure
+from clipax.per_example._memory import Memory
 from clipax.per_example._sums import Weights, weighted_sum
 
 
@@ -23,11 +25,12 @@ class Options(NamedTuple):
     mean: bool
     skip_nonfinite: bool
     microbatch_size: int | None
+    memory: Memory = "kept"
 
 
 def clip(call: Call, mask: Array | None, bound: Any, options: Options) -> tuple[Any, OfExamples]:
     """The sums of the clipped gradients, in the width of norms, with a record of each example."""
-    measured = measure(call)
+    measured = measure(call, options.memory, len(jax.tree.leaves(bound)))
     _mapped.refuse_different_weights(measured.shards, mask=mask, max_norm=bound)
     values, structure = jax.tree.flatten(bound)
     covered = _paths.covered(bound, measured.gradient, name="max_norm")
@@ -37,13 +40,16 @@ def clip(call: Call, mask: Array | None, bound: Any, options: Options) -> tuple[
         is_counted = jnp.all(jnp.stack([is_counted, *map(jnp.isfinite, norms)]), 0)
     weights, coefficients = _weighed(norms, values, is_counted, options.coefficient)
     is_left_out = None if mask is None and not options.skip_nonfinite else ~is_counted
-    of_leaves = {
-        place: pair for places, pair in zip(covered, weights, strict=True) for place in places
-    }
-    sums = [
-        weighted_sum(leaf, of_leaves[place], is_left_out)
-        for place, leaf in enumerate(measured.leaves)
-    ]
+    if measured.leaves is None:
+        sums = weighted_sums(call, list(map(Group, covered, norms, weights)), is_left_out)
+    else:
+        of_leaves = {
+            place: pair for places, pair in zip(covered, weights, strict=True) for place in places
+        }
+        sums = [
+            weighted_sum(leaf, of_leaves[place], is_left_out)
+            for place, leaf in enumerate(measured.leaves)
+        ]
     like_bound = functools.partial(jax.tree.unflatten, structure)
     return jax.tree.unflatten(jax.tree.structure(measured.gradient), sums), OfExamples(
         losses=measured.losses,

@@ -6,6 +6,7 @@ from typing import Any
 from clipax._core import _checks
 from clipax.per_example._calls import ArgNums, Call, call_of, loss_of
 from clipax.per_example._measured import measure
+from clipax.per_example._memory import Memory, check_memory
 from clipax.per_example._meshes import with_automatic_axes
 
 
@@ -16,6 +17,7 @@ def per_example_norms(
     batch_argnums: ArgNums = 1,
     has_aux: bool = False,
     per_leaf: bool = False,
+    memory: Memory = "auto",
 ) -> Callable[..., Any]:
     """Makes a function that returns the norm of each example's gradient.
 
@@ -41,10 +43,11 @@ def per_example_norms(
     """
     _checks.function(loss_fn=loss_fn)
     _checks.flag(has_aux=has_aux, per_leaf=per_leaf)
+    check_memory(memory)
     loss = loss_of(loss_fn, argnums, batch_argnums, has_aux)
 
     def norms_of(call: Call) -> tuple[Any]:
-        measured = measure(call)
+        measured = measure(call, memory)
         return (measured.norms_in_tree() if per_leaf else measured.norms(),)
 
     def norm_fn(*args: Any, **shared: Any) -> Any:

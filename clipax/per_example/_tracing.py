@@ -12,6 +12,7 @@ import numpy as np
 from clipax._core._compat import core
 from clipax.per_example import _arguments, _mapped
 from clipax.per_example._calls import Call
+from clipax.per_example._programs import Ref
 from clipax.per_example._scopes import Scope
 
 
@@ -38,6 +39,12 @@ class ExampleProgram(NamedTuple):
     def returned(self) -> list[Any]:
         """The loss and the leaves of aux."""
         return self.closed.jaxpr.outvars[: self._first_gradient]
+
+    @property
+    def refs_returned(self) -> list[tuple[Ref, bool]]:
+        """The loss and the leaves of aux, with whether they differ between examples."""
+        scope = self.scope
+        return [(scope.ref(each), scope.depends_on_example(each)) for each in self.returned]
 
     @property
     def _first_gradient(self) -> int:
