@@ -1,8 +1,10 @@
 """The weighted sums of gradients, from a second pass backwards.
 
-The gradient of a weighted sum of losses is the weighted sum of the gradients.
+The gradient of a weighted sum of losses is the weighted sum of the gradients, because the way back
+is linear. A `jax.custom_vjp` can break that, and nothing here would notice.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,36 +27,42 @@ class Group(NamedTuple):
 
 def weighted_sums(call: Call, groups: Sequence[Group], is_left_out: Array | None) -> list[Array]:
     """The weighted sum of each leaf's gradients, in the width of norms: a pass for each bound."""
-    if is_left_out is not None:
-        call = _without(call, is_left_out)
-    # Behind a barrier, or the compiler could keep values of the first pass for this one.
-    args, seeds = _compat.optimization_barrier((call.args, [_seeds(group, is_left_out) for group in groups]))
-    call = call._replace(args=args)
+    call = _after(call, groups, is_left_out)
     params, structure = jax.tree.flatten(call.params)
     losses, pull = jax.vjp(
         lambda leaves: call.with_params(jax.tree.unflatten(structure, leaves)).losses, params
     )
     sums: list[Any] = [jnp.zeros(leaf.shape, _leaves.wide_dtype(leaf.dtype)) for leaf in params]
-    for group, (seed, *units) in zip(groups, seeds, strict=True):
+    for group in groups:
+        seed, *units = _seeds(group, is_left_out)
         (gradients,) = pull(_compat.varying_like(seed.astype(losses.dtype), losses))
         for place in group.places:
             total = _leaves.widened(gradients[place])
             for unit in units:
-                total = total * unit.astype(total.real.dtype)
+                total = total * unit.astype(total.dtype)
             sums[place] = total
     if is_left_out is None:
         return sums
     return [jnp.where(jnp.all(is_left_out), 0, total) for total in sums]
 
 
-def _without(call: Call, is_left_out: Array) -> Call:
-    """Puts a counted example in the place of those left out, which can be NaN."""
-    counted = jnp.argmin(is_left_out)
+def _after(call: Call, groups: Sequence[Group], is_left_out: Array | None) -> Call:
+    """The same call, with a counted example in the place of those left out, which can be NaN.
+
+    A compiler cannot start it before the norms are known. It would otherwise run both passes
+    forwards first. A barrier is not enough on a CPU.
+    """
+    is_impossible = functools.reduce(jnp.logical_or, [group.norms < 0 for group in groups])
+    is_replaced = is_impossible if is_left_out is None else is_impossible | is_left_out
+    counted = None if is_left_out is None else jnp.argmin(is_left_out)
 
     def replaced(leaf: Array) -> Array:
         leaf = jnp.asarray(leaf)
-        rows = is_left_out.reshape(-1, *[1] * (leaf.ndim - 1))
-        return jnp.where(rows, leaf[counted], leaf)
+        rows = is_replaced.reshape(-1, *[1] * (leaf.ndim - 1))
+        if counted is not None:
+            return jnp.where(rows, leaf[counted], leaf)
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        return leaf if is_key else jnp.where(rows, jnp.zeros((), leaf.dtype), leaf)
 
     return call.with_batch(jax.tree.map(replaced, call.batch))
 

@@ -37,9 +37,7 @@ class Reading(NamedTuple):
 Wanted: TypeAlias = Ref | Reading
 
 
-def evaluate(
-    closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Wanted]
-) -> list[Any]:
+def evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Wanted]) -> list[Any]:
     """The values of variables, or of functions. Those inside a scan are stacked over its steps."""
     if has_mutable_arrays(closed.jaxpr):
         return _evaluate_in_one(closed, args, wanted)

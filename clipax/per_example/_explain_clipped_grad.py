@@ -8,6 +8,7 @@ import jax
 
 from clipax._core import _checks, _compat
 from clipax.per_example._calls import ArgNums, call_of, loss_of
+from clipax.per_example._memory import Memory, check_memory, is_twice
 from clipax.per_example._plans import Plan, plans_of
 from clipax.per_example._tracing import trace
 
@@ -21,6 +22,7 @@ def explain_clipped_grad(
     argnums: ArgNums = 0,
     batch_argnums: ArgNums = 1,
     has_aux: bool = False,
+    memory: Memory = "auto",
     **shared: Any,
 ) -> None:
     """Prints how the norm of each leaf is found, and what that costs for one example.
@@ -32,10 +34,11 @@ def explain_clipped_grad(
       argnums: The position or positions of the parameters.
       batch_argnums: The position or positions of the arguments with the examples.
       has_aux: Whether `loss_fn` returns `(loss, aux)`.
+      memory: As in `clipped_grad`, with one bound.
       **shared: The arguments of the gradient function that are passed by keyword.
 
     The last columns are the number of multiplications for the norm, and how many numbers are
-    kept for the sum, as a share of the leaf's size.
+    kept for the sum, as a share of the leaf's size. With "twice", none are kept.
 
     Raises:
       ValueError: As `clipped_grad`.
@@ -51,15 +54,25 @@ def explain_clipped_grad(
     """
     _checks.function(loss_fn=loss_fn)
     _checks.flag(has_aux=has_aux)
-    own = {"argnums": argnums, "batch_argnums": batch_argnums, "has_aux": has_aux}
-    usual = {"argnums": 0, "batch_argnums": 1, "has_aux": False}
+    check_memory(memory)
+    own = {
+        "argnums": argnums,
+        "batch_argnums": batch_argnums,
+        "has_aux": has_aux,
+        "memory": memory,
+    }
+    usual = {"argnums": 0, "batch_argnums": 1, "has_aux": False, "memory": "auto"}
     given = {name: value for name, value in own.items() if value != usual[name]}
     call = call_of(loss_of(loss_fn, argnums, batch_argnums, has_aux), args, shared, **given)
     if not _compat.bound_axes():
         # The way to a norm does not depend on how arrays are sharded. In a mapped program, types
         # say what the loss may do, so there the arrays stay.
         call = call._replace(args=jax.tree.map(_shape, call.args))
-    rows = [_HEAD, *map(_row, plans_of(trace(call)))]
+    program = trace(call)
+    plans = plans_of(program)
+    if is_twice(memory, call, program, plans, bounds=1):
+        plans = [plan._replace(entries=0) for plan in plans]
+    rows = [_HEAD, *map(_row, plans)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = zip(_HEAD, row, widths, strict=True)

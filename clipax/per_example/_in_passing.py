@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,20 +12,22 @@ from clipax._core import _compat, _leaves
 from clipax._core._typing import Array
 from clipax.per_example import _grams
 from clipax.per_example._calls import Call
+from clipax.per_example._programs import Ref
 from clipax.per_example._readings import readings_of
 from clipax.per_example._tracing import ExampleProgram
 from clipax.per_example._values import values_of
 
 
-def norms_in_passing(call: Call, program: ExampleProgram) -> tuple[Any, list[Array]]:
-    """What the program returns, with the norms of each leaf's gradients.
+def norms_in_passing(
+    call: Call, program: ExampleProgram, differs: Mapping[Ref, bool]
+) -> tuple[Any, list[Array]]:
+    """The norms of each leaf's gradients, after some values of the program.
 
     As in `_norms`, norms by Gram matrices lose their digits where products nearly cancel. If that
     happens to one example, the gradients of all are made, one after the other.
     """
     readings = readings_of(program)
-    differs = dict(program.refs_returned) | dict.fromkeys(readings, True)
-    values = values_of(call, program, differs)
+    values = values_of(call, program, {**differs, **dict.fromkeys(readings, True)})
     dtypes = [_leaves.wide_dtype(leaf.dtype) for leaf in jax.tree.leaves(program.gradient)]
     rows = zip(readings, dtypes, strict=True)
     norms = [_grams.row_norms(values[reading][0]).astype(dtype) for reading, dtype in rows]
@@ -41,7 +43,11 @@ def _agreed(is_exact: Array, program: ExampleProgram) -> Array:
     """The same on all devices that have a shard of one gradient, which communicate to make it."""
     shards = {axis for axes in program.shards for axis in axes}
     axes = tuple(shards & _compat.varying_axes(is_exact))
-    return jax.lax.pmin(is_exact.astype(jnp.int32), axes) == 1 if axes else is_exact
+    return _pmin(is_exact.astype(jnp.int32), axes) == 1 if axes else is_exact
+
+
+# JAX gives it no type.
+_pmin: Callable[..., Array] = jax.lax.pmin
 
 
 def _norms_of_made(call: Call, program: ExampleProgram) -> list[Array]:

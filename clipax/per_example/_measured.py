@@ -16,8 +16,7 @@ from clipax.per_example._in_passing import norms_in_passing
 from clipax.per_example._memory import Memory, is_twice
 from clipax.per_example._norms import norms_of_leaves
 from clipax.per_example._plans import plans_of
-from clipax.per_example._programs import Values
-from clipax.per_example._tracing import ExampleProgram, trace
+from clipax.per_example._tracing import trace
 from clipax.per_example._values import values_of
 
 
@@ -64,30 +63,23 @@ def measure(call: Call, memory: Memory, bounds: int = 1) -> Measured:
     """Goes from a call to norms: program, plans, factors, norms."""
     program = trace(call)
     plans = plans_of(program)
+    scope = program.scope
+    returned = [(scope.ref(each), scope.depends_on_example(each)) for each in program.returned]
+    differs = dict(returned)
+    leaves: list[LeafGradients] | None = None
     if is_twice(memory, call, program, plans, bounds):
-        values, norms = norms_in_passing(call, program)
-        return _measured(call, program, values, norms, None)
-    differs: dict[Any, bool] = dict(program.refs_returned)
-    for plan in plans:
-        differs.update(plan.refs)
-    values = values_of(call, program, differs)
-    leaves = [leaf_gradients(plan, values, call.examples) for plan in plans]
-    kept = [leaf.kept() for leaf in leaves]
-    return _measured(call, program, values, norms_of_leaves(leaves), kept)
-
-
-def _measured(
-    call: Call,
-    program: ExampleProgram,
-    values: Values,
-    norms: Sequence[Array],
-    leaves: list[LeafGradients] | None,
-) -> Measured:
+        values, norms = norms_in_passing(call, program, differs)
+    else:
+        for plan in plans:
+            differs.update(plan.refs)
+        values = values_of(call, program, differs)
+        found = [leaf_gradients(plan, values, call.examples) for plan in plans]
+        leaves, norms = [leaf.kept() for leaf in found], norms_of_leaves(found)
     losses, *aux = [
         values[ref]
         if flag
         else jnp.broadcast_to(values[ref], (call.examples, *jnp.shape(values[ref])))
-        for ref, flag in program.refs_returned
+        for ref, flag in returned
     ]
     return Measured(
         losses,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 
 from clipax.per_example._calls import Call
 from clipax.per_example._plans import Plan
-from clipax.per_example._programs import REMATS, Program, body_of
-from clipax.per_example._tracing import ExampleProgram
+from clipax.per_example._programs import REMATS, Program, bodies
+from clipax.per_example._tracing import ExampleProgram, program_of_loss
 
 Memory: TypeAlias = Literal["auto", "kept", "twice"]
 
@@ -28,22 +28,28 @@ def is_twice(
     """Whether to make the factors again for the sum.
 
     By default this is so if the loss rematerializes, there is one bound, and the factors of all
-    examples are larger than the parameters.
+    examples are larger than the parameters. A `jax.custom_vjp` must have no part in the loss,
+    because its way back may not be linear.
     """
     if memory != "auto":
         return memory == "twice"
-    if bounds != 1 or not _rematerializes(program.closed.jaxpr):
-        return False
     kept = call.examples * sum(plan.entries for plan in plans)
-    return kept > sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.gradient))
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.gradient))
+    if bounds != 1 or kept <= size or not _has(program.closed.jaxpr, REMATS):
+        return False
+    return not _has(program_of_loss(call).jaxpr, _CUSTOM)
 
 
-def _rematerializes(program: Program) -> bool:
+# Its name depends on the version of JAX.
+_CUSTOM = {"custom_vjp_call", "custom_vjp_call_jaxpr"}
+
+
+def _has(program: Program, primitives: Collection[str]) -> bool:
+    """Whether one of these primitives is in a program, or in the body of one of its equations."""
     pending = [program]
     while pending:
-        for equation in pending.pop().eqns:
-            if equation.primitive.name in REMATS:
-                return True
-            body = body_of(equation)
-            pending += [] if body is None else [body.program]
+        current = pending.pop()
+        if any(equation.primitive.name in primitives for equation in current.eqns):
+            return True
+        pending += [each for equation in current.eqns for each in bodies(equation)]
     return False

@@ -27,6 +27,7 @@ def per_example_norms(
       batch_argnums: The position or positions of the arguments with the examples.
       has_aux: Whether `loss_fn` returns `(loss, aux)`.
       per_leaf: Whether each leaf has norms of its own.
+      memory: As in `clipped_grad`. Norms alone take one pass with "twice" too.
 
     Returns:
       `norm_fn(*args, **shared) -> norms` of shape (examples,), in float32 (float64 for float64

@@ -9,11 +9,10 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax._core import _paths
+from clipax._core import _compat, _paths
 from clipax._core._typing import Array
 from clipax.per_example import _programs
 from clipax.per_example._evaluation import Reading
@@ -36,7 +35,7 @@ def readings_of(program: ExampleProgram) -> list[Reading]:
 
 def _reading(name: str, scope: Scope, variable: Any) -> Reading:
     scope, atom = _parts(scope, variable)
-    leaf = jax.ShapeDtypeStruct(shape_of(atom), atom.aval.dtype)
+    leaf = _compat.shape_dtype_struct(shape_of(atom), atom.aval.dtype)
     found = plan(name, leaf, scope, atom)
     path = _path_of_step(scope)
 
@@ -83,7 +82,8 @@ def _keeps_norm(equation: _programs.Equation) -> bool:
     name = equation.primitive.name
     if name == "convert_element_type":
         # A norm is taken before rounding.
-        dtypes = equation.invars[0].aval.dtype, equation.params["new_dtype"]
+        before: Any = equation.invars[0].aval
+        dtypes = before.dtype, equation.params["new_dtype"]
         return all(jnp.issubdtype(dtype, np.floating) for dtype in dtypes)
     if name == "broadcast_in_dim":
         shapes = shape_of(equation.invars[0]), shape_of(equation.outvars[0])

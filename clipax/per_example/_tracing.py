@@ -12,7 +12,6 @@ import numpy as np
 from clipax._core._compat import core
 from clipax.per_example import _arguments, _mapped
 from clipax.per_example._calls import Call
-from clipax.per_example._programs import Ref
 from clipax.per_example._scopes import Scope
 
 
@@ -41,12 +40,6 @@ class ExampleProgram(NamedTuple):
         return self.closed.jaxpr.outvars[: self._first_gradient]
 
     @property
-    def refs_returned(self) -> list[tuple[Ref, bool]]:
-        """The loss and the leaves of aux, with whether they differ between examples."""
-        scope = self.scope
-        return [(scope.ref(each), scope.depends_on_example(each)) for each in self.returned]
-
-    @property
     def _first_gradient(self) -> int:
         return len(self.closed.jaxpr.outvars) - len(jax.tree.leaves(self.gradient))
 
@@ -67,6 +60,12 @@ def trace(call: Call) -> ExampleProgram:
     )
     scope = Scope(closed.jaxpr, call.for_each_leaf(call.loss.is_batched))
     return ExampleProgram(closed, scope, gradient, jax.tree.structure(aux), shards)
+
+
+def program_of_loss(call: Call) -> core.ClosedJaxpr:
+    """The program of the loss alone, in which custom derivatives are still marked."""
+    closed, _ = _program_of_example(call.loss.function, call)
+    return closed
 
 
 def _program_of_example(function: Callable[..., Any], call: Call) -> tuple[core.ClosedJaxpr, Any]:
