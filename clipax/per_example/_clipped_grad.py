@@ -54,8 +54,9 @@ def clipped_grad(
       skip_nonfinite: Whether to leave out examples whose norm is NaN or inf.
       microbatch_size: How many examples to process at once; all by default.
       memory: "kept" keeps activations until the norms are known; "twice" makes them a second time
-        for the sum. "auto" is "twice" if the loss uses `jax.checkpoint`, there is one bound, and
-        those of the batch are larger than the parameters.
+        for the sum, and needs each `jax.custom_vjp` to be linear. "auto" is "twice" if the loss
+        uses `jax.checkpoint` and no `jax.custom_vjp`, there is one bound, and the activations of
+        the batch are larger than the parameters.
 
     Returns:
       `grad_fn(*args, mask=None, max_norm=None, **shared) -> (grads, PerExampleInfo)`, which
