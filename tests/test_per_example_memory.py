@@ -201,7 +201,7 @@ def temp_bytes(function: Any, *args: Any) -> int:
 
 @pytest.mark.parametrize("is_scanned", [True, False])
 def test_the_memory_is_that_of_the_gradient_of_the_batch(is_scanned: bool) -> None:
-    layers, width, length, examples = 12, 256, 128, 8
+    layers, width, length, examples = 6, 256, 128, 8
 
     @jax.checkpoint
     def block(x: jax.Array, weights: Any) -> jax.Array:
