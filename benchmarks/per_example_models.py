@@ -58,7 +58,18 @@ class _Sizes(NamedTuple):
 
 def transformer(is_quick: bool) -> Model:
     """Decoder blocks, normalised before; the output has weights of its own."""
-    of = _Sizes(1, 16, 2, 8, 32, 4) if is_quick else _Sizes(6, 512, 8, 128, 8192, 16)
+    return _transformer(
+        _Sizes(1, 16, 2, 8, 32, 4) if is_quick else _Sizes(6, 512, 8, 128, 8192, 16)
+    )
+
+
+def decoder(is_quick: bool) -> Model:
+    """The same of more layers that are smaller, scanned and rematerialised."""
+    sizes = _Sizes(2, 16, 2, 8, 32, 4) if is_quick else _Sizes(12, 256, 4, 128, 1024, 8)
+    return _transformer(sizes, is_scanned=True)
+
+
+def _transformer(of: _Sizes, is_scanned: bool = False) -> Model:
     draw, width = _Draw(), of.width
 
     def norm() -> Params:
@@ -85,18 +96,31 @@ def transformer(is_quick: bool) -> Model:
         "head": draw(width, of.words),
     }
 
+    if is_scanned:
+        params["blocks"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["blocks"])
+
+    def layer(stream: jax.Array, block: Params) -> jax.Array:
+        stream += _attention(block, _layer_norm(block["norm_1"], stream), of.heads)
+        hidden = jax.nn.gelu(_dense(block["up"], _layer_norm(block["norm_2"], stream)))
+        return stream + _dense(block["down"], hidden)
+
+    def step(stream: jax.Array, block: Params) -> tuple[jax.Array, None]:
+        return jax.checkpoint(layer)(stream, block), None
+
     def loss_fn(params: Params, example: Example) -> jax.Array:
         words, following = example
         stream = params["embedding"][words] + params["positions"]
-        for block in params["blocks"]:
-            stream += _attention(block, _layer_norm(block["norm_1"], stream), of.heads)
-            hidden = jax.nn.gelu(_dense(block["up"], _layer_norm(block["norm_2"], stream)))
-            stream += _dense(block["down"], hidden)
+        if is_scanned:
+            stream, _ = jax.lax.scan(step, stream, params["blocks"])
+        else:
+            for block in params["blocks"]:
+                stream = layer(stream, block)
         logits = _layer_norm(params["norm"], stream) @ params["head"]
         return _cross_entropy(logits, following).mean()
 
     text = draw.integers(of.words, of.examples, of.length + 1)
-    name = f"{of.layers} transformer layers, d {width}, T {of.length}, vocabulary {of.words}"
+    kind = "scanned, rematerialised" if is_scanned else "transformer"
+    name = f"{of.layers} {kind} layers, d {width}, T {of.length}, vocabulary {of.words}"
     return Model(name, loss_fn, params, (text[:, :-1], text[:, 1:]))
 
 
@@ -197,4 +221,4 @@ class _Draw:
         return jnp.array(self._rng.integers(0, bound, shape), jnp.int32)
 
 
-MODELS = {"mlp": mlp, "transformer": transformer, "resnet": resnet}
+MODELS = {"mlp": mlp, "transformer": transformer, "decoder": decoder, "resnet": resnet}

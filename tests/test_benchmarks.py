@@ -454,6 +454,7 @@ def test_the_price_of_clipping_each_example(tmp_path):
         assert _names(every_way) == [
             *per_example.CHEAP,
             per_example.IN_PARTS,
+            per_example.TWICE,
             per_example.EACH,
             *peers,
         ]
@@ -462,12 +463,12 @@ def test_the_price_of_clipping_each_example(tmp_path):
             medians = {row["name"]: row["median_s"] for row in table["rows"]}
             for row in table["rows"]:
                 assert math.isclose(row["ratio"], row["median_s"] / medians[table["baseline"]])
-        measured = per_example.OURS, per_example.IN_PARTS, *peers
+        measured = per_example.OURS, per_example.IN_PARTS, per_example.TWICE, *peers
         for row in every_way["rows"]:
             assert row["temp_bytes"] > 0
             # A way that gives other gradients ends the run.
             assert (row["difference"] is not None) == (row["name"] in measured)
-    assert len(results["reached"]) == 10
+    assert len(results["reached"]) == 12
     for goal in results["reached"]:
         assert goal["verdict"] in run.stdout
         assert (goal["ratio"] is None) == goal["verdict"].startswith("not measured: ")

@@ -11,7 +11,16 @@ import per_example_oracle as oracle
 import per_example_zoo as zoo
 import pytest
 import trees
-from per_example_cases import COEFFICIENTS, EXAMPLES, PAIRS, clip, every_way, total, with_example
+from per_example_cases import (
+    COEFFICIENTS,
+    EXAMPLES,
+    PAIRS,
+    clip,
+    every_way,
+    in_both_ways,
+    total,
+    with_example,
+)
 
 import clipax
 
@@ -29,9 +38,10 @@ def test_two_examples_are_clipped_as_by_hand() -> None:
 
 
 @pytest.mark.parametrize("bound", [1e6, math.inf])
-def test_examples_under_the_bound_are_not_changed(bound: float) -> None:
+@in_both_ways
+def test_examples_under_the_bound_are_not_changed(bound: float, memory: str) -> None:
     loss_fn, params, batch = every_way()
-    grads, info = clip()(params, batch, max_norm=bound)
+    grads, info = clip(memory=memory)(params, batch, max_norm=bound)
     assert info.coefficients.tolist() == [1.0] * EXAMPLES
     assert info.clip_fraction == 0
     assert info.max_norm == bound
@@ -44,31 +54,34 @@ def test_examples_under_the_bound_are_not_changed(bound: float) -> None:
 
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
-def test_every_coefficient_weights_the_gradients(name: str) -> None:
+@in_both_ways
+def test_every_coefficient_weights_the_gradients(name: str, memory: str) -> None:
     loss_fn, params, batch = every_way()
     each = oracle.gradients(loss_fn, params, batch)
     norms = oracle.norms(each)
     bound = float(np.median(norms))
     weights = COEFFICIENTS[name][1](norms, bound)
-    grads, info = clip(name)(params, batch, max_norm=bound)
+    grads, info = clip(name, memory=memory)(params, batch, max_norm=bound)
     zoo.assert_near(info.coefficients, weights)
     zoo.assert_near(grads, oracle.weighted_sum(each, weights / EXAMPLES))
 
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
-def test_zero_gradients_stay_zero(name: str) -> None:
+@in_both_ways
+def test_zero_gradients_stay_zero(name: str, memory: str) -> None:
     _, params, batch = every_way()
     silent = batch | {"size": jnp.zeros(EXAMPLES)}
-    grads, info = clip(name)(params, silent, max_norm=0.1)
+    grads, info = clip(name, memory=memory)(params, silent, max_norm=0.1)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
     assert not np.any(info.norms)
     assert np.all(np.isfinite(info.coefficients))
 
 
 @pytest.mark.parametrize("name", sorted(set(COEFFICIENTS) - {"unclipped", "of one's own"}))
-def test_a_bound_of_zero_gives_zeros(name: str) -> None:
+@in_both_ways
+def test_a_bound_of_zero_gives_zeros(name: str, memory: str) -> None:
     _, params, batch = every_way()
-    grads, info = clip(name)(params, batch, max_norm=0.0)
+    grads, info = clip(name, memory=memory)(params, batch, max_norm=0.0)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
     assert not np.any(info.coefficients)
     assert info.clip_fraction == 1
@@ -83,8 +96,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_nan_and_inf_make_the_gradients_nan(bad: str) -> None:
-    grads, info = clip()(every_way()[1], with_example(3, **BAD[bad]))
+@in_both_ways
+def test_nan_and_inf_make_the_gradients_nan(bad: str, memory: str) -> None:
+    grads, info = clip(memory=memory)(every_way()[1], with_example(3, **BAD[bad]))
     is_finite = np.isfinite(info.norms)
     assert not is_finite[3]
     assert is_finite.sum() == EXAMPLES - 1
@@ -93,11 +107,12 @@ def test_nan_and_inf_make_the_gradients_nan(bad: str) -> None:
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_skipped_examples_count_as_if_they_were_not_there(bad: str) -> None:
+@in_both_ways
+def test_skipped_examples_count_as_if_they_were_not_there(bad: str, memory: str) -> None:
     _, params, batch = every_way()
-    skipped, info = clip(skip_nonfinite=True)(params, with_example(3, **BAD[bad]))
+    skipped, info = clip(skip_nonfinite=True, memory=memory)(params, with_example(3, **BAD[bad]))
     is_counted = np.arange(EXAMPLES) != 3
-    masked, of_masked = clip()(params, batch, mask=is_counted)
+    masked, of_masked = clip(memory=memory)(params, batch, mask=is_counted)
     # The others have the same entries, bit for bit, as beside an example that is masked out.
     trees.assert_bitwise(skipped, masked)
     assert info.is_counted.tolist() == is_counted.tolist()
@@ -133,15 +148,16 @@ def test_an_example_is_skipped_if_one_part_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize("padding", [0.0, math.nan, math.inf])
-def test_masked_examples_count_as_if_they_were_not_there(padding: float) -> None:
+@in_both_ways
+def test_masked_examples_count_as_if_they_were_not_there(padding: float, memory: str) -> None:
     _, params, batch = every_way()
     is_kept = np.arange(EXAMPLES) < 5
     there = jax.tree.map(lambda leaf: leaf[:5], batch)
     padded = batch | {key: np.array(batch[key]) for key in ("x", "size")}
     for key in ("x", "size"):
         padded[key][5:] = padding
-    grads, info = clip()(params, padded, mask=is_kept)
-    wanted, of_wanted = clip()(params, there)
+    grads, info = clip(memory=memory)(params, padded, mask=is_kept)
+    wanted, of_wanted = clip(memory=memory)(params, there)
     zoo.assert_near(grads, wanted)
     zoo.assert_near(info.norms[:5], of_wanted.norms)
     assert info.coefficients[5:].tolist() == [0, 0, 0]
@@ -150,9 +166,10 @@ def test_masked_examples_count_as_if_they_were_not_there(padding: float) -> None
 
 
 @pytest.mark.parametrize("options", [{}, {"mean": False}, {"skip_nonfinite": True}])
-def test_the_sum_of_no_examples_is_zero(options: Any) -> None:
+@in_both_ways
+def test_the_sum_of_no_examples_is_zero(options: Any, memory: str) -> None:
     _, params, batch = every_way()
-    grads, info = clip(**options)(params, batch, mask=np.zeros(EXAMPLES, bool))
+    grads, info = clip(**options, memory=memory)(params, batch, mask=np.zeros(EXAMPLES, bool))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
     assert info.clip_fraction == 0
     assert np.all(np.isfinite(info.norms))
@@ -175,22 +192,24 @@ def product(w: jax.Array, example: Any) -> jax.Array:
 
 
 @functools.cache
-def normalize_products() -> Any:
-    return trees.quick_jit(
-        clipax.clipped_grad(product, 1.0, coefficient=clipax.coefficients.normalized)
-    )
+def normalize_products(memory: Any) -> Any:
+    rule = clipax.coefficients.normalized
+    return trees.quick_jit(clipax.clipped_grad(product, 1.0, coefficient=rule, memory=memory))
 
 
 @pytest.mark.parametrize("rows", [(), (2,)])
 @pytest.mark.parametrize("size", [1e25, 1e12, 1.0, 1e-12, 1e-25])
 @pytest.mark.parametrize("left", [1.0, 1e6, 1e-6])
-def test_norms_of_any_size_are_right(size: float, left: float, rows: tuple[int, ...]) -> None:
+@in_both_ways
+def test_norms_of_any_size_are_right(
+    size: float, left: float, rows: tuple[int, ...], memory: str
+) -> None:
     rng = np.random.default_rng(0)
     x = (left * rng.normal(size=(3, *rows, 32))).astype(np.float32)
     y = (size / left * rng.normal(size=(3, *rows, 32))).astype(np.float32)
     axes = "btx,bty->bxy" if rows else "bx,by->bxy"
     each = np.einsum(axes, x.astype(np.float64), y.astype(np.float64))
-    grads, info = normalize_products()(jnp.zeros((32, 32)), (x, y))
+    grads, info = normalize_products(memory)(jnp.zeros((32, 32)), (x, y))
     norms = oracle.norms(each)
     zoo.assert_near(info.norms / size, norms / size)
     zoo.assert_near(grads, oracle.weighted_sum(each, 1 / norms / 3))

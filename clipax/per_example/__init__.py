@@ -11,16 +11,24 @@ The way from a loss to a sum of clipped gradients. Data goes down, one room afte
     coefficients  clip(Call, mask, bound, ...) -> sums, OfExamples            `_clipping`
     sums          weighted_sum(LeafGradients, Weights, ...) -> Array          `_sums`
 
-`_measured` runs the rooms from the loss to the norms, and `_clipping` those below. They use
+`_measured` runs the rooms from the loss to the norms, and `_clipping` those below. With
+`memory="twice"` (`_memory`), nothing is kept between norms and sums, and two other rooms take
+the place of those from the factors:
+
+    norms         norms_in_passing(Call, ExampleProgram) -> values, norms     `_in_passing`
+    sums          weighted_sums(Call, list[Group], ...) -> list[Array]        `_again`
+
+They use
 
     `_arguments`, `_bounds`    checks of what the user gives
     `_keys`                    one random key for each example
     `_mapped`                  which mapped axes shard a gradient, and what is refused there
     `_programs`, `_scopes`     how to read a program of JAX
-    `_evaluation`              how to run the parts of it that are needed
+    `_evaluation`, `_values`   how to run the parts of it that are needed
     `_terms`, `_preparations`  what a gradient is a sum of
     `_roles`, `_factors`       arrays for the products, in one form for all
     `_grams`                   norms from Gram matrices
+    `_readings`                norms of leaves, each found where its factors are made
 
 and around them are `_microbatches` (some examples after others), `_users` (the gradients of each
 user's examples added up), `_meshes` (explicit mesh axes) and `_info` (`PerExampleInfo`). Each

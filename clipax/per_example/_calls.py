@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax._core import _leaves, _paths
+from clipax._core._typing import Array
 from clipax.per_example import _arguments, _keys, _mapped
 
 ArgNums: TypeAlias = int | Sequence[int]
@@ -83,6 +84,21 @@ class Call(NamedTuple):
         if isinstance(self.loss.argnums, int):
             return self.args[self.loss.argnums]
         return tuple(self.args[position] for position in self.loss.argnums)
+
+    def with_params(self, params: Any) -> "Call":
+        """The same call with other parameters."""
+        args = list(self.args)
+        values = [params] if isinstance(self.loss.argnums, int) else params
+        for position, value in zip(self.loss.positions, values, strict=True):
+            args[position] = value
+        return self._replace(args=args)
+
+    @property
+    def losses(self) -> Array:
+        """The losses of all examples."""
+        returned = jax.vmap(self.loss.function, self.in_axes)(*self.args)
+        losses: Array = returned[0] if self.loss.has_aux else returned
+        return losses
 
     @property
     def batch(self) -> list[Any]:

@@ -22,6 +22,7 @@ from clipax.per_example._info import (
     number_counted,
     share_of_counted,
 )
+from clipax.per_example._memory import Memory, check_memory
 from clipax.per_example._meshes import with_automatic_axes
 from clipax.per_example._microbatches import in_parts
 from clipax.per_example._users import checked_users, measure_users
@@ -44,6 +45,7 @@ def clipped_grad(
     user_mean: bool = True,
     skip_nonfinite: bool = False,
     microbatch_size: int | None = None,
+    memory: Memory = "auto",
 ) -> Callable[..., tuple[Any, PerExampleInfo]]:
     """Makes a gradient function that clips the gradient of each example.
 
@@ -70,6 +72,11 @@ def clipped_grad(
       user_mean: Whether to average the gradients of a user's examples, or to sum them.
       skip_nonfinite: Whether to leave out examples whose norm is NaN or inf.
       microbatch_size: How many examples to process at once; all by default.
+      memory: "kept" keeps activations until the norms are known; "twice" makes them a second time
+        for the sum. "auto" is "twice" if the loss uses `jax.checkpoint`, there is one bound, and
+        the activations of the batch are larger than the parameters, unless "twice" is refused: it
+        is where the loss has a `jax.custom_vjp`, whose way back may not be linear, or `grads` are
+        wider than the parameters.
 
     Returns:
       `grad_fn(*args, mask=None, max_norm=None, user_ids=None, **shared) -> (grads,
@@ -113,6 +120,7 @@ def clipped_grad(
     for name, value in {"num_users": num_users, "microbatch_size": microbatch_size}.items():
         if value is not None:
             _checks.positive_integer(**{name: value})
+    check_memory(memory)
     loss = loss_of(loss_fn, argnums, batch_argnums, has_aux, batch_argnames, prng_argnum)
     options = Options(
         coefficient,
@@ -123,6 +131,7 @@ def clipped_grad(
         user_mean,
         skip_nonfinite,
         microbatch_size,
+        memory,
     )
     usual_bound = max_norm
     rows = "examples" if num_users is None else "replicated"
@@ -152,7 +161,7 @@ def _clip_batch(
 ) -> tuple[Any, OfExamples, OfBatch]:
     if user_ids is not None:
         measured, mask = measure_users(call, mask, user_ids, options)
-        sums, each = clip_measured(measured, mask, bound, options)
+        sums, each = clip_measured(call, measured, mask, bound, options)
     else:
         sums, each = _clip_examples(call, mask, bound, options)
     divisor = _divisor(each, options)

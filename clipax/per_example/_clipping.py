@@ -11,9 +11,11 @@ from clipax._core import _leaves, _paths
 from clipax._core._scaling import in_two
 from clipax._core._typing import Array, Coefficient
 from clipax.per_example import _mapped
+from clipax.per_example._again import Group, weighted_sums
 from clipax.per_example._calls import Call
 from clipax.per_example._info import OfExamples
-from clipax.per_example._measured import Measured, measure
+from clipax.per_example._measured import Measured, measure, traced
+from clipax.per_example._memory import Memory, is_twice_for_sums
 from clipax.per_example._sums import Weights, weighted_sum
 
 
@@ -28,6 +30,7 @@ class Options(NamedTuple):
     user_mean: bool
     skip_nonfinite: bool
     microbatch_size: int | None
+    memory: Memory = "kept"
 
     def dtype_of(self, leaf: Any) -> Any:
         """The dtype of the gradient of a parameter."""
@@ -40,11 +43,16 @@ class Options(NamedTuple):
 
 def clip(call: Call, mask: Array | None, bound: Any, options: Options) -> tuple[Any, OfExamples]:
     """The sums of the clipped gradients, in the width of norms, with a record of each example."""
-    return clip_measured(measure(call), mask, bound, options)
+    known = traced(call)
+    gradients = jax.tree.leaves(known.program.gradient)
+    widens = any(options.dtype_of(leaf).itemsize > leaf.dtype.itemsize for leaf in gradients)
+    bounds = len(jax.tree.leaves(bound))
+    is_twice = is_twice_for_sums(options.memory, call, known, bounds, widens=widens)
+    return clip_measured(call, measure(call, known, is_twice), mask, bound, options)
 
 
 def clip_measured(
-    measured: Measured, mask: Array | None, bound: Any, options: Options
+    call: Call, measured: Measured, mask: Array | None, bound: Any, options: Options
 ) -> tuple[Any, OfExamples]:
     """The same for gradients that are measured."""
     _mapped.refuse_different_weights(measured.shards, mask=mask, max_norm=bound)
@@ -56,14 +64,17 @@ def clip_measured(
         is_counted = jnp.all(jnp.stack([is_counted, *map(jnp.isfinite, norms)]), 0)
     weights, coefficients = _weighed(norms, values, is_counted, options.coefficient)
     is_left_out = None if mask is None and not options.skip_nonfinite else ~is_counted
-    of_leaves = {
-        place: pair for places, pair in zip(covered, weights, strict=True) for place in places
-    }
-    rows = zip(measured.leaves, jax.tree.leaves(measured.gradient), strict=True)
-    sums = [
-        weighted_sum(leaf, of_leaves[place], is_left_out, options.dtype_of(gradient))
-        for place, (leaf, gradient) in enumerate(rows)
-    ]
+    if measured.leaves is None:
+        sums = weighted_sums(call, list(map(Group, covered, norms, weights)), is_left_out)
+    else:
+        of_leaves = {
+            place: pair for places, pair in zip(covered, weights, strict=True) for place in places
+        }
+        rows = zip(measured.leaves, jax.tree.leaves(measured.gradient), strict=True)
+        sums = [
+            weighted_sum(leaf, of_leaves[place], is_left_out, options.dtype_of(gradient))
+            for place, (leaf, gradient) in enumerate(rows)
+        ]
     like_bound = functools.partial(jax.tree.unflatten, structure)
     return jax.tree.unflatten(jax.tree.structure(measured.gradient), sums), OfExamples(
         losses=measured.losses,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
@@ -24,8 +24,21 @@ from clipax.per_example._programs import (
 )
 
 
-def evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Ref]) -> list[Any]:
-    """The values of some variables. Those inside a scan are stacked over its steps."""
+class Reading(NamedTuple):
+    """A function of some variables that is wanted in place of their values."""
+
+    path: tuple[Equation, ...]
+    """The path to the body that runs the function as soon as it has the variables."""
+    refs: tuple[Ref, ...]
+    """The variables, with paths that start in that body."""
+    function: Callable[..., Any]
+
+
+Wanted: TypeAlias = Ref | Reading
+
+
+def evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Wanted]) -> list[Any]:
+    """The values of variables, or of functions. Those inside a scan are stacked over its steps."""
     if has_mutable_arrays(closed.jaxpr):
         return _evaluate_in_one(closed, args, wanted)
     inputs = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
@@ -35,7 +48,7 @@ def evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Ref
 
 
 def _evaluate_in_one(
-    closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Ref]
+    closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Wanted]
 ) -> list[Any]:
     """Runs the whole program, so that reads and writes keep their order."""
     try:
@@ -50,7 +63,13 @@ def _evaluate_in_one(
         ) from error
     pairs = zip(closed.jaxpr.outvars, outputs, strict=True)
     values = {variable: value for variable, value in pairs if is_variable(variable)}
-    return [values[variable] if is_variable(variable) else variable.val for _, variable in wanted]
+
+    def found(each: Wanted) -> Any:
+        if isinstance(each, Reading):
+            return each.function(*map(found, each.refs))
+        return values[each.variable] if is_variable(each.variable) else each.variable.val
+
+    return list(map(found, wanted))
 
 
 class _Step(NamedTuple):
@@ -59,23 +78,24 @@ class _Step(NamedTuple):
     equation: Equation
     positions: tuple[int, ...]
     """The positions of the outputs that are needed."""
-    inside: tuple[Ref, ...]
-    """The variables of its body that are wanted, with paths that start in the body."""
+    inside: tuple[Wanted, ...]
+    """What is wanted of its body, with paths that start in the body."""
 
-    def wanted_in(self, body: Body) -> list[Ref]:
+    def wanted_in(self, body: Body) -> list[Wanted]:
         outputs = [Ref((), body.program.outvars[position]) for position in self.positions]
         return [*outputs, *self.inside]
 
 
-def _schedule(program: Program, wanted: Sequence[Ref]) -> tuple[list[_Step], set[Variable]]:
-    """The steps that lead to the wanted variables, in order, with all variables they need."""
+def _schedule(program: Program, wanted: Sequence[Wanted]) -> tuple[list[_Step], set[Variable]]:
+    """The steps that lead to what is wanted, in order, with all variables they need."""
     needed: set[Variable] = set()
-    inside: dict[int, list[Ref]] = {}
-    for path, variable in wanted:
-        if path:
-            inside.setdefault(id(path[0]), []).append(Ref(path[1:], variable))
-        elif is_variable(variable):
-            needed.add(variable)
+    inside: dict[int, dict[Wanted, None]] = {}
+    for each in _read_here(wanted):
+        if each.path:
+            further = each._replace(path=each.path[1:])
+            inside.setdefault(id(each.path[0]), {})[further] = None
+        elif isinstance(each, Ref) and is_variable(each.variable):
+            needed.add(each.variable)
     steps = []
     for equation in reversed(program.eqns):
         positions = tuple(
@@ -86,6 +106,14 @@ def _schedule(program: Program, wanted: Sequence[Ref]) -> tuple[list[_Step], set
             steps.append(_Step(equation, positions, within))
             needed.update(_operands(steps[-1]))
     return steps[::-1], needed
+
+
+def _read_here(wanted: Sequence[Wanted]) -> list[Wanted]:
+    """What is wanted, with the variables of functions that run in this body in their place."""
+    found: list[Wanted] = []
+    for each in wanted:
+        found += each.refs if isinstance(each, Reading) and not each.path else [each]
+    return found
 
 
 def _operands(step: _Step) -> list[Variable]:
@@ -120,13 +148,22 @@ def _live_carries(step: _Step, body: Body) -> list[int]:
 
 
 def _evaluate(
-    program: Program, inputs: Mapping[Variable, Any], wanted: Sequence[Ref]
+    program: Program, inputs: Mapping[Variable, Any], wanted: Sequence[Wanted]
 ) -> list[Any]:
     values: dict[Any, Any] = dict(inputs)
+    readings = _Readings(wanted)
 
     def read(variable: Any) -> Any:
         return values.get(variable) if is_variable(variable) else variable.val
 
+    def found(each: Wanted) -> Any:
+        return values[each] if isinstance(each, Reading) or each.path else read(each.variable)
+
+    def read_after(new: Collection[Any]) -> tuple[list[Reading], list[Any]]:
+        ready = readings.ready_after(new)
+        return ready, [each.function(*map(found, each.refs)) for each in ready]
+
+    values.update(zip(*read_after(values), strict=True))
     for step in _schedule(program, wanted)[0]:
         body = body_of(step.equation)
         operands = [read(variable) for variable in step.equation.invars]
@@ -138,9 +175,44 @@ def _evaluate(
         else:
             outputs = _call(step, body, operands)
         names: list[Any] = [step.equation.outvars[position] for position in step.positions]
-        names += [Ref((step.equation, *path), variable) for path, variable in step.inside]
+        names += [each._replace(path=(step.equation, *each.path)) for each in step.inside]
         values.update(zip(names, outputs, strict=True))
-    return [values[ref] if ref.path else read(ref.variable) for ref in wanted]
+        ready, made = read_after(names)
+        if ready:
+            # What follows waits for them, or the compiler could keep their variables until then.
+            made, outputs = _compat.optimization_barrier((made, outputs))
+            values.update(zip([*ready, *names], [*made, *outputs], strict=True))
+    return list(map(found, wanted))
+
+
+class _Readings:
+    """The functions to run in one body, each of which waits for its variables."""
+
+    def __init__(self, wanted: Sequence[Wanted]):
+        of_body = [each for each in wanted if isinstance(each, Reading) and not each.path]
+        self._missing = {each: {_name(ref) for ref in each.refs} - {None} for each in of_body}
+        self._ready = [each for each, names in self._missing.items() if not names]
+        self._waiting: dict[Any, list[Reading]] = {}
+        for each, names in self._missing.items():
+            for name in names:
+                self._waiting.setdefault(name, []).append(each)
+
+    def ready_after(self, new: Collection[Any]) -> list[Reading]:
+        """The functions that have all of their variables now that they have these."""
+        ready, self._ready = self._ready, []
+        for name in new:
+            for each in self._waiting.pop(name, ()):
+                self._missing[each].remove(name)
+                if not self._missing[each]:
+                    ready.append(each)
+        return ready
+
+
+def _name(ref: Ref) -> Any:
+    """The key of a value during an evaluation. Literals have none."""
+    if ref.path:
+        return ref
+    return ref.variable if is_variable(ref.variable) else None
 
 
 def _bind(program: Program, equation: Equation, operands: Sequence[Any]) -> list[Any]:

@@ -8,8 +8,9 @@ import jax
 
 from clipax._core import _checks, _compat
 from clipax.per_example._calls import ArgNames, ArgNums, call_of, loss_of
-from clipax.per_example._plans import Plan, plans_of
-from clipax.per_example._tracing import trace
+from clipax.per_example._measured import traced
+from clipax.per_example._memory import Memory, check_memory, is_twice_for_sums
+from clipax.per_example._plans import Plan
 
 _HEAD = ("leaf", "shape", "norm of one example", "why", "products", "kept")
 _NUMBERS = {"products", "kept"}
@@ -23,6 +24,7 @@ def explain_clipped_grad(
     batch_argnames: ArgNames = (),
     prng_argnum: int | None = None,
     has_aux: bool = False,
+    memory: Memory = "auto",
     **shared: Any,
 ) -> None:
     """Prints how the norm of each leaf is found, and what that costs for one example.
@@ -36,10 +38,11 @@ def explain_clipped_grad(
       batch_argnames: The names of keyword arguments with the examples.
       prng_argnum: The position of a PRNG key that is split, one for each example.
       has_aux: Whether `loss_fn` returns `(loss, aux)`.
+      memory: As in `clipped_grad`, with one bound.
       **shared: The arguments of the gradient function that are passed by keyword.
 
     The last columns are the number of multiplications for the norm, and how many numbers are
-    kept for the sum, as a share of the leaf's size.
+    kept for the sum, as a share of the leaf's size. With "twice", none are kept.
 
     Raises:
       ValueError: As `clipped_grad`.
@@ -55,6 +58,7 @@ def explain_clipped_grad(
     """
     _checks.function(loss_fn=loss_fn)
     _checks.flag(has_aux=has_aux)
+    check_memory(memory)
     own: dict[str, Any] = {
         "argnums": argnums,
         "batch_argnums": batch_argnums,
@@ -64,12 +68,18 @@ def explain_clipped_grad(
     }
     usual = {"argnums": 0, "batch_argnums": 1, "batch_argnames": (), "has_aux": False}
     given = {name: value for name, value in own.items() if value != usual.get(name)}
+    if memory != "auto":
+        given["memory"] = memory
     call = call_of(loss_of(loss_fn, **own), args, shared, **given)
     if not _compat.bound_axes():
         # The way to a norm does not depend on how arrays are sharded. In a mapped program, types
         # say what the loss may do, so there the arrays stay.
         call = call._replace(args=jax.tree.map(_shape, call.args))
-    rows = [_HEAD, *map(_row, plans_of(trace(call)))]
+    known = traced(call)
+    plans = known.plans
+    if is_twice_for_sums(memory, call, known):
+        plans = [plan._replace(entries=0) for plan in plans]
+    rows = [_HEAD, *map(_row, plans)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = zip(_HEAD, row, widths, strict=True)

@@ -20,13 +20,12 @@ gradient communicates over it, as `jax.lax.psum` does.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from clipax._core import _compat, _paths
-from clipax._core._compat import core
 from clipax.per_example import _programs
 from clipax.per_example._programs import Equation, Program, is_variable
 
@@ -160,25 +159,20 @@ def _crossing(
             inner = {each for outer, each in pairs if outer in needed and is_variable(each)}
             found = {**_crossing(body.program, flags, inner), **found}
             continue
-        for inside in _bodies(equation):
+        for inside in _programs.bodies(equation):
             everything = set(filter(is_variable, inside.outvars))
             found = {**_crossing(inside, [True] * len(inside.invars), everything), **found}
     return found
 
 
-def _bodies(equation: Equation) -> Iterator[Program]:
-    for value in equation.params.values():
-        for each in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(each, core.ClosedJaxpr):
-                yield each.jaxpr
-            elif isinstance(each, core.Jaxpr):
-                yield each
-
-
 def _named_by(equation: Equation) -> set[Hashable]:
     """The mapped axes over which an equation communicates, apart from its bodies."""
     name = equation.primitive.name
-    if name in _QUIET or "cast" in name.split("_") or any(True for _ in _bodies(equation)):
+    if (
+        name in _QUIET
+        or "cast" in name.split("_")
+        or any(True for _ in _programs.bodies(equation))
+    ):
         return set()
     # Some primitives that communicate have no such effect, and others no such parameter.
     named = {effect.name for effect in equation.effects if hasattr(effect, "name")}

@@ -1,7 +1,7 @@
 """Measures the gradient of every example, without making it where that can be avoided."""
 
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +11,12 @@ from clipax._core import _compat, _paths
 from clipax._core._reduction import Layout, total_norm
 from clipax._core._typing import Array
 from clipax.per_example._calls import Call
-from clipax.per_example._evaluation import evaluate
 from clipax.per_example._gradients import LeafGradients, leaf_gradients
+from clipax.per_example._in_passing import norms_in_passing
 from clipax.per_example._norms import norms_of_leaves
 from clipax.per_example._plans import Plan, plans_of
-from clipax.per_example._programs import Ref, Values
 from clipax.per_example._tracing import ExampleProgram, trace
+from clipax.per_example._values import values_of
 
 
 class Traced(NamedTuple):
@@ -33,7 +33,8 @@ class Measured(NamedTuple):
     aux: Any
     gradient: Any
     """The shapes and dtypes of one gradient, in the structure of the parameters."""
-    leaves: list[LeafGradients]
+    leaves: list[LeafGradients] | None
+    """What is kept of each leaf; None if nothing is."""
     leaf_norms: list[Array]
     """One norm per example for each leaf, of the shard that is on this device."""
     shards: list[tuple[Hashable, ...]]
@@ -41,11 +42,11 @@ class Measured(NamedTuple):
 
     def norms(self) -> Array:
         """One norm per example, over all leaves."""
-        return self.norms_over(range(len(self.leaves)))
+        return self.norms_over(range(len(self.leaf_norms)))
 
     def norms_in_tree(self) -> Any:
         """One norm per example and leaf, in the structure of the parameters."""
-        places = range(len(self.leaves))
+        places = range(len(self.leaf_norms))
         return _paths.rebuilt(self.gradient, [self.norms_over([place]) for place in places])
 
     def norms_over(self, places: Sequence[int]) -> Array:
@@ -70,38 +71,33 @@ def traced(call: Call) -> Traced:
     return Traced(program, plans_of(program))
 
 
-def measure(call: Call, known: Traced | None = None) -> Measured:
+def measure(call: Call, known: Traced | None = None, is_twice: bool = False) -> Measured:
     """Goes from a call to norms: program, plans, factors, norms."""
     program, plans = known or traced(call)
-    scope, examples = program.scope, call.examples
+    scope = program.scope
     returned = [(scope.ref(each), scope.depends_on_example(each)) for each in program.returned]
     differs = dict(returned)
-    for plan in plans:
-        differs.update(plan.refs)
-    values = _values_of(call, program, differs)
+    leaves: list[LeafGradients] | None = None
+    if is_twice:
+        values, norms = norms_in_passing(call, program, differs)
+    else:
+        for plan in plans:
+            differs.update(plan.refs)
+        values = values_of(call, program, differs)
+        found = [leaf_gradients(plan, values, call.examples) for plan in plans]
+        leaves, norms = [leaf.kept() for leaf in found], norms_of_leaves(found)
     losses, *aux = [
-        values[ref] if flag else jnp.broadcast_to(values[ref], (examples, *jnp.shape(values[ref])))
+        values[ref]
+        if flag
+        else jnp.broadcast_to(values[ref], (call.examples, *jnp.shape(values[ref])))
         for ref, flag in returned
     ]
-    leaves = [leaf_gradients(plan, values, examples) for plan in plans]
     return Measured(
         losses,
         jax.tree.unflatten(program.aux_structure, aux),
         program.gradient,
-        [leaf.kept() for leaf in leaves],
+        leaves,
         # The norm of an unused leaf is zero everywhere, and needs the type of the others.
-        [_compat.varying_like(norm, losses) for norm in norms_of_leaves(leaves)],
+        [_compat.varying_like(norm, losses) for norm in norms],
         program.shards,
     )
-
-
-def _values_of(call: Call, program: ExampleProgram, differs: Mapping[Ref, bool]) -> Values:
-    """The values of some variables for all examples, or once if they are the same for all."""
-    refs = list(differs)
-
-    def evaluate_one(*example: Any) -> list[Any]:
-        return evaluate(program.closed, jax.tree.leaves(example), refs)
-
-    out_axes = [0 if differs[ref] else None for ref in refs]
-    found = jax.vmap(evaluate_one, call.in_axes, out_axes)(*call.args)
-    return dict(zip(refs, found, strict=True))

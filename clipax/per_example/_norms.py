@@ -21,7 +21,7 @@ def norms_of_leaves(leaves: Sequence[LeafGradients]) -> list[Array]:
     Norms by Gram matrices lose their digits where products nearly cancel. If that happens to one
     example, all of these norms are found again from gradients, made one example at a time.
     """
-    sums = [_gram_sum(leaf) if leaf.plan.way is Way.GRAM else None for leaf in leaves]
+    sums = [_gram_sum(leaf) for leaf in leaves]
     norms, exact = [], []
     for leaf, gram_sum in zip(leaves, sums, strict=True):
         if gram_sum is None:
@@ -38,6 +38,15 @@ def norms_of_leaves(leaves: Sequence[LeafGradients]) -> list[Array]:
         return [norm if each is None else each.norms_of_made() for norm, each in rows]
 
     return list(jax.lax.cond(jnp.all(jnp.stack(exact)), lambda: norms, again))
+
+
+def norms_of(leaf: LeafGradients) -> tuple[Array, Array]:
+    """One norm per example, and which of them are exact enough."""
+    gram_sum = _gram_sum(leaf)
+    if gram_sum is None:
+        norms = _direct_norms(leaf)
+        return norms, jnp.ones(norms.shape, bool)
+    return gram_sum.norms()
 
 
 def _direct_norms(leaf: LeafGradients) -> Array:
@@ -71,7 +80,9 @@ class _GramSum(NamedTuple):
         return _grams.with_rest(norms, self.rest).astype(self.dtype)
 
 
-def _gram_sum(leaf: LeafGradients) -> _GramSum:
+def _gram_sum(leaf: LeafGradients) -> _GramSum | None:
+    if leaf.plan.way is not Way.GRAM:
+        return None
     factors = [parts for _, parts in leaf.products]
     dtype = leaf.plan.dtype
     if leaf.constant is None:

@@ -5,7 +5,8 @@ from typing import Any
 
 from clipax._core import _checks
 from clipax.per_example._calls import ArgNames, ArgNums, Call, call_of, loss_of
-from clipax.per_example._measured import measure
+from clipax.per_example._measured import measure, traced
+from clipax.per_example._memory import Memory, check_memory, is_twice
 from clipax.per_example._meshes import with_automatic_axes
 from clipax.per_example._microbatches import in_parts
 
@@ -19,6 +20,7 @@ def per_example_norms(
     prng_argnum: int | None = None,
     has_aux: bool = False,
     per_leaf: bool = False,
+    memory: Memory = "auto",
 ) -> Callable[..., Any]:
     """Makes a function that returns the norm of each example's gradient.
 
@@ -30,6 +32,7 @@ def per_example_norms(
       prng_argnum: The position of a PRNG key that is split, one for each example.
       has_aux: Whether `loss_fn` returns `(loss, aux)`.
       per_leaf: Whether each leaf has norms of its own.
+      memory: As in `clipped_grad`. Norms alone take one pass with "twice" too.
 
     Returns:
       `norm_fn(*args, **shared) -> norms` of shape (examples,), in float32 (float64 for float64
@@ -46,10 +49,12 @@ def per_example_norms(
     """
     _checks.function(loss_fn=loss_fn)
     _checks.flag(has_aux=has_aux, per_leaf=per_leaf)
+    check_memory(memory)
     loss = loss_of(loss_fn, argnums, batch_argnums, has_aux, batch_argnames, prng_argnum)
 
     def step(call: Call) -> tuple[tuple[()], Any]:
-        measured = measure(call)
+        known = traced(call)
+        measured = measure(call, known, is_twice(memory, call, known))
         return (), measured.norms_in_tree() if per_leaf else measured.norms()
 
     def norms_of(call: Call) -> tuple[Any]:

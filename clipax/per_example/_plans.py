@@ -12,7 +12,7 @@ from clipax.per_example._preparations import Windows
 from clipax.per_example._programs import Ref
 from clipax.per_example._roles import layout, roles, turned
 from clipax.per_example._scopes import Scope
-from clipax.per_example._terms import Product, Terms, Whole
+from clipax.per_example._terms import Passed, Product, Terms, Whole
 from clipax.per_example._tracing import ExampleProgram
 from clipax.per_example._walk import terms_of
 
@@ -73,6 +73,8 @@ def plan(name: str, leaf: Any, scope: Scope, variable: Any) -> Plan:
         terms: Terms = scope.whole(variable, "a program with mutable arrays")
     else:
         terms = terms_of(scope, variable)
+        if any(isinstance(term, Passed) for term in terms):
+            terms = scope.whole(variable, "an input of a scan")
     products = [term for term in terms if isinstance(term, Product)]
     whole = tuple(term for term in terms if isinstance(term, Whole))
     facts = (name, tuple(leaf.shape), leaf.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from clipax._core._compat import CALLS, core
@@ -111,6 +111,16 @@ def body_of(equation: Equation) -> Body | None:
     if isinstance(inside, core.ClosedJaxpr):
         return Body(inside.jaxpr, tuple(inside.consts), name == "scan")
     return Body(inside, (), name == "scan")
+
+
+def bodies(equation: Equation) -> Iterator[Program]:
+    """All programs inside an equation, of branches and loops too."""
+    for value in equation.params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(each, core.ClosedJaxpr):
+                yield each.jaxpr
+            elif isinstance(each, core.Jaxpr):
+                yield each
 
 
 class ScanLayout(NamedTuple):

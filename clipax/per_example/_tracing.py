@@ -62,6 +62,12 @@ def trace(call: Call) -> ExampleProgram:
     return ExampleProgram(closed, scope, gradient, jax.tree.structure(aux), shards)
 
 
+def program_of_loss(call: Call) -> core.ClosedJaxpr:
+    """The program of the loss alone, in which custom derivatives are still marked."""
+    closed, _ = _program_of_example(call.loss.function, call)
+    return closed
+
+
 def _program_of_example(function: Callable[..., Any], call: Call) -> tuple[core.ClosedJaxpr, Any]:
     """The program with the types that `vmap` gives to one example, and its outputs' shapes."""
     programs: list[Any] = []

@@ -51,6 +51,7 @@ def measure_users(
 
     def add(part: Call, is_counted: Array, user_ids: Array) -> Any:
         measured = measure(part, known)
+        assert measured.leaves is not None
         # Whatever is not counted goes to a row behind the last user, even if it is NaN.
         rows = jnp.where(is_counted, user_ids, users)
         number = _rows_added(jnp.ones(rows.shape, jnp.int32), rows, users)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import per_example_zoo as zoo
+import pytest
 import trees
 
 import clipax
@@ -31,6 +32,7 @@ def total(w: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.sum(w * x)
 
 
+in_both_ways = pytest.mark.parametrize("memory", ["kept", "twice"])
 PAIRS = jnp.array([[3.0, 4.0], [0.0, 0.5]])
 
 
