@@ -52,7 +52,7 @@ def plot(runs: Any, *, steps: Any = None, axes: Any = None) -> tuple[Any, ...]:
     | run | drawn |
     |---|---|
     | bounds of inf, norms of 0, NaN or inf | a gap, because the scale is logarithmic |
-    | no step is clipped | no norm after clipping, since it would cover the other |
+    | no step is clipped or skipped | no norm after clipping, since it would cover the other |
     | `raw_norm`, of `skip_step` | instead of `norm`, which keeps that of the last step taken |
     | more than 2000 steps | the median and the range of neighbors |
 
@@ -197,7 +197,7 @@ def _draw_in_full(drawing: _Drawing, series: Series) -> str:
         after = series["clipped_norm"]
     else:
         after = norm * series["coefficient"] if {"norm", "coefficient"} <= {*series} else None
-    if after is not None and is_clipped.any():
+    if after is not None and (is_clipped | is_skipped).any():
         after = np.where(is_skipped[:, None], np.nan, after)
         drawing.line(_on_log_scale(after), "norm after clipping", CLIPPED)
     if "max_norm" in series:

@@ -1,8 +1,9 @@
 """Makes the pages of the site that code can write, and mends the links of those that it cannot.
 
 For every method a page from its docstring, its picture and `docs/background/`; for every public
-module a page of the API reference; the README, the changelog, CONTRIBUTING and the notebooks
-from where they lie. The build ends with an error at an undocumented public name.
+module a page of the API reference; for every framework a page from `examples/`; the README, the
+changelog, CONTRIBUTING and the notebooks from where they lie. The build ends with an error at an
+undocumented public name.
 """
 
 import json
@@ -12,6 +13,7 @@ import re
 from typing import Any
 
 import docstrings
+import frameworks
 import pictures
 import public
 from mkdocs.config.defaults import MkDocsConfig
@@ -54,6 +56,9 @@ def on_config(config: MkDocsConfig) -> None:
         raise PluginError(f"These public names have no docstring: {', '.join(missing)}.")
     generated = {
         "Methods": [{name: f"methods/{name}.md"} for name in public.methods()],
+        "Frameworks": [
+            {each.title: f"frameworks/{each.name}.md"} for each in frameworks.examples()
+        ],
         "API reference": [{path: f"api/{path}.md"} for path in public.rooms()],
     }
     for entry in config.nav:
@@ -78,6 +83,9 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         add(f"methods/{name}.small.png", small)
         add(f"methods/{name}.md", _method_page(name, caption))
     add("methods/index.md", _overview(list(drawn)))
+    add("frameworks/index.md", frameworks.overview())
+    for example in frameworks.examples():
+        add(f"frameworks/{example.name}.md", frameworks.page(example))
     add("api/index.md", _api_overview())
     for path in public.rooms():
         add(f"api/{path}.md", _room_page(path))
@@ -94,7 +102,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         if not target or re.match(r"\w+:", link):
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-        there = PLACES.get(path, path.removeprefix("docs/") if path.startswith("docs/") else "")
+        there = PLACES.get(path) or _generated(path)
         if not there:
             return text  # It is in the repository and not on the site.
         relative = posixpath.relpath(there, posixpath.dirname(place) or ".")
@@ -110,6 +118,15 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
                 for line in lines
             )
     return "".join(parts)
+
+
+def _generated(path: str) -> str:
+    """Where a file of the repository is on the site, or the empty string."""
+    if path == "examples":
+        return "frameworks/index.md"
+    if example := re.fullmatch(r"examples/(\w+)\.py", path):
+        return f"frameworks/{example[1]}.md"
+    return path.removeprefix("docs/") if path.startswith("docs/") else ""
 
 
 def _method_page(name: str, caption: str) -> str:

@@ -1,0 +1,52 @@
+"""kauldron.
+
+`kd.train.Trainer` takes an Optax chain as `optimizer`. A metric whose key is `opt_state` reads
+the state in each step, before its update. The writer of the trainer logs it beside the losses,
+to TensorBoard by default; the one below prints it.
+"""
+
+try:
+    from kauldron import kd
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"needs {missing.name}: pip install kauldron") from None
+
+import dataclasses
+
+import flax
+import numpy as np
+import optax
+
+import clipax
+
+x = np.random.default_rng(0).uniform(-1, 1, (256, 2)).astype(np.float32)
+y = 10 * np.sin(3 * x[:, :1]) * x[:, 1:]
+
+
+class Model(flax.linen.Module):
+    x: kd.kontext.Key = "batch.x"
+
+    @flax.linen.compact
+    def __call__(self, x):
+        return flax.linen.Dense(1)(flax.linen.relu(flax.linen.Dense(32)(x)))
+
+
+@flax.struct.dataclass
+class Norm(kd.metrics.Metric):
+    opt_state: kd.kontext.Key = "opt_state"
+
+    @flax.struct.dataclass
+    class State(kd.metrics.AverageState):
+        pass
+
+    def get_state(self, opt_state):
+        return self.State.from_values(clipax.metrics(opt_state)["norm"])
+
+
+trainer = kd.train.Trainer(
+    train_ds=kd.data.InMemoryPipeline(loader=lambda: {"x": x, "y": y}, batch_size=256),
+    model=Model(),
+    num_train_steps=301,
+    train_losses={"l2": kd.losses.L2(preds="preds", targets="batch.y")},
+    train_metrics={"norm": Norm()},
+    optimizer=optax.chain(clipax.clip_by_global_norm(1.0), optax.adam(1e-2)),
+)

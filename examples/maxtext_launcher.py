@@ -1,0 +1,43 @@
+"""MaxText.
+
+MaxText has no plug-in for a clip. Its `train.py` calls `optimizers.get_optimizer(config, ...)`
+for an Optax optimizer, and before that optimizer clips by `gradient_clipping_threshold`, unless
+this is 0. The launcher below sets it to 0 and puts a clip of clipax before the optimizer. It takes
+the arguments of MaxText's own `train`. The metrics come out by a callback, because the training
+loop keeps the state of the optimizer to itself.
+"""
+
+try:
+    from maxtext.optimizers import optimizers
+    from maxtext.trainers.pre_train import train
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"needs {missing.name}: pip install 'maxtext[tpu]'") from None
+
+import sys
+
+import jax
+import optax
+
+import clipax
+
+
+def reporting(clip):
+    def update(updates, state, params=None):
+        updates, state = clip.update(updates, state, params)
+        metrics = clipax.metrics(state)
+        jax.debug.print("norm {norm}, max_norm {max_norm}", **metrics)
+        return updates, state
+
+    return optax.GradientTransformation(clip.init, update)
+
+
+make_optimizer = optimizers.get_optimizer
+
+
+def get_clipped_optimizer(*args, **kwargs):
+    clip = reporting(clipax.zclip(max_norm=None))
+    return optax.chain(clip, make_optimizer(*args, **kwargs))
+
+
+optimizers.get_optimizer = get_clipped_optimizer
+train.main([*sys.argv, "gradient_clipping_threshold=0"])
