@@ -1,8 +1,8 @@
 """kauldron.
 
 `kd.train.Trainer` takes an Optax chain as `optimizer`. A metric whose key is `opt_state` reads
-the state in each step, before its update. The writer of the trainer logs it beside the losses,
-to TensorBoard by default; the one below prints it.
+the state in each step, before its update. `trainer.train()` logs it beside the losses, to
+TensorBoard by default. The loop below is what it runs, and prints them.
 """
 
 try:
@@ -30,7 +30,7 @@ class Model(flax.linen.Module):
         return flax.linen.Dense(1)(flax.linen.relu(flax.linen.Dense(32)(x)))
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Norm(kd.metrics.Metric):
     opt_state: kd.kontext.Key = "opt_state"
 
@@ -45,8 +45,14 @@ class Norm(kd.metrics.Metric):
 trainer = kd.train.Trainer(
     train_ds=kd.data.InMemoryPipeline(loader=lambda: {"x": x, "y": y}, batch_size=256),
     model=Model(),
-    num_train_steps=301,
     train_losses={"l2": kd.losses.L2(preds="preds", targets="batch.y")},
     train_metrics={"norm": Norm()},
     optimizer=optax.chain(clipax.clip_by_global_norm(1.0), optax.adam(1e-2)),
 )
+state = trainer.init_state()
+for step, batch in zip(range(301), trainer.train_ds, strict=False):
+    state, aux = trainer.trainstep.step(state, batch, return_losses=True, return_metrics=True)
+    if step % 100 == 1:
+        values = aux.compute()
+        loss, norm = values.loss_values["losses/l2"], values.metric_values["metrics/norm"]
+        print(f"step {step}: loss {loss:.3f}, norm {norm:.3f}")

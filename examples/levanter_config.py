@@ -13,7 +13,7 @@ try:
     from levanter.optim import AdamConfig, OptimizerConfig
     from levanter.trainer_state import TrainerState
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"needs {missing.name}: pip install --pre marin-levanter") from None
+    raise SystemExit(f"needs {missing.name}: pip install --pre marin-levanter gitpython") from None
 
 import equinox as eqx
 import jax

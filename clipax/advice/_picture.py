@@ -50,7 +50,7 @@ def write_png(advice: Advice, path: pathlib.Path) -> None:
     right.spines[["top", "right"]].set_visible(False)
     right.grid(alpha=0.3)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)
 
 
