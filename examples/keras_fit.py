@@ -1,4 +1,4 @@
-"""Keras 3, `model.fit`.
+"""Keras 3, model.fit.
 
 `model.fit` takes a Keras optimizer. The mixin below puts any method of clipax before one: it
 keeps the state of the method in variables of the optimizer, so that Keras compiles them into

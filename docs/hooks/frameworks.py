@@ -9,8 +9,10 @@ from typing import NamedTuple
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "examples"
 INTRO = (
     "clipax is an Optax transformation, so it goes wherever a framework takes an Optax optimizer. "
-    "Each page is a whole program that trains and reads the metrics. Tests run all of them."
+    "Each page is a whole program that trains and reads the metrics. Tests run each one whose framework is installed."
 )
+# Without a table of contents there is room for the code.
+WIDE = "---\nhide: [toc]\n---\n\n"
 
 
 class Example(NamedTuple):
@@ -49,7 +51,7 @@ def examples() -> list[Example]:
 
 
 def page(example: Example) -> str:
-    return "\n\n".join(
+    return WIDE + "\n\n".join(
         [
             f"# {example.title}",
             example.text,
@@ -66,4 +68,4 @@ def overview() -> str:
         return f"| [{example.title}]({example.name}.md) | {first} |"
 
     table = "\n".join(["| framework | how it goes |", "|---|---|", *map(row, examples())])
-    return "\n\n".join(["# Frameworks", INTRO, table])
+    return WIDE + "\n\n".join(["# Frameworks", INTRO, table])

@@ -94,22 +94,23 @@ def draw(axes: Any, data: Run, *, small: bool = False) -> None:
     axes.minorticks_off()
     ticks = [tick for tick in (0.1, 1, 10) if tick > lowest]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.tick_params(labelsize=7 if small else 9)
+    axes.tick_params(labelsize=7 if small else 8)
     if small:
         axes.set(xlabel="", ylabel="")
         for line in axes.get_lines():
             line.set(linewidth=0.8, markersize=3)
     else:
-        axes.set_ylabel("global norm of the updates")
+        axes.set_xlabel("step", fontsize=8)
+        axes.set_ylabel("global norm of the updates", fontsize=8)
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
-        axes.legend(frameon=False, fontsize=9, ncols=5, **place)
+        axes.legend(frameon=False, fontsize=8, ncols=5, **place)
 
 
 def picture(data: Run, *, small: bool) -> bytes:
-    drawn = figure.Figure(figsize=(3.4, 1.9) if small else (8, 3.4), layout="constrained")
+    drawn = figure.Figure(figsize=(3.4, 1.9) if small else (6.2, 3), layout="constrained")
     draw(drawn.subplots(), data, small=small)
     out = io.BytesIO()
-    drawn.savefig(out, format="png", dpi=110 if small else 130)
+    drawn.savefig(out, format="png", dpi=110 if small else 160)
     return out.getvalue()
 
 

@@ -42,6 +42,9 @@ PLACES = {
 _SOURCES = {place: source for source, place in PLACES.items()}
 _FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+_TABLE = re.compile(r"(<table>.*?</table>)", re.DOTALL)
+_CODE = re.compile(r"(?<=<code>)[^<]+")
+_BADGE = re.compile(r'<img\b[^>]*\bsrc="https://colab[^>]*>')
 STREAM = (
     "All methods see the same stream: norms that fall by half, and spikes. The first spike and "
     "the last cover all entries, the second one leaf, the third one entry, and four follow each "
@@ -61,6 +64,9 @@ def on_config(config: MkDocsConfig) -> None:
         ],
         "API reference": [{path: f"api/{path}.md"} for path in public.rooms()],
     }
+    if config.extra["repository"]:  # A plain link: `repo_url` would load counts of stars.
+        icon = "fontawesome/brands/github"
+        config.extra["social"] = [{"icon": icon, "link": config.extra["repository"]}]
     for entry in config.nav:
         for title, pages in entry.items():
             if title in generated:
@@ -117,6 +123,18 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
                 line if line.startswith(("#", "    ")) else docstrings.linked(line)
                 for line in lines
             )
+    return "".join(parts)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Writes a badge as text, because its picture is elsewhere; lets names in tables break."""
+
+    def break_names(match: re.Match[str]) -> str:
+        return re.sub(r"(?<=[\w)])([_.(])(?=\w)", r"\1<wbr>", match[0])
+
+    html = _BADGE.sub("Open in Colab", html)
+    parts = _TABLE.split(html)
+    parts[1::2] = [_CODE.sub(break_names, part) for part in parts[1::2]]
     return "".join(parts)
 
 
@@ -195,7 +213,7 @@ def _overview(names: list[str]) -> str:
         f"<figcaption markdown>[`{name}`]({name}.md)</figcaption>\n</figure>"
         for name in names
     ]
-    return "\n\n".join(
+    return frameworks.WIDE + "\n\n".join(
         [
             "# Methods",
             f"{STREAM} Grey is the norm before, blue the norm after, orange the bound where the "
