@@ -55,12 +55,12 @@ def test_an_example_is_short_and_explained(example: Any) -> None:
     assert "clipax._" not in example.code
 
 
-@each_example
+@pytest.mark.parametrize(
+    "example", [each for each in EXAMPLES if each.packages], ids=lambda each: each.name
+)
 def test_an_example_without_its_package_ends_with_what_to_install(
     example: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not example.packages:
-        pytest.skip("needs nothing but clipax")
     monkeypatch.setenv("KERAS_BACKEND", "jax")  # It sets this itself, before its import.
     package = example.packages[0]
     monkeypatch.setitem(sys.modules, package, None)

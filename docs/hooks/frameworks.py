@@ -9,7 +9,8 @@ from typing import NamedTuple
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "examples"
 INTRO = (
     "clipax is an Optax transformation, so it goes wherever a framework takes an Optax optimizer. "
-    "Each page is a whole program that trains and reads the metrics. Tests run each one whose framework is installed."
+    "Each page is a whole program that trains and reads the metrics. Tests run each one whose "
+    "framework is installed."
 )
 # Without a table of contents there is room for the code.
 WIDE = "---\nhide: [toc]\n---\n\n"

@@ -59,6 +59,11 @@ def stream() -> dict[str, np.ndarray]:
     }
 
 
+def undrawn(names: list[str]) -> list[str]:
+    """The methods that nobody has said how to build."""
+    return [name for name in names if name not in OTHERS and name not in _methods.METHODS]
+
+
 def run(name: str) -> Run:
     method = (OTHERS.get(name) or _methods.METHODS[name])()
     params = {name: jnp.full(shape, 30.0) for name, shape in SHAPES.items()}

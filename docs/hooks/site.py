@@ -3,7 +3,7 @@
 For every method a page from its docstring, its picture and `docs/background/`; for every public
 module a page of the API reference; for every framework a page from `examples/`; the README, the
 changelog, CONTRIBUTING and the notebooks from where they lie. The build ends with an error at an
-undocumented public name.
+undocumented public name, and at a method without a picture.
 """
 
 import json
@@ -57,6 +57,9 @@ def on_config(config: MkDocsConfig) -> None:
     missing = public.undocumented()
     if missing:
         raise PluginError(f"These public names have no docstring: {', '.join(missing)}.")
+    undrawn = pictures.undrawn(public.methods())
+    if undrawn:
+        raise PluginError(f"These methods have no picture: {', '.join(undrawn)}.")
     generated = {
         "Methods": [{name: f"methods/{name}.md"} for name in public.methods()],
         "Frameworks": [
