@@ -68,10 +68,8 @@ def plot(runs: Any, *, steps: Any = None, axes: Any = None) -> tuple[Any, ...]:
     panels = _panels(axes, any("loss" in series for series in found.values()))
     for name, series in found.items():
         norms, *losses = (_Drawing(panel, numbers[name]) for panel in panels)
-        if several is None:
-            color = _draw_in_full(norms, series)
-        else:
-            color = _draw_one_of_several(norms, series, name)
+        draw = _draw_in_full if several is None else _draw_one_of_several
+        color = draw(norms, series, name)
         if losses and "loss" in series:
             losses[0].line(series["loss"], name or "loss", color)
     panels[0].set_yscale("log")
@@ -189,14 +187,13 @@ class _Drawing(NamedTuple):
             )
 
 
-def _draw_in_full(drawing: _Drawing, series: Series) -> str:
+def _draw_in_full(drawing: _Drawing, series: Series, _: str) -> str | None:
     norm, is_skipped, is_clipped = _norm(series), _is_skipped(series), _is_clipped(series)
     if norm is not None:
         drawing.line(_on_log_scale(norm), "norm", NORM)
-    if "clipped_norm" in series:
-        after = series["clipped_norm"]
-    else:
-        after = norm * series["coefficient"] if {"norm", "coefficient"} <= {*series} else None
+    after = series.get("clipped_norm")
+    if after is None and {"norm", "coefficient"} <= {*series}:
+        after = series["norm"] * series["coefficient"]
     if after is not None and (is_clipped | is_skipped).any():
         after = np.where(is_skipped[:, None], np.nan, after)
         drawing.line(_on_log_scale(after), "norm after clipping", CLIPPED)
