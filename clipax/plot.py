@@ -74,6 +74,10 @@ def plot(runs: Any, *, steps: Any = None, axes: Any = None) -> tuple[Any, ...]:
             losses[0].line(series["loss"], name or "loss", color)
     panels[0].set_yscale("log")
     panels[0].yaxis.set_major_formatter("{x:g}")
+    # Where there are few decades, others have numbers too, as 60 and not as a power.
+    panels[0].yaxis.set_minor_formatter(
+        importlib.import_module("matplotlib.ticker").LogFormatter()
+    )
     for panel, label in zip(panels, ("norm", "loss"), strict=False):
         panel.set(xlabel="step", ylabel=label)
         panel.spines[["top", "right"]].set_visible(False)

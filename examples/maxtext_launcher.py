@@ -17,6 +17,7 @@ import sys
 
 import jax
 import optax
+from absl import app
 
 import clipax
 
@@ -25,7 +26,7 @@ def reporting(clip):
     def update(updates, state, params=None):
         updates, state = clip.update(updates, state, params)
         metrics = clipax.metrics(state)
-        jax.debug.print("norm {norm}, max_norm {max_norm}", **metrics)
+        jax.debug.print("norm {}, max_norm {}", metrics["norm"], metrics["max_norm"])
         return updates, state
 
     return optax.GradientTransformation(clip.init, update)
@@ -40,4 +41,4 @@ def get_clipped_optimizer(*args, **kwargs):
 
 
 optimizers.get_optimizer = get_clipped_optimizer
-train.main([*sys.argv, "gradient_clipping_threshold=0"])
+app.run(train.main, argv=[*sys.argv, "gradient_clipping_threshold=0"])

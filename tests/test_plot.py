@@ -92,6 +92,14 @@ def test_a_replay_is_drawn_as_the_run_that_it_replays() -> None:
     assert drawn(of_replay) == drawn(of_run)
 
 
+def test_numbers_on_the_scale_are_no_powers() -> None:
+    (norms,) = clipax.plot({"norm": [40.0, 60.0, 110.0]})
+    norms.figure.canvas.draw()
+    labels = {each.get_text() for each in norms.get_yticklabels(which="both")}
+    assert {"100", "60"} <= labels
+    assert not [label for label in labels if "10^" in label]
+
+
 def test_steps_number_the_rows() -> None:
     norms, losses = clipax.plot(RUN, steps=[10, 20, 30, 40])
     assert drawn(norms)["norm"][0] == [10, 20, 30, 40]
