@@ -1,10 +1,10 @@
 """MaxText.
 
-MaxText has no plug-in for a clip. Its `train.py` calls `optimizers.get_optimizer(config, ...)`
-for an Optax optimizer, and before that optimizer clips by `gradient_clipping_threshold`, unless
-this is 0. The launcher below sets it to 0 and puts a clip of clipax before the optimizer. It takes
-the arguments of MaxText's own `train`. The metrics come out by a callback, because the training
-loop keeps the state of the optimizer to itself.
+MaxText has no plug-in for a clip. Its training step clips by `gradient_clipping_threshold` in
+`maxtext_utils.apply_gradient_clipping`, which keeps no state, and 0 turns this off. Then it takes
+the Optax optimizer that `optimizers.get_optimizer` made. The launcher below wraps that function
+and takes the arguments of MaxText's own `train`. The metrics come out by a callback, because the
+training loop keeps the state to itself.
 """
 
 try:
