@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 import typing
 
 import pytest
@@ -58,7 +59,8 @@ def test_a_badge_is_text_on_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
     badge = (
         '<a href="https://colab.research.google.com/a"><img alt="b" src="https://colab.c/d"/></a>'
     )
-    assert hook.on_page_content(badge) == (
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="start.md"))
+    assert hook.on_page_content(badge, page) == (
         '<a href="https://colab.research.google.com/a">Open in Colab</a>'
     )
 
