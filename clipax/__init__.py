@@ -20,6 +20,7 @@ an `optax.GradientTransformation` that chains with any optimizer:
   error between steps: `check_finite`, `check_not_stuck`
 * which bound: `advise` recommends one from the norms that a run logged (`clipax.advice` reads
   the logs of trainers), and `replay` runs a method over them
+* `plot` draws what a run recorded, or what `replay` returns
 * each example's gradient by itself: `clipped_grad`, `per_example_norms`, `explain_clipped_grad`,
   `track_quantile`
 * without an optimizer: `global_norm`, `clip_tree`, `clip_cotangent`
@@ -86,5 +87,6 @@ from clipax.per_example import clipped_grad as clipped_grad
 from clipax.per_example import explain_clipped_grad as explain_clipped_grad
 from clipax.per_example import per_example_norms as per_example_norms
 from clipax.per_example import track_quantile as track_quantile
+from clipax.plot import plot as plot
 
 __version__ = "0.2.0"

@@ -35,7 +35,7 @@ FLOORS = [
     {"thresholds"},
     {"_core/_clip_by", "per_example"},
     {"methods"},
-    {"apply", "checks", "metrics", "states"},
+    {"apply", "checks", "metrics", "plot", "states"},
     {"advice"},
     {"__init__", "_demo"},
     {"__main__"},

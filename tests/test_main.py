@@ -256,7 +256,7 @@ def test_plot_has_the_bound_where_there_is_one(tmp_path):
         for axes in figures.last.axes
     ]
     assert [len(lines) for lines in drawn] == [1, 2, 2, 1, 3, 2]
-    np.testing.assert_array_equal(drawn[4]["bound on the norm"], np.arange(1.0, STEPS + 1))
+    np.testing.assert_array_equal(drawn[4]["bound, with this method"], np.arange(1.0, STEPS + 1))
     assert all(axes.get_yscale() == "log" for axes in figures.last.axes)
 
 

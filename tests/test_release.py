@@ -65,3 +65,10 @@ def test_the_oldest_versions_are_those_that_the_package_names() -> None:
     oldest = (ROOT / ".ci" / "floor.txt").read_text()
     for requirement in PROJECT["dependencies"]:
         assert requirement.replace(">=", "==") in oldest
+
+
+def test_the_page_on_versions_says_whether_a_name_is_deprecated() -> None:
+    modules = (ROOT / "clipax").rglob("*.py")
+    warns = any("DeprecationWarning" in path.read_text() for path in modules)
+    page = (ROOT / "docs" / "versioning.md").read_text()
+    assert ("No name is deprecated now." in page) != warns

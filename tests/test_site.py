@@ -7,9 +7,11 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 import typing
 
 import pytest
+import yaml
 
 import clipax
 
@@ -41,6 +43,68 @@ def test_every_method_can_be_drawn() -> None:
     public = module_from(ROOT / "docs" / "hooks" / "public.py")
     known = {*pictures.OTHERS, *pictures._methods.METHODS}
     assert set(public.methods()) - known == set()
+
+
+def test_a_method_without_a_picture_would_end_the_build() -> None:
+    pictures = module_from(ROOT / "docs" / "hooks" / "pictures.py")
+    public = module_from(ROOT / "docs" / "hooks" / "public.py")
+    assert pictures.undrawn(public.methods()) == []
+    assert pictures.undrawn(["zclip", "no_such_method"]) == ["no_such_method"]
+
+
+def test_a_badge_is_text_on_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(ROOT / "docs" / "hooks")
+    hook = module_from(ROOT / "docs" / "hooks" / "site.py")
+    badge = (
+        '<a href="https://colab.research.google.com/a"><img alt="b" src="https://colab.c/d"/></a>'
+    )
+    page = types.SimpleNamespace(file=types.SimpleNamespace(src_uri="start.md"))
+    assert hook.on_page_content(badge, page) == (
+        '<a href="https://colab.research.google.com/a">Open in Colab</a>'
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "is_good"),
+    [
+        ("[there](other.md#here)", True),
+        ("[nowhere](none.md)", False),
+        ("[no heading](other.md#none)", False),
+        ("[absolute](/other.md)", False),
+    ],
+)
+def test_a_broken_link_would_end_the_build(
+    text: str, is_good: bool, tmp_path: pathlib.Path
+) -> None:
+    pytest.importorskip("mkdocs")
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "index.md").write_text(text)
+    (docs / "other.md").write_text("# Here")
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    small = {"site_name": "small", "validation": config["validation"]}
+    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(small))
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode == 0) == is_good, done.stderr
+
+
+def test_the_workflow_builds_strictly() -> None:
+    assert "mkdocs build --strict" in (ROOT / ".github" / "workflows" / "docs.yml").read_text()
+
+
+@pytest.mark.slow
+def test_every_framework_has_a_page_with_its_code(site: pathlib.Path) -> None:
+    overview = (site / "frameworks" / "index.html").read_text()
+    paths = list((ROOT / "examples").glob("*.py"))
+    assert len(paths) > 10
+    for path in paths:
+        assert f'href="{path.stem}.html"' in overview
+        page = (site / "frameworks" / f"{path.stem}.html").read_text()
+        assert "import clipax" in re.sub("<.*?>", "", page)
+        assert "SystemExit" not in page
 
 
 @pytest.fixture(scope="module")

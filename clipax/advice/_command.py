@@ -108,7 +108,7 @@ def _write(advice: Advice, log: Log, output: pathlib.Path) -> list[str]:
         data.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
         _picture.write_png(advice, picture)
     except ModuleNotFoundError as error:
-        return [str(data), f"no picture without {error.name}: pip install 'clipax[demo]'"]
+        return [str(data), f"no picture without {error.name}: pip install 'clipax[plot]'"]
     except OSError as error:
         _end(f"{output}: {error.strerror or error}.")
     return [str(data), str(picture)]

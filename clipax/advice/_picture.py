@@ -10,14 +10,15 @@ import numpy as np
 from clipax.advice._advise import Advice
 from clipax.advice._candidates import Candidate
 from clipax.advice._rules import percent
+from clipax.plot import BOUND, plot
 
-_COLORS = {"in use": "#000000", "first": "#D55E00", "second": "#009E73"}
-_MAX_POINTS = 3000
+_COLORS = {"in use": "#000000", "first": BOUND, "second": "#009E73"}
+_NAMES = {"in use": "in use", "second": "second choice"}
 _BINS = 60
 
 
 def write_png(advice: Advice, path: pathlib.Path) -> None:
-    """Draws the norms, the bound in use and those recommended, and the steps that these clip.
+    """Draws the norms as the first choice clips them, with the bound in use and the second choice.
 
     Raises:
       ModuleNotFoundError: matplotlib is not installed.
@@ -25,24 +26,36 @@ def write_png(advice: Advice, path: pathlib.Path) -> None:
     figures = importlib.import_module("matplotlib.figure")
     figure = figures.Figure((9, 4.2), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    _draw_norms(left, advice)
-    shown = list(_shown(advice))
-    for role, candidate in shown:
-        _draw_bound(left, right, advice, role, candidate)
-    for role, candidate in shown:
-        if role == "first":
-            _draw_clipped(left, advice, candidate)
+    shown = dict(_shown(advice))
+    first = shown.get("first")
+    run = {"norm": advice.norms}
+    if first is not None:
+        run |= {"max_norm": first.max_norm, "coefficient": first.coefficient}
+        clipped = f"clips {percent(first.clipped)} of the norms"
+        left.set_title(f"{_code(first)} {clipped}", loc="left", fontsize="medium")
+    plot(run, steps=advice.steps, axes=left)
+    others = {
+        f"{_NAMES[role]}: {_code(each)}": {"max_norm": each.max_norm}
+        for role, each in shown.items()
+        if role != "first"
+    }
+    if others:
+        left.set_prop_cycle(color=[_COLORS[role] for role in shown if role != "first"])
+        plot(others, steps=advice.steps, axes=left)
     _draw_histogram(right, advice)
-    for axes in (left, right):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-    left.set(xlabel="step", ylabel="gradient norm")
+    for role, each in shown.items():
+        _draw_range(right, each, _COLORS[role])
+    left.set_ylabel("gradient norm")
     right.set(xlabel="norms logged")
+    right.spines[["top", "right"]].set_visible(False)
+    right.grid(alpha=0.3)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)
+
+
+def _code(candidate: Candidate) -> str:
+    return candidate.code.removeprefix("clipax.")
 
 
 def _shown(advice: Advice) -> Iterator[tuple[str, Candidate]]:
@@ -56,52 +69,13 @@ def _shown(advice: Advice) -> Iterator[tuple[str, Candidate]]:
         yield role, by_code[code]
 
 
-def _draw_norms(axes: Any, advice: Advice) -> None:
-    norms = np.where(np.isfinite(advice.norms) & (advice.norms > 0), advice.norms, np.nan)
-    if norms.size <= _MAX_POINTS:
-        axes.plot(advice.steps, norms, ".", color="0.6", markersize=3, label="logged norms")
-        return
-    chunks = np.array_split(np.arange(norms.size), _MAX_POINTS)
-    firsts = [rows[0] for rows in chunks]
-    low, high = (extreme.reduceat(norms, firsts) for extreme in (np.fmin, np.fmax))
-    label = "logged norms, from the least to the largest"
-    steps = advice.steps[firsts]
-    axes.fill_between(steps, low, high, color="0.7", linewidth=0.4, label=label)
-
-
-def _draw_bound(left: Any, right: Any, advice: Advice, role: str, candidate: Candidate) -> None:
-    every = max(1, advice.norms.size // _MAX_POINTS)
-    bound = np.where(np.isfinite(candidate.max_norm), candidate.max_norm, np.nan)
-    name = {"in use": "bound in use", "first": "recommended", "second": "second choice"}[role]
-    left.plot(
-        advice.steps[::every],
-        bound[::every],
-        "--" if role == "in use" else "-",
-        color=_COLORS[role],
-        linewidth=1.2,
-        label=f"{name}: {candidate.code.removeprefix('clipax.')}",
-    )
-    low, high = np.nanquantile(bound, (0.05, 0.95)) if np.isfinite(bound).any() else (1, 1)
-    right.axhspan(low, high, color=_COLORS[role], alpha=0.15, linewidth=0)
-    right.axhline(np.sqrt(low * high), color=_COLORS[role], linewidth=1.2)
-
-
-def _draw_clipped(axes: Any, advice: Advice, candidate: Candidate) -> None:
-    """The steps that a candidate clips, or the largest of them where they are many."""
-    is_clipped = np.isfinite(advice.norms) & (candidate.coefficient < 1)
-    rows = np.flatnonzero(is_clipped)
-    if rows.size > _MAX_POINTS:
-        rows = np.sort(rows[np.argsort(advice.norms[rows])[-_MAX_POINTS:]])
-    label = f"clipped as recommended ({percent(candidate.clipped)} of the norms)"
-    size = 12 if rows.size <= 300 else 4
-    axes.scatter(
-        advice.steps[rows],
-        advice.norms[rows],
-        s=size,
-        color=_COLORS["first"],
-        label=label,
-        zorder=3,
-    )
+def _draw_range(axes: Any, candidate: Candidate, color: str) -> None:
+    """Where the bound is at most steps."""
+    bound = candidate.max_norm[np.isfinite(candidate.max_norm)]
+    if bound.size:
+        low, high = np.quantile(bound, (0.05, 0.95))
+        axes.axhspan(low, high, color=color, alpha=0.15, linewidth=0)
+        axes.axhline(np.sqrt(low * high), color=color, linewidth=1.2)
 
 
 def _draw_histogram(axes: Any, advice: Advice) -> None:

@@ -31,7 +31,6 @@ OTHERS = {
     "skip_step": functools.partial(clipax.skip_step, optax.identity(), z_max=6.0),
     "track": functools.partial(clipax.track, clipax.clip_by_global_norm(1.0)),
 }
-RAW, CLIPPED, BOUND = "#a9a9a9", "#0072b2", "#d55e00"
 
 
 class Run(NamedTuple):
@@ -60,6 +59,11 @@ def stream() -> dict[str, np.ndarray]:
     }
 
 
+def undrawn(names: list[str]) -> list[str]:
+    """The methods that nobody has said how to build."""
+    return [name for name in names if name not in OTHERS and name not in _methods.METHODS]
+
+
 def run(name: str) -> Run:
     method = (OTHERS.get(name) or _methods.METHODS[name])()
     params = {name: jnp.full(shape, 30.0) for name, shape in SHAPES.items()}
@@ -81,43 +85,37 @@ def _is_shorter(data: Run) -> np.ndarray:
 
 
 def draw(axes: Any, data: Run, *, small: bool = False) -> None:
-    steps, size = np.arange(STEPS), 0.8 if small else 1.2
-    lowest = max(0.4 * min(data.raw.min(), data.after[data.after > 0].min()), 0.02)
-    axes.plot(steps, data.raw, color=RAW, linewidth=size, label="norm before")
-    after = np.where(data.after > 0, data.after, np.nan)
-    axes.plot(steps, after, color=CLIPPED, linewidth=size, label="norm after")
-    if data.max_norm is not None:
-        bound = np.where(np.isfinite(data.max_norm), data.max_norm, np.nan)
-        axes.plot(steps, bound, color=BOUND, linewidth=size, linestyle="--", label="bound")
-    for is_marked, marker, label in (
-        (_is_shorter(data) & (data.after > 0), "|", "made shorter"),
-        (data.after == 0, "x", "left out"),
-    ):
-        if is_marked.any():
-            at = steps[is_marked]
-            heights = np.full(len(at), 1.3 * lowest)
-            width = 3 if small else 5
-            axes.plot(
-                at, heights, marker, color="black", markersize=width, linestyle="", label=label
-            )
-    axes.set(yscale="log", xlim=(0, STEPS - 1), ylim=(lowest, 1.5 * data.raw.max()))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+    is_left_out = data.after == 0
+    series = {
+        "norm": data.raw,
+        "clipped_norm": data.after,
+        "max_norm": data.max_norm,
+        "clip_fraction": _is_shorter(data),
+        "is_skipped": is_left_out,
+    }
+    clipax.plot(series, axes=axes)
+    lowest = max(0.4 * min(data.raw.min(), data.after[~is_left_out].min()), 0.02)
+    axes.set(xlim=(0, STEPS - 1), ylim=(lowest, 1.5 * data.raw.max()))
     axes.minorticks_off()
     ticks = [tick for tick in (0.1, 1, 10) if tick > lowest]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.tick_params(labelsize=7 if small else 9)
-    if not small:
-        axes.set(xlabel="step", ylabel="global norm of the updates")
+    axes.tick_params(labelsize=7 if small else 8)
+    if small:
+        axes.set(xlabel="", ylabel="")
+        for line in axes.get_lines():
+            line.set(linewidth=0.8, markersize=3)
+    else:
+        axes.set_xlabel("step", fontsize=8)
+        axes.set_ylabel("global norm of the updates", fontsize=8)
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
-        axes.legend(frameon=False, fontsize=9, ncols=5, **place)
+        axes.legend(frameon=False, fontsize=8, ncols=5, **place)
 
 
 def picture(data: Run, *, small: bool) -> bytes:
-    drawn = figure.Figure(figsize=(3.4, 1.9) if small else (8, 3.4), layout="constrained")
+    drawn = figure.Figure(figsize=(3.4, 1.9) if small else (6.2, 3), layout="constrained")
     draw(drawn.subplots(), data, small=small)
     out = io.BytesIO()
-    drawn.savefig(out, format="png", dpi=110 if small else 130)
+    drawn.savefig(out, format="png", dpi=110 if small else 160)
     return out.getvalue()
 
 

@@ -1,8 +1,9 @@
 """Makes the pages of the site that code can write, and mends the links of those that it cannot.
 
 For every method a page from its docstring, its picture and `docs/background/`; for every public
-module a page of the API reference; the README, the changelog, CONTRIBUTING and the notebooks
-from where they lie. The build ends with an error at an undocumented public name.
+module a page of the API reference; for every framework a page from `examples/`; the README, the
+changelog, CONTRIBUTING and the notebooks from where they lie. The build ends with an error at an
+undocumented public name, and at a method without a picture.
 """
 
 import json
@@ -12,6 +13,7 @@ import re
 from typing import Any
 
 import docstrings
+import frameworks
 import pictures
 import public
 from mkdocs.config.defaults import MkDocsConfig
@@ -40,6 +42,9 @@ PLACES = {
 _SOURCES = {place: source for source, place in PLACES.items()}
 _FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+_TABLE = re.compile(r"(<table>.*?</table>)", re.DOTALL)
+_CODE = re.compile(r"(?<=<code>)[^<]+")
+_BADGE = re.compile(r'<img\b[^>]*\bsrc="https://colab[^>]*>')
 STREAM = (
     "All methods see the same stream: norms that fall by half, and spikes. The first spike and "
     "the last cover all entries, the second one leaf, the third one entry, and four follow each "
@@ -52,10 +57,19 @@ def on_config(config: MkDocsConfig) -> None:
     missing = public.undocumented()
     if missing:
         raise PluginError(f"These public names have no docstring: {', '.join(missing)}.")
+    undrawn = pictures.undrawn(public.methods())
+    if undrawn:
+        raise PluginError(f"These methods have no picture: {', '.join(undrawn)}.")
     generated = {
         "Methods": [{name: f"methods/{name}.md"} for name in public.methods()],
+        "Frameworks": [
+            {each.title: f"frameworks/{each.name}.md"} for each in frameworks.examples()
+        ],
         "API reference": [{path: f"api/{path}.md"} for path in public.rooms()],
     }
+    if config.extra["repository"]:  # A plain link: `repo_url` would load counts of stars.
+        icon = "fontawesome/brands/github"
+        config.extra["social"] = [{"icon": icon, "link": config.extra["repository"]}]
     for entry in config.nav:
         for title, pages in entry.items():
             if title in generated:
@@ -78,6 +92,9 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         add(f"methods/{name}.small.png", small)
         add(f"methods/{name}.md", _method_page(name, caption))
     add("methods/index.md", _overview(list(drawn)))
+    add("frameworks/index.md", frameworks.overview())
+    for example in frameworks.examples():
+        add(f"frameworks/{example.name}.md", frameworks.page(example))
     add("api/index.md", _api_overview())
     for path in public.rooms():
         add(f"api/{path}.md", _room_page(path))
@@ -94,7 +111,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         if not target or re.match(r"\w+:", link):
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-        there = PLACES.get(path, path.removeprefix("docs/") if path.startswith("docs/") else "")
+        there = PLACES.get(path) or _generated(path)
         if not there:
             return text  # It is in the repository and not on the site.
         relative = posixpath.relpath(there, posixpath.dirname(place) or ".")
@@ -110,6 +127,29 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
                 for line in lines
             )
     return "".join(parts)
+
+
+def on_page_content(html: str, page: Page, **_: Any) -> str:
+    """Writes a badge as text, because its picture is elsewhere; lets names in tables break."""
+    if page.file.src_uri.startswith("notebooks/"):  # Their code has every word, and is long.
+        page.meta["search"] = {"boost": 0.2}
+
+    def break_names(match: re.Match[str]) -> str:
+        return re.sub(r"(?<=[\w)])([_.(])(?=\w)", r"\1<wbr>", match[0])
+
+    html = _BADGE.sub("Open in Colab", html)
+    parts = _TABLE.split(html)
+    parts[1::2] = [_CODE.sub(break_names, part) for part in parts[1::2]]
+    return "".join(parts)
+
+
+def _generated(path: str) -> str:
+    """Where a file of the repository is on the site, or the empty string."""
+    if path == "examples":
+        return "frameworks/index.md"
+    if example := re.fullmatch(r"examples/(\w+)\.py", path):
+        return f"frameworks/{example[1]}.md"
+    return path.removeprefix("docs/") if path.startswith("docs/") else ""
 
 
 def _method_page(name: str, caption: str) -> str:
@@ -178,7 +218,7 @@ def _overview(names: list[str]) -> str:
         f"<figcaption markdown>[`{name}`]({name}.md)</figcaption>\n</figure>"
         for name in names
     ]
-    return "\n\n".join(
+    return frameworks.WIDE + "\n\n".join(
         [
             "# Methods",
             f"{STREAM} Grey is the norm before, blue the norm after, orange the bound where the "

@@ -118,7 +118,7 @@ def test_without_matplotlib_there_is_no_picture(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     printed = run([log, "--output", str(tmp_path / "out")], monkeypatch, capsys)
-    assert printed.splitlines()[-1].endswith("pip install 'clipax[demo]'")
+    assert printed.splitlines()[-1].endswith("pip install 'clipax[plot]'")
     assert (tmp_path / "out" / "advice.json").exists()
 
 
