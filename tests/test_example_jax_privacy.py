@@ -15,7 +15,10 @@ import pytest
 jax_privacy = pytest.importorskip("jax_privacy", reason="needs the package jax-privacy")
 datasets = pytest.importorskip("sklearn.datasets", reason="needs the package scikit-learn")
 
-PATH = pathlib.Path(__file__).resolve().parent.parent / "examples/jax_privacy_clipped_grad.py"
+PATH = (
+    pathlib.Path(__file__).resolve().parent.parent
+    / "examples/adapters/jax_privacy_clipped_grad.py"
+)
 TASKS = ("digits", "breast_cancer")
 # Some of what their code calls is deprecated.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]

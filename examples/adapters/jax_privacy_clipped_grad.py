@@ -5,7 +5,7 @@ gradient for each example only where it has to. Noise, accountant, sampling and 
 those of jax_privacy:
 
     pip install clipax jax-privacy scikit-learn
-    python examples/jax_privacy_clipped_grad.py
+    python examples/adapters/jax_privacy_clipped_grad.py
 
 Three things differ. With `nan_safe`, an example with a NaN is left out whole, where jax_privacy
 sets its NaNs to zero and keeps the rest. A sum over parameters in bfloat16 is in float32, unless
