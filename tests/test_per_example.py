@@ -13,7 +13,6 @@ from per_example_cases import in_both_ways
 
 import clipax
 
-
 # Rules for a derivative that may not be linear, and parameters narrower than their sums.
 REFUSED = {
     "custom_derivatives",

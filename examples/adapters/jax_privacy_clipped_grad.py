@@ -200,7 +200,7 @@ def main() -> None:
         params, _ = train(plan_with_clipax(config), inputs[train_part], labels[train_part])
         predicted = predict(params, inputs[test_part]).argmax(1)
         accuracy = np.mean(predicted == labels[test_part])
-        print(f"{name}: epsilon {config.epsilon:g}, accuracy {accuracy:.3f}")  # noqa: T201
+        print(f"{name}: epsilon {config.epsilon:g}, accuracy {accuracy:.3f}")
 
 
 if __name__ == "__main__":
