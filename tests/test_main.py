@@ -16,6 +16,8 @@ import optax
 import pytest
 import trees
 
+import clipax
+from clipax import __main__
 from clipax._demo import _command, _methods, _picture, _report, _training
 
 STEPS, SEEDS = 12, 2
@@ -315,6 +317,18 @@ def test_help(capsys):
         *_methods.OPTIMIZERS,
     ):
         assert word in text
+
+
+def test_the_version_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["clipax", "--version"])
+    __main__.main()
+    assert capsys.readouterr().out == f"clipax {clipax.__version__}\n"
+
+
+def test_an_unknown_command_names_those_that_there_are(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["clipax", "advice", "log.jsonl"])
+    with pytest.raises(SystemExit, match=r"^clipax has no command 'advice': `clipax advise LOG` "):
+        __main__.main()
 
 
 def test_command_line(tmp_path):

@@ -193,6 +193,36 @@ def test_keyword_arguments_are_the_same_for_all_examples() -> None:
     assert_clipped(loss_fn, factor=3.0, factors=jnp.array([1.0, 2.0]))
 
 
+def square_error(w: Any, x: Any, y: Any) -> Any:
+    return jnp.mean((x @ w - y) ** 2)
+
+
+def test_rows_that_every_example_gets_are_warned_of() -> None:
+    w, x, y = jnp.ones(3), jnp.ones((4, 3)), jnp.arange(4.0)
+    clip = clipax.clipped_grad(square_error, 1.0)
+    with pytest.warns(UserWarning, match=r"^Argument 2 has 4 rows, .*, pass the argument by key"):
+        clip(w, x, y)
+    with pytest.warns(UserWarning, match=r"add the position to batch_argnums"):
+        clipax.explain_clipped_grad(square_error, w, x, y)
+    # Advice that can be followed.
+    clipax.clipped_grad(square_error, 1.0, batch_argnums=(1, 2))(w, x, y)
+    clip(w, x, y=y)
+    # What is no row of labels: another length, a key, one example.
+    clip(w, x, jnp.arange(5.0))
+    clip(w, x[:1], y[:1])
+
+    def noisy(w: Any, x: Any, key: Any) -> Any:
+        return square_error(w, x + jax.random.normal(key, x.shape), 0.0)
+
+    clipax.clipped_grad(noisy, 1.0)(w, x[:2], jax.random.PRNGKey(0))
+
+
+def test_a_loss_of_a_whole_batch_is_refused_with_what_is_split() -> None:
+    args = jnp.ones(3), jnp.ones((4, 3)), jnp.arange(5.0)
+    with pytest.raises(ValueError, match=r"Only arguments in batch_argnums are split into ex"):
+        clipax.clipped_grad(lambda w, x, y: x @ w - y, 1.0)(*args)
+
+
 def test_keywords_can_be_any_that_the_loss_takes() -> None:
     def loss_fn(params: Any, x: jax.Array, **options: Any) -> jax.Array:
         return options["args"] * options["self"] * total(params, x)

@@ -113,7 +113,8 @@ class Columns:
         }
         best = [name for name in ranks if ranks[name] == min(ranks.values())]
         if not best:
-            raise LogError(f"{self.source}: no column looks like a gradient norm; {self._list()}")
+            message = "no column looks like a gradient norm, so name it with --column"
+            raise LogError(f"{self.source}: {message}; {self._list()}")
         if len(best) > 1:
             raise LogError(
                 f"{self.source}: {len(best)} columns may be the global norm; name one with"

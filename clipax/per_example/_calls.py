@@ -1,6 +1,7 @@
 """A loss function with the arrays that it is called with."""
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -169,12 +170,30 @@ def call_of(loss: Loss, args: Sequence[Any], shared: Mapping[str, Any], **own: A
     call = Call(loss._replace(function=function), arrays)
     _check_params(call)
     _check_batch(call)
+    _warn_of_rows(args, chosen, call.examples)
     if key is not None:
         arrays[key] = _keys.split(arrays[key], call.examples, key)
         batched = (*call.loss.batch_argnums, key)
         call = Call(call.loss._replace(batch_argnums=batched), arrays)
     _mapped.refuse_summed_gradients(call.params, call.batch)
     return call
+
+
+def _warn_of_rows(args: Sequence[Any], chosen: Collection[int], examples: int) -> None:
+    """Warns of arrays that look like labels, which a loss may take whole without an error."""
+    for position, arg in enumerate(args):
+        is_array = isinstance(arg, jax.Array | np.ndarray) and np.ndim(arg) > 0
+        is_like_one = is_array and np.shape(arg)[0] == examples > 1
+        if position in chosen or not is_like_one:
+            continue
+        if jnp.issubdtype(arg.dtype, np.unsignedinteger) or not _arguments.is_value(arg):
+            continue  # a key
+        warnings.warn(
+            f"Argument {position} has {examples} rows, as many as there are examples, and every"
+            " example gets all of them. If a row belongs to an example, add the position to"
+            " batch_argnums. If not, pass the argument by keyword.",
+            stacklevel=4,
+        )
 
 
 def _check_params(call: Call) -> None:

@@ -58,7 +58,9 @@ def clipped_grad(
       coefficient: `(norm, max_norm) -> factor`, such as `hard`, `normalized` or `auto_s`.
       argnums: The position or positions of the parameters.
       batch_argnums: The position or positions of the arguments with the examples along the
-        first axis of every leaf. All other arguments are the same for all examples.
+        first axis of every leaf, such as (1, 2) for `loss_fn(params, x, y)`. All other arguments
+        are the same for all examples. An array among them with a row for each example is warned
+        of, unless it is passed by keyword.
       batch_argnames: The names of keyword arguments that have the examples too.
       prng_argnum: The position of a PRNG key, or of a tree of them. It is split, so that each
         example has a key of its own.

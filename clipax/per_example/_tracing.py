@@ -116,5 +116,6 @@ def _check_loss(loss: Any) -> None:
         kind = f"{jnp.result_type(loss)}{list(jnp.shape(loss))}"
         raise ValueError(
             f"loss_fn must return one real number for one example, got {kind}. It is called"
-            " with one example, without the axis of examples."
+            " with one example, without the axis of examples. Only arguments in batch_argnums are"
+            " split into examples."
         )

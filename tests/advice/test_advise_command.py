@@ -177,6 +177,14 @@ def test_the_module_runs_as_a_command(log: str, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_reader_may_stop_after_the_first_line(log: str, tmp_path: pathlib.Path) -> None:
+    command = f"{sys.executable} -m clipax advise {log} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(log)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["long", "short", "constant", "nothing clipped", "zeros and NaN"])
 def test_every_log_can_be_drawn(kind: str, tmp_path: pathlib.Path) -> None:
     norms = {
