@@ -20,7 +20,8 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "blank": ("\n\n \n", ": has no line with text"),
     "no norm in a table": (
         "step,loss,accuracy\n1,2.0,0.5\n",
-        ": no column looks like a gradient norm, so name it with --column; the names are 'step', 'loss', 'accuracy'",
+        ": no column looks like a gradient norm, so name it with --column; the names are 'step',"
+        " 'loss', 'accuracy'",
     ),
     "no norm in text": ("hello\nworld\n", ": no 'grad_norm: 1.0', 'norm 1.0' or their like"),
     "no norm in JSON lines": (
