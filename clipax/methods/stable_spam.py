@@ -185,7 +185,7 @@ def stable_spam(
             units = jax.tree.map(_range.finite_or_one, ends)
             squares = _leaves.map_measured(_squares, read, units, *bounds)
             sums = _paths.flat(_of_computed(squares, 1, axis_name=axis_name))
-            norms = jax.tree.map(lambda total, unit: unit * _moments.root(total), sums, units)
+            norms = jax.tree.map(_norm_of, units, sums)
             # The record of this half is dropped: metrics read that of the first half alone.
             _, after = leaves.update(largest, clip._replace(threshold=moments), norm=norms)
             clipped = in_two(_normalized, norms, after.max_norm).scale(clipped)
@@ -222,6 +222,11 @@ def _clip_leaf(leaf: Array, bound: Array, first: Array, second: Array) -> Array:
     moduli = jnp.abs(leaf)
     exceeds = moduli > bound.astype(moduli.dtype)
     return Factors(*(jnp.where(exceeds, factor, 1) for factor in (first, second))).scale(leaf)
+
+
+def _norm_of(unit: Array, total: Array | None) -> Array:
+    """The norm from a sum of squares in a unit; zero for a leaf that this step does not have."""
+    return jnp.zeros_like(unit) if total is None else unit * _moments.root(total)
 
 
 def _squares(leaf: Array, unit: Array, *bound: Array) -> Array:
