@@ -64,7 +64,11 @@ def clip_where_needed(
 
 
 def _cond(where: Array, if_any: Any, if_none: Any) -> Any:
-    return jax.lax.cond(_in_any(jnp.any(where)), if_any, if_none)
+    is_needed = _in_any(jnp.any(where))
+    if isinstance(is_needed, jax.core.Tracer):
+        return jax.lax.cond(is_needed, if_any, if_none)
+    # Outside of a program, each new condition would be compiled.
+    return (if_any if is_needed else if_none)()
 
 
 # Under `vmap`, a condition that differs between members would become a selection, and both of its
