@@ -105,6 +105,7 @@ def test_an_ensemble_can_be_trained_by_factors_made_twice() -> None:
     zoo.assert_near(train("twice"), train("kept"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_factors_of_a_sharded_batch_can_be_made_twice(kind: AxisType) -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
@@ -118,6 +119,7 @@ def test_factors_of_a_sharded_batch_can_be_made_twice(kind: AxisType) -> None:
     zoo.assert_near(found[0], clip("kept")(PARAMS, BATCH)[0])
 
 
+@pytest.mark.slow
 def test_factors_of_a_sharded_parameter_can_be_made_twice() -> None:
     mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
 
@@ -142,6 +144,7 @@ def test_factors_of_a_sharded_parameter_can_be_made_twice() -> None:
     zoo.assert_near(run("twice"), run("kept"))
 
 
+@pytest.mark.slow
 def test_each_device_can_make_the_factors_of_its_examples_twice() -> None:
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 
@@ -157,6 +160,7 @@ def test_each_device_can_make_the_factors_of_its_examples_twice() -> None:
     zoo.assert_near((grads, norms), (wanted, info.norms))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_scanned", [False, True])
 def test_norms_of_products_that_cancel_are_measured_again(is_scanned: bool) -> None:
     rng = np.random.default_rng(0)
@@ -199,6 +203,7 @@ def temp_bytes(function: Any, *args: Any) -> int:
     return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_scanned", [True, False])
 def test_the_memory_is_that_of_the_gradient_of_the_batch(is_scanned: bool) -> None:
     layers, width, length, examples = 6, 256, 128, 8

@@ -49,10 +49,10 @@ MODELS = [
     "recurrent",
     "weight_decay",
     "unused_empty_and_alike",
-    pytest.param("complex_numbers", marks=pytest.mark.slow),
-    pytest.param("mixture_of_experts", marks=pytest.mark.slow),
-    pytest.param("tied_embedding", marks=pytest.mark.slow),
-    pytest.param("transformer_block", marks=pytest.mark.slow),
+    "complex_numbers",
+    "mixture_of_experts",
+    "tied_embedding",
+    "transformer_block",
 ]
 
 
@@ -90,7 +90,7 @@ def wide_model(name: str) -> tuple[Any, Any, Any]:
     return loss_fn, *jax.tree.map(widened, (params, batch))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", trees.mostly_slow(MODELS, ["mlp", "dense_over_time"]))
 def test_every_option_equals_numpy(name: str) -> None:
     # Some models hold a constant in float32.
     with trees.double_precision(True), jax.numpy_dtype_promotion("standard"):
@@ -464,7 +464,10 @@ def test_bounds_of_leaves_are_those_of_optax(uniform: bool) -> None:
     loss_fn, params, batch = every_way()
     each = jax.jit(jax.vmap(jax.grad(loss_fn), (None, 0)))(params, batch)
     leaves, structure = jax.tree.flatten(each)
-    sums, number = optax.per_example_layer_norm_clip(leaves, 0.3, uniform=uniform)
+    clip = trees.quick_jit(
+        functools.partial(optax.per_example_layer_norm_clip, l2_norm_clip=0.3, uniform=uniform)
+    )
+    sums, number = clip(leaves)
     bounds = per_example.split_max_norm(0.3, params, by_size=not uniform)
     grads, info = clipax.clipped_grad(loss_fn, bounds, mean=False)(params, batch)
     zoo.assert_near(grads, jax.tree.unflatten(structure, sums))

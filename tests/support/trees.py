@@ -82,7 +82,7 @@ ONE_OF_EACH_KIND = {
 }
 
 
-def mostly_slow(names: Iterable[str], plain: Container[str] = ONE_OF_EACH_KIND) -> list[Any]:
+def mostly_slow(names: Iterable[Any], plain: Container[Any] = ONE_OF_EACH_KIND) -> list[Any]:
     """The names as parameters of a test, those that are not plain in the slow group."""
     return [
         name if name in plain else pytest.param(name, marks=pytest.mark.slow) for name in names
