@@ -464,9 +464,11 @@ def test_bounds_of_leaves_are_those_of_optax(uniform: bool) -> None:
     loss_fn, params, batch = every_way()
     each = jax.jit(jax.vmap(jax.grad(loss_fn), (None, 0)))(params, batch)
     leaves, structure = jax.tree.flatten(each)
-    clip = trees.quick_jit(
-        functools.partial(optax.per_example_layer_norm_clip, l2_norm_clip=0.3, uniform=uniform)
-    )
+
+    @trees.quick_jit
+    def clip(leaves: Any) -> Any:
+        return optax.per_example_layer_norm_clip(leaves, 0.3, uniform=uniform)
+
     sums, number = clip(leaves)
     bounds = per_example.split_max_norm(0.3, params, by_size=not uniform)
     grads, info = clipax.clipped_grad(loss_fn, bounds, mean=False)(params, batch)
