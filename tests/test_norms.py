@@ -433,3 +433,15 @@ def test_derivatives_where_entries_are_zero(p: float) -> None:
     slope = powers * float(norm(x)) ** (1 - p)
     np.testing.assert_allclose(jax.grad(norm)(x), slope, rtol=1e-6)
     np.testing.assert_allclose(jax.jvp(norm, (x,), (direction,))[1], slope @ direction, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e20, 1e25, 1e-25, 1.0])
+@pytest.mark.parametrize("length", [2, 20_000])
+def test_second_derivatives_far_from_one(size: float, length: int) -> None:
+    @jax.hessian
+    def curvature(pair: Any) -> Any:
+        return clipax.leaf_norm(jnp.zeros(length).at[:2].set(pair))
+
+    expected = np.array([[1, -1], [-1, 1]]) / 8**0.5
+    found = curvature(jnp.full(2, size))
+    np.testing.assert_allclose(found * size, expected, rtol=1e-5)

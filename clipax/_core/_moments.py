@@ -132,6 +132,11 @@ def debiased(decay: jax.typing.ArrayLike, count: Array, dtype: Any = float) -> A
     return jnp.where(count == 1, 1, weight / total)
 
 
+def largest_to_square(dtype: Any) -> float:
+    """A power of two whose square is finite: 2^63 in float32."""
+    return float(2.0 ** (np.finfo(dtype).maxexp // 2 - 1))
+
+
 def power(x: Array, ord: jax.typing.ArrayLike = 2.0) -> Array:
     """`|x|^ord`, at most the largest float."""
     largest = np.finfo(x.dtype).max

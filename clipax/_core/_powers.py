@@ -1,13 +1,11 @@
 """Powers of moduli, with derivatives that are finite at zero."""
 
-import contextlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax._core import _compat
 from clipax._core._typing import Array
 
 
@@ -22,22 +20,6 @@ def _square(modulus: Array, signed: Array) -> Array:
 def _square_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
     signed, signed_dot = primals[1], tangents[1]
     return _square(*primals), signed * signed_dot + signed_dot * signed
-
-
-# Its own rule keeps selections out of the program that is not differentiated.
-@jax.custom_jvp
-def _square_root(x: Array) -> Array:
-    return jnp.sqrt(x)
-
-
-@_square_root.defjvp
-def _square_root_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    ((x,), (x_dot,)) = primals, tangents
-    root = _square_root(x)
-    is_double = x.dtype == np.float64
-    with _compat.doubles() if is_double else contextlib.nullcontext():
-        twice = jnp.where(x > 0, root + root, 1)
-        return root, x_dot / twice
 
 
 def powers(x: Array, width: Any, scale: Any, power: float) -> Array:
@@ -75,9 +57,7 @@ def root(sums: Array, power: float) -> Array:
     """sums**(1/power) with a derivative of zero, not NaN, at zero."""
     if power == 1:
         return sums
-    if power == 2:
-        return _square_root(sums)
     positive = jnp.where(sums > 0, sums, jnp.ones_like(sums))
-    roots = positive ** (1 / power)
+    roots = jnp.sqrt(positive) if power == 2 else positive ** (1 / power)
     # A NaN is not > 0 and must come through.
     return jnp.where(sums > 0, roots, sums)

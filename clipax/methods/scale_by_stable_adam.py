@@ -151,5 +151,5 @@ def _in_range(x: Array) -> Array:
     """The entries, or the largest ones whose squares are finite in place of larger ones."""
     if jnp.iscomplexobj(x):
         return jax.lax.complex(_in_range(x.real), _in_range(x.imag))
-    most = 2.0 ** (np.finfo(x.dtype).maxexp // 2 - 1)
+    most = _moments.largest_to_square(x.dtype)
     return jnp.clip(x, -most, most)

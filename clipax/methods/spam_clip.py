@@ -77,7 +77,8 @@ def spam_clip(
     | zero | zero, which v_i learns |
     | zero in every step so far | the first nonzero one passes unchanged |
     | square below 1e-38 | learned as zero |
-    | square above 3e38 | learned as 3e38 |
+    | above 9.2e18, and not the first nonzero one | clipped to that, or its bound |
+    | the first nonzero one, above 9.2e18 | learned as that |
     | NaN or inf | NaN, in warm-up unchanged; no entry of any leaf is learned, no step counted |
     | beside a NaN or inf entry | clipped as usual |
     | None, integer, bool, float0 leaf | unchanged, not measured |
@@ -137,9 +138,13 @@ def spam_clip(
             quotient = jnp.minimum(jnp.abs(x) / jnp.where(can_be, rms, 1), most)
             return jnp.where(can_be, quotient, _moments.zero_or_nan(x))
 
+        def squarable(modulus: Array) -> Array:
+            return jnp.minimum(modulus, _moments.largest_to_square(modulus.dtype))
+
         def learn(rms: Array, x: Array, root: Array) -> Array:
-            exceeds = is_on & (rms > 0) & (jnp.abs(x) > root * rms)
-            square = _moments.power(jnp.where(exceeds, root * rms, jnp.abs(x)))
+            bound, modulus = squarable(root * rms), squarable(jnp.abs(x))
+            exceeds = is_on & (rms > 0) & (jnp.abs(x) > bound)
+            square = _moments.power(jnp.where(exceeds, bound, modulus))
             new = _moments.root(_moments.mean(rms * rms, square, weight))
             # `clip_leaf` takes an entry that ends here for one without a history.
             is_alike = exceeds & _is_first(new, x, weight)
@@ -152,11 +157,12 @@ def spam_clip(
             new one is `v * (decay + weight * square_ratio)`, and beside any other entry larger.
             """
             learned = jnp.where(is_finite, weight, 0).astype(rms.dtype)
-            bound = root / jnp.sqrt((1 - learned) + learned * root * root) * rms
+            bound = squarable(root / jnp.sqrt((1 - learned) + learned * root * root) * rms)
             # Rounding must not clip an entry at its bound.
             slack = jnp.where(is_finite, 1 + 8 * np.finfo(rms.dtype).eps, 1).astype(rms.dtype)
             modulus = jnp.abs(x)
-            exceeds = is_on & ~_is_first(rms, x, learned) & (modulus > slack * bound)
+            is_bounded = ~_is_first(rms, x, learned) | (modulus == jnp.inf)
+            exceeds = is_on & is_bounded & (modulus > slack * bound)
             if not jnp.iscomplexobj(x):
                 # No quotient, because XLA keeps one in memory instead of computing it again.
                 return jnp.where(exceeds, jnp.where(x < 0, -bound, bound) + (x - x), x)
@@ -193,5 +199,6 @@ def _root_of(ratios: Threshold) -> Threshold:
 def _is_first(rms: Array, x: Array, weight: Array) -> Array:
     """Whether the mean of squares is about `weight * |x|^2`, as after zeros."""
     near = 4 * np.finfo(rms.dtype).eps
-    learned, mean = weight.astype(rms.dtype) * _moments.power(x), rms * rms
+    modulus = jnp.minimum(jnp.abs(x), _moments.largest_to_square(rms.dtype))
+    learned, mean = weight.astype(rms.dtype) * _moments.power(modulus), rms * rms
     return (mean >= (1 - near) * learned) & (mean <= (1 + near) * learned)

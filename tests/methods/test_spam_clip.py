@@ -226,9 +226,42 @@ def test_edge_squares_below_the_range_are_learned_as_zero() -> None:
     assert state.clip.norm == 0
 
 
-def test_edge_squares_beyond_the_range_are_learned_as_the_largest_float() -> None:
+MOST = 2.0**63
+
+
+@pytest.mark.parametrize(
+    ("ratio", "decay", "entries", "last"),
+    [
+        (4.0, 0.75, (1e17, 1e30), 1e17),
+        (1e10, 0.999, (1e18, 5e18), 5e18),
+        (1e10, 0.999, (1e19, 1e22), MOST),
+        (5000.0, 0.999, (1e19, 1e25), MOST),
+        (1e12, 0.9, (1e14, 1e30), MOST),
+        (4.0, 0.0, (1.5e19, 1e30), MOST),
+        (4.0, 0.75, (1e30, 1e30), MOST),
+        (4.0, 0.75, (1e30, 1e18), 1e18),
+    ],
+)
+def test_edge_the_largest_bound(ratio: Any, decay: Any, entries: Any, last: float) -> None:
+    outputs, state = run(clipax.spam_clip(ratio, decay=decay, warmup_steps=1), rows(*entries))
+    np.testing.assert_allclose(outputs, [[entries[0]], [last]], rtol=1e-6)
+    first = min(entries[0], MOST) ** 2 * (1 - decay)
+    np.testing.assert_allclose(
+        state.rms, [math.sqrt(decay * first + (1 - decay) * last**2)], rtol=1e-5
+    )
+
+
+def test_an_infinite_entry_without_a_history_is_loud() -> None:
+    method = clipax.spam_clip(9.0, decay=0.75, warmup_steps=1)
+    updates = jnp.array([jnp.inf, 1.0])
+    clipped, state = method.update(updates, method.init(jnp.zeros(2)))
+    np.testing.assert_array_equal(clipped, [np.nan, 1.0])
+    trees.assert_bitwise(state.rms, jnp.zeros(2))
+
+
+def test_edge_the_first_entry_beyond_the_range_is_learned_as_the_largest_square() -> None:
     """The root of the mean stays finite, bounds what follows, and forgets."""
-    most = np.sqrt(np.finfo(np.float32).max)
+    most = MOST
     method = clipax.spam_clip(4.0, decay=0.75, warmup_steps=1)
     outputs, state = run(method, rows(-1e30, 3e38))
     np.testing.assert_allclose(outputs, [[-1e30], [most]], rtol=1e-6)
