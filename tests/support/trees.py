@@ -98,9 +98,9 @@ def required(factory: Callable[..., Any], values: dict[str, Any]) -> dict[str, A
     }
 
 
-def build(name: str) -> optax.GradientTransformationExtraArgs:
+def build(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
     factory = public_factories()[name]
-    return factory(**required(factory, ACTIVE))
+    return factory(**required(factory, ACTIVE), **options)
 
 
 def has_a_bound(name: str) -> bool:
