@@ -93,8 +93,9 @@ def clip_by_spectral_norm(
     In float32, the result is wrong by up to 1e-6 (decomposed on a CPU, 1e-5) of the largest
     singular value. First and second derivatives are those of the formula, also where singular
     values are zero or repeated; `hard` has a corner at `max_norm`. With `iterations` they come
-    from a decomposition. Explicitly sharded matrices are gathered first. Where matrices are sharded,
-    each decision of one has collectives of its own; with `exact_norm`, all matrices share theirs.
+    from a decomposition. Explicitly sharded matrices are gathered first. In a sharded program, the
+    decision on each matrix takes collectives of its own; with `exact_norm`, all matrices share
+    theirs.
 
     Example:
       >>> clip = clip_by_spectral_norm(2.0)
