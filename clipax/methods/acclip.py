@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clipax._core import _checks, _compat, _moments, _select
@@ -120,7 +121,9 @@ def acclip(
             """`(|momentum| + eps) / bound`, or 0 for a momentum of zero."""
             divisor = jnp.where(momentum == 0, 1, _moments.power_root(power, ord))
             quotient = jnp.where(momentum == 0, 0, size_of(momentum) / divisor)
-            return quotient + _moments.zero_or_nan(momentum)
+            # A power below the range is a bound of zero.
+            most = np.finfo(quotient.dtype).max
+            return jnp.minimum(quotient, most) + _moments.zero_or_nan(momentum)
 
         def clip_leaf(momentum: Array, power: Array) -> Array:
             bound = _moments.power_root(power, ord)
