@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clipax._core import _checks, _compat, _moments, _select
@@ -120,7 +121,9 @@ def acclip(
             """`(|momentum| + eps) / bound`, or 0 for a momentum of zero."""
             divisor = jnp.where(momentum == 0, 1, _moments.power_root(power, ord))
             quotient = jnp.where(momentum == 0, 0, size_of(momentum) / divisor)
-            return quotient + _moments.zero_or_nan(momentum)
+            # A bound of zero, as of a power below the range, must not be an infinite record.
+            most = np.finfo(quotient.dtype).max
+            return jnp.minimum(quotient, most) + _moments.zero_or_nan(momentum)
 
         def clip_leaf(momentum: Array, power: Array) -> Array:
             bound = _moments.power_root(power, ord)
@@ -132,8 +135,7 @@ def acclip(
         sizes = _of_computed(
             jax.tree.map(relative, *learn(read_before, read)), math.inf, axis_name=axis_name
         )
-        # Nothing is scaled here: a bound of zero, of which `sizes` are infinite, would make NaN.
-        _, clip = record.update(jax.tree.map(jnp.zeros_like, sizes), state.clip, norm=sizes)
+        _, clip = record.update(sizes, state.clip, norm=sizes)
         # A mean of finite updates that overflows must not be learned either.
         is_finite = _moments.none_is_nan(sizes, axis_name=axis_name)
         learned, kept = _select.learned_if(is_finite, learn, before)
