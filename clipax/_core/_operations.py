@@ -35,7 +35,11 @@ def _largest(x: Array, axis: tuple[int, ...] | None, keepdims: bool) -> Array:
 @_largest.defjvp
 def _largest_jvp(axis: Any, keepdims: bool, primals: Any, tangents: Any) -> Any:
     derived = functools.partial(jnp.max, axis=axis, keepdims=keepdims, initial=0.0)
-    return _largest(*primals, axis, keepdims), jax.jvp(derived, primals, tangents)[1]
+    same, tangent = jax.jvp(derived, primals, tangents)
+    value = jax.lax.stop_gradient(_largest(*primals, axis, keepdims))
+    # The value must carry a derivative too: before jax 0.12, second derivatives of a scan ignore
+    # this rule and differentiate what it returns.
+    return jnp.where(value == same, same, value), tangent
 
 
 def _largest_of(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
@@ -67,8 +71,8 @@ def _sum_of_some(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
 
 @_sum_of_some.defjvp
 def _sum_of_some_jvp(axis: Any, keepdims: bool, primals: Any, tangents: Any) -> Any:
-    (tangent,) = tangents
-    return _sum_of_some(*primals, axis, keepdims), jnp.sum(tangent, axis)
+    (x,), (tangent,) = primals, tangents
+    return jnp.sum(x, axis), jnp.sum(tangent, axis)
 
 
 _PARTS = 8
