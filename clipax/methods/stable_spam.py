@@ -144,8 +144,10 @@ def stable_spam(
         count = optax.safe_increment(state.norm_count)
         mean = _moments.mean(state.mean, norm, _moments.debiased(decay_norm, count, norm.dtype))
         weight = _moments.debiased(decay_square, count, norm.dtype)
-        kept = _moments.root(1 - weight) * state.root_mean_square
-        root = _moments.hypotenuse(kept, _moments.root(weight) * norm)
+        # In this unit, no square leaves the range.
+        unit = _range.finite_or_one(jnp.maximum(state.root_mean_square, norm))
+        old, new = state.root_mean_square / unit, norm / unit
+        root = unit * _moments.root(_moments.mean(old * old, new * new, weight))
         is_given_up = mean < _LEAST_SHARE * root
         first = NormState(norm, norm, jnp.ones_like(count))
         learned = _choice.choose(is_given_up, first, NormState(mean, root, count))
