@@ -71,6 +71,7 @@ def _sum_of_some(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
 
 @_sum_of_some.defjvp
 def _sum_of_some_jvp(axis: Any, keepdims: bool, primals: Any, tangents: Any) -> Any:
+    del keepdims
     (x,), (tangent,) = primals, tangents
     return jnp.sum(x, axis), jnp.sum(tangent, axis)
 
