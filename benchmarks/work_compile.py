@@ -43,7 +43,7 @@ def plans(is_quick: bool, is_full: bool) -> list[Plan]:
     dtypes = ("bfloat16", "float32")
     if is_quick:
         few = [Plan("global", leaves, "bfloat16", 2) for leaves in (4, 8)]
-        return [*few, *(Plan(group, 4, "bfloat16", 1) for group in ("leaf", "entry"))]
+        return [*few, *(Plan(group, 4, "bfloat16", 2) for group in ("leaf", "entry"))]
     most = 3 if is_full else 1
     return [
         *(Plan("global", leaves, "bfloat16", 3) for leaves in (10, 100, 1000, 3000)),

@@ -281,6 +281,8 @@ def test_a_keyword_with_two_meanings_is_refused(loss_fn: Any) -> None:
     assert grads["w"].tolist() == [0.0, 0.0]
 
 
+# Its mask has as many rows as there are examples, and is theirs in common.
+@pytest.mark.filterwarnings("ignore:Argument 2 has 2 rows")
 def test_an_argument_with_two_meanings_can_be_passed_by_position() -> None:
     grads, info = clipax.clipped_grad(masked, 1.0, mean=False)(
         PARAMS, BATCH, MASK, mask=jnp.array([True, False])
