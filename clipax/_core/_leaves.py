@@ -38,8 +38,18 @@ def widened(leaf: Array, *dtypes: Any) -> Array:
 
     A complex leaf stays complex.
     """
-    kind = np.complex64 if jnp.iscomplexobj(leaf) else np.float32
-    return leaf.astype(np.result_type(wide_dtype(*(dtypes or (leaf.dtype,))), kind))
+    return leaf.astype(widened_dtype(leaf.dtype, *dtypes))
+
+
+def widened_dtype(dtype: Any, *dtypes: Any) -> Any:
+    """The dtype to which `widened` casts a leaf of this one."""
+    kind = np.complex64 if jnp.issubdtype(dtype, np.complexfloating) else np.float32
+    return np.result_type(wide_dtype(*(dtypes or (dtype,))), kind)
+
+
+def squared_modulus(x: Array) -> Array:
+    """The squares of entries, or of the moduli of complex ones."""
+    return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
 
 
 def in_dtype_of(norm: Array, *values: Any) -> tuple[Array, ...]:

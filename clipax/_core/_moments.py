@@ -143,7 +143,7 @@ def power(x: Array, ord: jax.typing.ArrayLike = 2.0) -> Array:
     known = None if isinstance(ord, jax.Array) else float(np.asarray(ord))
     if known == 1:
         return jnp.abs(x)
-    square = x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+    square = _leaves.squared_modulus(x)
     if known == 2:
         return jnp.minimum(square, largest)
     (order,) = _leaves.in_dtype_of(square, ord)

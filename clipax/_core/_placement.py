@@ -44,7 +44,7 @@ def zero_norms(norm: Norm, params: Any, *, axis_name: AxisName) -> Any:
 def filled_like(norm: Array, value: Any) -> Array:
     """Fills an array with a value, in the shape, dtype and sharding of a norm."""
     value = jnp.asarray(value).astype(norm.dtype)
-    if norm.ndim == 0 and jax.typeof(norm).sharding.mesh.empty and not _compat.varying_axes(norm):
+    if norm.ndim == 0 and _compat.is_on_one_device(norm):
         return value
     # The selection has the sharding of the norm, which a constant would not have. Without the
     # barrier, XLA would compute the value once and copy it in a kernel for each norm.

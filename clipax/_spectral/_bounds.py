@@ -9,7 +9,7 @@ import numpy as np
 from clipax._core import _leaves, _placement
 from clipax._core._powers import root
 from clipax._core._typing import Array
-from clipax._spectral._matrices import MatrixView, squares
+from clipax._spectral._matrices import MatrixView
 from clipax._spectral._singular import adjoint, in_units, matmul
 
 # A bound with this factor holds whatever rounding did to it.
@@ -80,4 +80,4 @@ def schatten_norm(x: Array, squarings: int = _SQUARINGS) -> Array:
 
 
 def _length(x: Array) -> Array:
-    return root(jnp.sum(squares(x), axis=(-2, -1)), 2)
+    return root(jnp.sum(_leaves.squared_modulus(x), axis=(-2, -1)), 2)

@@ -53,12 +53,7 @@ class MatrixView(NamedTuple):
     def length(self, x: Array) -> Array:
         """The root of the sum of squares of each matrix, in the shape of the leaf's norms."""
         axes = self.rows + self.columns
-        return root(jnp.sum(squares(x), axes, keepdims=bool(self.stack)), 2)
-
-
-def squares(x: Array) -> Array:
-    """The squared moduli of entries."""
-    return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+        return root(jnp.sum(_leaves.squared_modulus(x), axes, keepdims=bool(self.stack)), 2)
 
 
 def matrix_views(

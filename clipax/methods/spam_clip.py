@@ -138,11 +138,8 @@ def spam_clip(
             quotient = jnp.minimum(jnp.abs(x) / jnp.where(can_be, rms, 1), most)
             return jnp.where(can_be, quotient, _moments.zero_or_nan(x))
 
-        def squarable(modulus: Array) -> Array:
-            return jnp.minimum(modulus, _moments.largest_to_square(modulus.dtype))
-
         def learn(rms: Array, x: Array, root: Array) -> Array:
-            bound, modulus = squarable(root * rms), squarable(jnp.abs(x))
+            bound, modulus = _squarable(root * rms), _squarable(jnp.abs(x))
             exceeds = is_on & (rms > 0) & (jnp.abs(x) > bound)
             square = _moments.power(jnp.where(exceeds, bound, modulus))
             new = _moments.root(_moments.mean(rms * rms, square, weight))
@@ -157,7 +154,7 @@ def spam_clip(
             new one is `v * (decay + weight * square_ratio)`, and beside any other entry larger.
             """
             learned = jnp.where(is_finite, weight, 0).astype(rms.dtype)
-            bound = squarable(root / jnp.sqrt((1 - learned) + learned * root * root) * rms)
+            bound = _squarable(root / jnp.sqrt((1 - learned) + learned * root * root) * rms)
             # Rounding must not clip an entry at its bound.
             slack = jnp.where(is_finite, 1 + 8 * np.finfo(rms.dtype).eps, 1).astype(rms.dtype)
             modulus = jnp.abs(x)
@@ -196,9 +193,13 @@ def _root_of(ratios: Threshold) -> Threshold:
     return Threshold(ratios.init, update_fn)
 
 
+def _squarable(modulus: Array) -> Array:
+    return jnp.minimum(modulus, _moments.largest_to_square(modulus.dtype))
+
+
 def _is_first(rms: Array, x: Array, weight: Array) -> Array:
     """Whether the mean of squares is about `weight * |x|^2`, as after zeros."""
     near = 4 * np.finfo(rms.dtype).eps
-    modulus = jnp.minimum(jnp.abs(x), _moments.largest_to_square(rms.dtype))
-    learned, mean = weight.astype(rms.dtype) * _moments.power(modulus), rms * rms
+    square = _moments.power(_squarable(jnp.abs(x)))
+    learned, mean = weight.astype(rms.dtype) * square, rms * rms
     return (mean >= (1 - near) * learned) & (mean <= (1 + near) * learned)

@@ -232,5 +232,4 @@ def _norm_of(unit: Array, total: Array | None) -> Array:
 
 
 def _squares(leaf: Array, unit: Array, *bound: Array) -> Array:
-    small = scale_updates(_clip_leaf(leaf, *bound), 1 / unit)
-    return (small * small.conj()).real
+    return _leaves.squared_modulus(scale_updates(_clip_leaf(leaf, *bound), 1 / unit))

@@ -32,7 +32,7 @@ def weighted_sums(call: Call, groups: Sequence[Group], is_left_out: Array | None
     losses, pull = jax.vjp(
         lambda leaves: call.with_params(jax.tree.unflatten(structure, leaves)).losses, params
     )
-    sums: list[Any] = [jnp.zeros(leaf.shape, _leaves.wide_dtype(leaf.dtype)) for leaf in params]
+    sums: list[Any] = [None] * len(params)
     for group in groups:
         seed, *units = _seeds(group, is_left_out)
         (gradients,) = pull(_compat.varying_like(seed.astype(losses.dtype), losses))

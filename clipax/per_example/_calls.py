@@ -114,7 +114,8 @@ class Call(NamedTuple):
     def wide_zeros(self, *lead: int) -> Any:
         """Zeros like the parameters, in the width of norms, with these axes before theirs."""
         return jax.tree.map(
-            lambda leaf: jnp.zeros((*lead, *leaf.shape), _leaves.widened(leaf).dtype), self.params
+            lambda leaf: jnp.zeros((*lead, *leaf.shape), _leaves.widened_dtype(leaf.dtype)),
+            self.params,
         )
 
     @property

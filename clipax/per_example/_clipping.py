@@ -38,7 +38,7 @@ class Options(NamedTuple):
             return np.result_type(self.dtype, np.complex64) if _is_complex(leaf) else self.dtype
         is_mean = self.mean and self.normalize_by is None
         # Noise is added to a sum, and rounding the sum first would undo the bound of each example.
-        return leaf.dtype if is_mean else _leaves.widened(jnp.zeros((), leaf.dtype)).dtype
+        return leaf.dtype if is_mean else _leaves.widened_dtype(leaf.dtype)
 
 
 def clip(call: Call, mask: Array | None, bound: Any, options: Options) -> tuple[Any, OfExamples]:

@@ -23,7 +23,7 @@ def weighted_sum(
     that of the result: products in bfloat16 are exact enough only for a result in bfloat16.
     """
     plan = leaf.plan
-    wide = _leaves.widened(jnp.zeros((), plan.dtype)).dtype
+    wide = _leaves.widened_dtype(plan.dtype)
 
     def without(array: Array) -> Array:
         if is_left_out is None:
