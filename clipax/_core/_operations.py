@@ -46,6 +46,13 @@ def _largest_of(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
     return _largest(x, axis, keepdims)
 
 
+def _largest_float_of(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+    """The same of numbers >= 0 in floats, which a CPU reduces without a copy of their bits."""
+    largest = jnp.max(x, axis=axis, keepdims=keepdims, initial=0)
+    has_nan = jnp.isnan(jnp.sum(x, axis=axis, keepdims=keepdims))
+    return jnp.where(has_nan, jnp.nan, largest)
+
+
 _MAX_ACROSS: Callable[..., Any] = jax.lax.pmax
 
 
@@ -108,4 +115,4 @@ MAX = Operation(_largest_of, _largest_across)
 FLOAT_MAX = Operation(functools.partial(jnp.max, initial=0), _MAX_ACROSS)
 SUM_IN_STEPS = Operation(_in_two_steps(jnp.sum, _sum_of_some), jax.lax.psum)
 """For numbers >= 0 on a CPU."""
-MAX_IN_STEPS = Operation(_in_two_steps(_largest_of, _largest), _largest_across)
+MAX_IN_STEPS = Operation(_in_two_steps(_largest_float_of, _largest), _largest_across)

@@ -183,7 +183,9 @@ def _at_the_right_scale(reduction: Reduction, arrays: Sequence[Array]) -> list[A
 
     def rescaled() -> list[Array]:
         norms = reduction.roots(reduction.sums(arrays, SUM, 2.0, scales))
-        return [norm / scale for norm, scale in zip(norms, scales, strict=True)]
+        # Before jax 0.10, a quotient has a second derivative with the square of its divisor.
+        units = [jax.lax.stop_gradient(1 / scale) for scale in scales]
+        return [norm * unit for norm, unit in zip(norms, units, strict=True)]
 
     return list(jax.lax.cond(in_range, lambda: reduction.roots(plain), rescaled))
 
