@@ -73,6 +73,10 @@ _RANGES = {
 }
 
 
+_ZERO_AS_SQUARE = 1e-200
+"""A square in float64 whose root is zero in float32."""
+
+
 class Ways(NamedTuple):
     """How one set of norms is reduced, by platform."""
 
@@ -194,7 +198,10 @@ def _in_doubles(reduction: Reduction, arrays: Sequence[Array]) -> list[Array]:
     """Norms from sums of squares in twice the width, where no square of a float32 overflows."""
     with _compat.doubles():
         wide = [_leaves.widened(array, np.float64) for array in arrays]
-        norms = reduction.roots(reduction.sums(wide, SUM, 2.0))
+        rows = zip(reduction.sums(wide, SUM, 2.0), reduction.divisors, strict=True)
+        # The floor gives the root a derivative at zero. XLA would compute a selection again
+        # wherever a norm is used.
+        norms = [jnp.sqrt(jnp.maximum(part / divisor, _ZERO_AS_SQUARE)) for part, divisor in rows]
         return [norm.astype(np.float32) for norm in norms]
 
 
