@@ -9,7 +9,7 @@ overflows, nor does 1e-30 vanish.
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -189,7 +189,7 @@ def block_rms(updates: Updates, *, axis_name: AxisName = None) -> Norms:
       >>> block_rms(jnp.array([3.0, 4.0, 0.0, 0.0]))
       Array(2.5, dtype=float32)
     """
-    return _leafwise(updates, divisor=lambda size: float(size), axis_name=axis_name)
+    return _leafwise(updates, size_power=1, axis_name=axis_name)
 
 
 def average_norm(updates: Updates, *, axis_name: AxisName = None) -> Norms:
@@ -206,15 +206,15 @@ def average_norm(updates: Updates, *, axis_name: AxisName = None) -> Norms:
       >>> average_norm(jnp.array([3.0, 4.0]))
       Array(2.5, dtype=float32)
     """
-    return _leafwise(updates, divisor=lambda size: float(size) ** 2, axis_name=axis_name)
+    return _leafwise(updates, size_power=2, axis_name=axis_name)
 
 
 def _of_computed(
     updates: Updates, ord: float, *, is_mean: bool = False, axis_name: AxisName = None
 ) -> Norms:
     """Measures each leaf of a tree that is computed for this alone: a norm, or a mean modulus."""
-    divisor = float if is_mean else lambda _: 1.0
-    return _leafwise(updates, ord=ord, divisor=divisor, axis_name=axis_name, computed=True)
+    power = int(is_mean)
+    return _leafwise(updates, ord=ord, size_power=power, axis_name=axis_name, computed=True)
 
 
 class _Leaf(NamedTuple):
@@ -247,7 +247,7 @@ def _leafwise(
     summed: Sequence[tuple[int, ...] | None] | None = None,
     *,
     ord: float = 2,
-    divisor: Callable[[int], float] = lambda _: 1.0,
+    size_power: int = 0,
     axis_name: AxisName,
     computed: bool = False,
 ) -> Norms:
@@ -261,7 +261,8 @@ def _leafwise(
         axes = summed[leaf.position]
         size = leaf.array.size * math.prod(jax.lax.axis_size(axis) for axis in leaf.shards)
         reduced = tuple(range(leaf.array.ndim)) if axes is None else tuple(axes)
-        layouts.append(_reduction.Layout(reduced, leaf.shards, divisor(max(size, 1))))
+        divisor = _reduction.Divisor(max(size, 1), size_power)
+        layouts.append(_reduction.Layout(reduced, leaf.shards, divisor))
     norms: list[Any] = [None] * len(every_leaf)
     if leaves:
         arrays = [leaf.array for leaf in leaves]

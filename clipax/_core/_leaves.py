@@ -27,6 +27,11 @@ def is_none(node: Any) -> bool:
     return node is None
 
 
+def has_at_most(entries: int, array: Array) -> bool:
+    """Whether a leaf is known to be that small; one of a symbolic shape is not."""
+    return isinstance(array.size, int) and array.size <= entries
+
+
 def wide_dtype(*dtypes: Any) -> Any:
     """The real dtype in which leaves of these dtypes are measured and scaled."""
     double = any(np.dtype(dtype) in (np.float64, np.complex128) for dtype in dtypes)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax._core import _compat
+from clipax._core import _compat, _leaves
 from clipax._core._typing import Array
 
 
@@ -95,8 +95,9 @@ def _in_two_steps(reduce: Callable[..., Array], first: Callable[..., Array]) -> 
 
     def local(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
         is_whole = axis is None or len(axis) == x.ndim
-        split = next((at for at, size in enumerate(x.shape) if size % _PARTS == 0), None)
-        is_split = is_whole and split is not None and x.size >= _LEAST_IN_STEPS
+        split = next((at for at, size in enumerate(x.shape) if _is_divided(size)), None)
+        is_large = not _leaves.has_at_most(_MOST_IN_ONE_STEP, x)
+        is_split = is_whole and split is not None and is_large
         if not is_split or not _compat.is_on_one_device(x):
             return reduce(x, axis, keepdims=keepdims)
         assert split is not None
@@ -108,7 +109,12 @@ def _in_two_steps(reduce: Callable[..., Array], first: Callable[..., Array]) -> 
     return local
 
 
-_LEAST_IN_STEPS = 2**16
+def _is_divided(size: Any) -> bool:
+    # A symbolic size may be divided or not.
+    return isinstance(size, int) and size % _PARTS == 0
+
+
+_MOST_IN_ONE_STEP = 2**16 - 1
 
 SUM = Operation(jnp.sum, jax.lax.psum)
 MAX = Operation(_largest_of, _largest_across)

@@ -53,7 +53,7 @@ from clipax._core._operations import (
     Operation,
 )
 from clipax._core._powers import root
-from clipax._core._stacks import Reduction
+from clipax._core._stacks import Divisor, Reduction
 from clipax._core._typing import Array
 
 _Branch = Callable[[Sequence[Array]], list[Array]]
@@ -201,8 +201,8 @@ def _in_doubles(reduction: Reduction, arrays: Sequence[Array]) -> list[Array]:
         rows = zip(reduction.sums(wide, SUM, 2.0), reduction.divisors, strict=True)
         # The floor gives the root a derivative at zero. XLA would compute a selection again
         # wherever a norm is used.
-        norms = [jnp.sqrt(jnp.maximum(part / divisor, _ZERO_AS_SQUARE)) for part, divisor in rows]
-        return [norm.astype(np.float32) for norm in norms]
+        squares = [jnp.maximum(divisor.under(part), _ZERO_AS_SQUARE) for part, divisor in rows]
+        return [jnp.sqrt(square).astype(np.float32) for square in squares]
 
 
 def _at_every_scale(reduction: Reduction, arrays: Sequence[Array]) -> list[Array]:
@@ -219,9 +219,9 @@ def _at_every_scale(reduction: Reduction, arrays: Sequence[Array]) -> list[Array
 
 # Alike arrays share its trace.
 @functools.partial(jax.jit, static_argnums=(3,))
-def _root_in_range(plain: Array, as_huge: Array, as_tiny: Array, divisor: float) -> Array:
+def _root_in_range(plain: Array, as_huge: Array, as_tiny: Array, divisor: Divisor) -> Array:
     within = _RANGES[plain.dtype]
-    norm, huge, tiny = (root(sums / divisor, 2) for sums in (plain, as_huge, as_tiny))
+    norm, huge, tiny = (root(divisor.under(sums), 2) for sums in (plain, as_huge, as_tiny))
     return jnp.where(
         plain < within.lowest_sum,
         tiny / within.scale_of_tiny,

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import jax
 
-from clipax._core import _range
+from clipax._core import _leaves, _range
 from clipax._core._range import Ways
+from clipax._core._stacks import Divisor as Divisor
 from clipax._core._stacks import Layout as Layout
 from clipax._core._stacks import Separate, Total, one_by_one, stacked_alike
 from clipax._core._typing import Array
@@ -59,7 +60,7 @@ def separate_norms(
 def _norm_alone(array: Array, layout: Layout, ord: float, computed: bool) -> Array:
     alone = Separate(one_by_one((layout,)), ord)
     units = len(layout.axes) < array.ndim
-    little = array.size <= _LARGEST_DOUBLED
+    little = _leaves.has_at_most(_LARGEST_DOUBLED, array)
     (norm,) = _range.p_norms(Ways(alone, False, units, little, computed), [array])
     return norm
 

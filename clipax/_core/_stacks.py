@@ -15,6 +15,20 @@ Scales = Sequence[Any] | None
 """The factor of each array before its sum, if there is one."""
 
 
+class Divisor(NamedTuple):
+    """A power of a number of entries."""
+
+    size: Any = 1
+    """It can be symbolic, for a program that is exported."""
+    power: int = 0
+
+    def under(self, sums: Array) -> Array:
+        # A symbolic size is a number of the program, and an integer there, whose power overflows.
+        is_known = isinstance(self.size, int)
+        size = float(self.size) if is_known else jnp.asarray(self.size, sums.dtype)
+        return sums / size**self.power if self.power else sums
+
+
 class Layout(NamedTuple):
     """How one array is reduced."""
 
@@ -22,8 +36,8 @@ class Layout(NamedTuple):
     """The axes that are summed over."""
     shards: tuple[Hashable, ...]
     """The mapped axes over which the sum continues."""
-    divisor: float = 1.0
-    """The divisor of the sum of squares, such as n for a root mean square."""
+    divisor: Divisor = Divisor()
+    """What divides the sum, such as n for the square of a root mean square."""
 
 
 class Stack(NamedTuple):
@@ -78,8 +92,8 @@ class Total(NamedTuple):
         return [operation.local(jnp.stack(complete))]
 
     @property
-    def divisors(self) -> list[float]:
-        return [1.0]
+    def divisors(self) -> list[Divisor]:
+        return [Divisor()]
 
     def roots(self, sums: list[Array]) -> list[Array]:
         return [root(part, self.ord) for part in sums]
@@ -106,7 +120,7 @@ class Separate(NamedTuple):
         return self._in_order(across_shards(operation, parts, shards))
 
     @property
-    def divisors(self) -> list[float]:
+    def divisors(self) -> list[Divisor]:
         by_member = {
             member: stack.layout.divisor for stack in self.stacks for member in stack.members
         }
@@ -114,7 +128,7 @@ class Separate(NamedTuple):
 
     def roots(self, sums: list[Array]) -> list[Array]:
         rows = zip(sums, self.divisors, strict=True)
-        return [root(part / divisor, self.ord) for part, divisor in rows]
+        return [root(divisor.under(part), self.ord) for part, divisor in rows]
 
     def _in_order(self, parts: Sequence[Array]) -> list[Array]:
         # Stacks are split at once, because XLA computes what follows from elements of one array
@@ -138,7 +152,8 @@ def stacked_alike(arrays: Sequence[Array], layouts: Sequence[Layout]) -> tuple[S
     groups: dict[Any, list[int]] = {}
     for index, (array, layout) in enumerate(zip(arrays, layouts, strict=True)):
         alike = (jax.typeof(array), layout)
-        groups.setdefault(alike if array.size <= _LARGEST_STACKED else index, []).append(index)
+        is_little = _leaves.has_at_most(_LARGEST_STACKED, array)
+        groups.setdefault(alike if is_little else index, []).append(index)
     return tuple(Stack(tuple(members), layouts[members[0]]) for members in groups.values())
 
 

@@ -29,12 +29,12 @@ class MatrixView(NamedTuple):
         whole = _leaves.widened(_whole(jnp.asarray(leaf), self.stack))
         x = jnp.transpose(whole, self.stack + self.rows + self.columns)
         x = x.reshape(*x.shape[: len(self.stack)], -1, _size(whole, self.columns))
-        return jnp.swapaxes(x, -2, -1) if x.shape[-2] < x.shape[-1] else x
+        return jnp.swapaxes(x, -2, -1) if _is_less(x.shape[-2], x.shape[-1]) else x
 
     def leaf(self, x: Array, like: Any) -> Array:
         """Undoes `matrices`."""
         like, order = jnp.asarray(like), self.stack + self.rows + self.columns
-        if _size(like, self.rows) < _size(like, self.columns):
+        if _is_less(_size(like, self.rows), _size(like, self.columns)):
             x = jnp.swapaxes(x, -2, -1)
         x = x.reshape([like.shape[axis] for axis in order])
         return _sharded_as(
@@ -80,7 +80,9 @@ def matrix_views(
             continue
         # Checked before the size, because a shard of a matrix can be a single row.
         _require_whole(leaf, name)
-        if min(_size(leaf, view.rows), _size(leaf, view.columns)) > 1:
+        # A symbolic size is not known to be one.
+        sizes = [_size(leaf, axes) for axes in (view.rows, view.columns)]
+        if not any(isinstance(size, int) and size == 1 for size in sizes):
             views[row] = view
     return views
 
@@ -102,6 +104,10 @@ def _view(leaf: Any, unit: Axes, stack: Axes) -> MatrixView | None:
 
 def _size(leaf: Any, axes: tuple[int, ...]) -> int:
     return math.prod(jnp.shape(leaf)[axis] for axis in axes)
+
+
+def _is_less(size: Any, other: Any) -> bool:
+    return isinstance(size, int) and isinstance(other, int) and size < other
 
 
 def _require_whole(leaf: Any, name: Any) -> None:

@@ -79,6 +79,6 @@ def _seeds(group: Group, is_left_out: Array | None) -> tuple[Array, Array, Array
         first, is_finite = jnp.where(is_left_out, 0, first), is_finite | is_left_out
     largest = jnp.max(first)
     seeds = first / _range.finite_or_one(largest) * second
-    unit = _range.finite_or_one(jnp.max(jnp.abs(seeds))) * len(seeds)
+    unit = _range.finite_or_one(jnp.max(jnp.abs(seeds))) * seeds.shape[0]
     # A weight of zero could hide an infinite gradient.
     return jnp.where(is_finite, seeds / unit, jnp.nan), unit, largest

@@ -107,9 +107,9 @@ class Call(NamedTuple):
         return [self.args[position] for position in self.loss.batch_argnums]
 
     @property
-    def examples(self) -> int:
-        """The number of examples."""
-        return int(jax.tree.leaves(self.batch)[0].shape[0])
+    def examples(self) -> Any:
+        """The number of examples, which may be symbolic."""
+        return jax.tree.leaves(self.batch)[0].shape[0]
 
     def wide_zeros(self, *lead: int) -> Any:
         """Zeros like the parameters, in the width of norms, with these axes before theirs."""
@@ -184,7 +184,7 @@ def _warn_of_rows(args: Sequence[Any], chosen: Collection[int], examples: int) -
     """Warns of arrays that look like labels, which a loss may take whole without an error."""
     for position, arg in enumerate(args):
         is_array = isinstance(arg, jax.Array | np.ndarray) and np.ndim(arg) > 0
-        is_like_one = is_array and np.shape(arg)[0] == examples > 1
+        is_like_one = is_array and 1 != np.shape(arg)[0] == examples
         if position in chosen or not is_like_one:
             continue
         if jnp.issubdtype(arg.dtype, np.unsignedinteger) or not _arguments.is_value(arg):

@@ -32,7 +32,9 @@ def is_twice(memory: Memory, call: Call, known: Traced, bounds: int = 1) -> bool
         return memory == "twice"
     kept = call.examples * sum(plan.entries for plan in known.plans)
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(known.program.gradient))
-    return bounds == 1 and kept > size and _has(known.program.closed.jaxpr, REMATS)
+    # With a symbolic number of examples, it is not known to be less.
+    is_less = isinstance(kept, int) and kept <= size
+    return bounds == 1 and not is_less and _has(known.program.closed.jaxpr, REMATS)
 
 
 def is_twice_for_sums(
