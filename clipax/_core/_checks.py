@@ -39,6 +39,11 @@ def finite_positive(**arguments: Any) -> None:
     _require(arguments, lambda value: 0 < value < math.inf, "a finite number > 0")
 
 
+def finite_at_least_one(**arguments: Any) -> None:
+    """Requires finite numbers >= 1."""
+    _require(arguments, lambda value: 1 <= value < math.inf, "a finite number >= 1")
+
+
 def finite_non_negative(**arguments: Any) -> None:
     """Requires finite numbers >= 0."""
     _require(arguments, lambda value: 0 <= value < math.inf, "a finite number >= 0")

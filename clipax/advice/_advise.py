@@ -122,7 +122,7 @@ def advise(
         _checks.scalar(_checks.finite_positive, max_norm=max_norm)
         max_norm = float(max_norm)
     if every is not None:
-        _checks.scalar(_checks.finite_positive, every=every)
+        _checks.scalar(_checks.finite_at_least_one, every=every)
     steps, every = _steps(steps, every, norms.size)
     is_told = False
     try:

@@ -1,7 +1,8 @@
 """Columns of numbers, collected row by row from a log."""
 
+import math
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,9 @@ class Columns:
         """Whether a column of this name could be of use."""
         if name not in self._is_kept:
             ranks = (_names.norm_rank(name), _names.loss_rank(name), _names.step_rank(name))
-            self._is_kept[name] = name == self.wanted or any(rank is not None for rank in ranks)
+            is_own = _names.is_of_clipax(name)
+            is_useful = is_own or any(rank is not None for rank in ranks)
+            self._is_kept[name] = name == self.wanted or is_useful
         return self._is_kept[name]
 
     def add(self, place: int, row: Iterable[tuple[str, Any]], *, is_whole: bool = True) -> None:
@@ -94,12 +97,14 @@ class Columns:
         if steps is None or not np.isfinite(steps).all():
             step_name, steps = None, np.arange(norms.size, dtype=np.float64)
             notes.append(f"{self.source} has no column of steps: its rows are counted instead.")
+        notes += self._notes_on_norms(name)
         if any(map(_names.is_summary, self._is_kept)):
             notes.append(
                 f"{self.source} is the export of a chart of Weights & Biases, in which a value of"
                 " a long run may be the mean of several steps: spikes are averaged away then."
             )
-        log = Log(norms, steps, losses, name, loss_name, step_name, self.source, kind)
+        bound = self._bound(name)
+        log = Log(norms, steps, losses, name, loss_name, step_name, self.source, kind, bound)
         log, more = self._forward(log, places)
         return log._replace(notes=(*notes, *more))
 
@@ -108,9 +113,7 @@ class Columns:
             if self.wanted in self.columns:
                 return self.wanted
             raise LogError(f"{self.source}: no column is named {self.wanted!r}; {self._list()}")
-        ranks = {
-            name: rank for name in self.columns if (rank := _names.norm_rank(name)) is not None
-        }
+        ranks = self._norm_ranks()
         best = [name for name in ranks if ranks[name] == min(ranks.values())]
         if not best:
             message = "no column looks like a gradient norm, so name it with --column"
@@ -128,8 +131,33 @@ class Columns:
             )
         return best[0]
 
+    def _norm_ranks(self) -> dict[str, int]:
+        ranks = {name: _names.norm_rank(name, self.columns) for name in self.columns}
+        return {name: rank for name, rank in ranks.items() if rank is not None}
+
+    def _notes_on_norms(self, name: str) -> Iterator[str]:
+        if _names.is_after_clip(name):
+            yield (
+                f"{name!r} is the norm after the clip: how large a norm was before it is not in"
+                " this log."
+            )
+        elif _names.beside(name, "clipped_norm") in self.columns:
+            yield (
+                f"{name!r} is what the method in use measures, the global norm of most of them."
+                " What is recommended is for global norms alone: if the method measures others,"
+                " such as the largest entry (clip_by_value), log observe(method), whose norm_in"
+                " is global."
+            )
+
+    def _bound(self, name: str) -> float | None:
+        """The bound that the run had, if it was logged and always the same."""
+        column = self.columns.get(_names.beside(name, "max_norm") or "")
+        values = set(column.values) if column is not None and column.text is None else set()
+        (bound,) = values if len(values) == 1 else (math.inf,)
+        return bound if 0 < bound < math.inf else None
+
     def _list(self) -> str:
-        norms = [name for name in self.columns if _names.norm_rank(name) is not None]
+        norms = [*self._norm_ranks()]
         if norms:
             return f"these look like norms: {_listed(norms)}."
         if self._is_kept:

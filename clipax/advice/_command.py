@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             log.norms,
             log.losses,
             steps=log.steps,
-            max_norm=args.bound,
+            max_norm=log.bound if args.bound is None else args.bound,
             every=args.every,
             raw=args.raw,
             progress=_progress(log),
@@ -53,8 +53,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     several = "a file, several files of a resumed run (the later one counts), or - for stdin"
     add("logs", metavar="LOG", nargs="+", help=several)
     add("--column", metavar="NAME", help="the column of the norms; default: found by its name")
-    add("--bound", metavar="NORM", type=_positive, help="the bound that the run had")
-    every = "how many steps there are from one norm to the next; default: found in the log"
+    bound = "the bound that the run had; default: max_norm in a log of clipax's metrics"
+    add("--bound", metavar="NORM", type=_positive, help=bound)
+    every = "how many steps there are from one norm to the next, >= 1; default: found in the log"
     add("--every", metavar="N", type=_positive, help=every)
     raw = "the norms are from before the clip, though they pile up at their largest value"
     add("--raw", action="store_true", help=raw)
@@ -94,6 +95,8 @@ def _taken(log: Log) -> str:
     """What was read, by its names."""
     parts = [f"norms from {log.column!r}"]
     parts.append(f"losses from {log.loss_column!r}" if log.loss_column else "no losses")
+    if log.bound is not None:
+        parts.append(f"the bound {log.bound:g}")
     parts.append(f"steps from {log.step_column!r}" if log.step_column else "rows for steps")
     return f"{log.source} ({log.kind}): {', '.join(parts)}"
 

@@ -11,6 +11,8 @@ from clipax.advice._statistics import Statistics
 
 # So many norms at one bound are no accident.
 _PILE, _PILE_ROWS, _PILE_WIDTH = 0.05, 5, 3e-3
+# From here on, it is worth another learning rate.
+_LONGER = 1.2
 
 
 def require_raw(norms: Floats, max_norm: float | None) -> None:
@@ -102,12 +104,15 @@ def _bound_in_use(measured: Any, found: Statistics, max_norm: float) -> Iterator
     share = float(np.mean(measured > max_norm))
     if share > 0.5:
         ratio = found.median / max_norm
+        longer = (
+            f" Under a bound that seldom acts, SGD takes steps some {ratio:.2g} times as long, so"
+            " that its learning rate must be that much smaller; Adam hardly sees a factor that is"
+            " nearly the same at all steps."
+        )
         yield (
             f"Your bound of {max_norm:g} clips {percent(share)} of the norms: it normalizes the"
-            " gradient rather than clips it, and may be what holds the learning rate. Under a"
-            f" bound that seldom acts, SGD takes steps some {ratio:.2g} times as long, so that its"
-            " learning rate must be that much smaller; Adam hardly sees a factor that is nearly"
-            " the same at all steps."
+            " gradient rather than clips it, and may be what holds the learning rate."
+            f"{longer if ratio >= _LONGER else ''}"
         )
     elif share == 0:
         yield f"Your bound of {max_norm:g} is above all norms: in this log it never acted."

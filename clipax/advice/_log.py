@@ -29,6 +29,8 @@ class Log(NamedTuple):
     """The file or files."""
     kind: str
     """The format that was recognized."""
+    bound: float | None = None
+    """The bound that the run had, where its log says so."""
     notes: tuple[str, ...] = ()
     """What a reader of the advice must know about this log, one sentence each."""
 

@@ -12,15 +12,17 @@
 | Megatron | `grad norm` | `lm loss` |
 | fairseq | `gnorm` | `loss` |
 | llm.c, nanoGPT and their like | `norm` | `loss` |
-| clipax | `raw_norm`, `norm` | |
+| clipax | `raw_norm`, `norm_in`, `norm` beside `clipped_norm` | |
 
 A Weights & Biases export puts the run before the name: `RUN - train/grad_norm`.
 """
 
 import re
+from collections.abc import Container
 
 _RAW = re.compile(
     r"(.*_)?(raw|unclipped)_(grad(ient)?s?_)?norm|(.*_)?grad_norm_(before|pre)_?clip.*"
+    r"|(.*_)?norm_in"
 )
 _TOTAL = re.compile(
     r"(.*_)?(grad(ient)?s?_(global_|l2_|[\d.]+_)?norm(_total|_global)?|gnorm|grdn)"
@@ -29,6 +31,7 @@ _TOTAL = re.compile(
 _AFTER_CLIP = re.compile(
     r"(.*_)?clipped_(grad_)?norm|.*norm_(after|post)_?clip.*|learning_grad_norm"
 )
+_OWN = re.compile(r"(?P<before>(.*[^A-Za-z])?)norm(?P<after>(/all)?)")
 _SUMMARIES = ("__min", "__max")
 _LOSSES = (
     re.compile(r"(.*_)?(train|training|lm|learning|ce|total)_loss(_total)?|loss"),
@@ -46,10 +49,26 @@ def plain(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "_", name.rsplit(" - ", 1)[-1].strip().lower())
 
 
-def norm_rank(name: str) -> int | None:
-    """How surely a name is that of a global norm before a clip: 0 is surest; None is no norm."""
+def beside(name: str, field: str) -> str | None:
+    """The name under which `clipax.metrics` gives another field; None if it gives no such norm."""
+    own = _OWN.fullmatch(name)
+    return f"{own['before']}{field}{own['after']}" if own and not is_after_clip(name) else None
+
+
+def is_of_clipax(name: str) -> bool:
+    """Whether this is a norm or a bound of `clipax.metrics`, or is named like one."""
+    return beside(name.replace("max_norm", "norm"), "") is not None
+
+
+def norm_rank(name: str, names: Container[str] = ()) -> int | None:
+    """How surely a name is that of a global norm before a clip: 0 is surest; None is no norm.
+
+    `names` are all names of the log.
+    """
     if is_summary(name):
         return None
+    if beside(name, "clipped_norm") in names:
+        return 2
     name = plain(name)
     if _RAW.fullmatch(name):
         return 0

@@ -99,5 +99,6 @@ def _resumed(log: Log, later: Log) -> Log:
         losses=losses,
         loss_column=None if losses is None else log.loss_column,
         source=source,
+        bound=log.bound if log.bound == later.bound else None,
         notes=tuple(notes),
     )

@@ -290,7 +290,7 @@ def test_rounding_does_not_make_a_pile() -> None:
         ({"steps": [1.0, 3.0, 2.0]}, "steps must rise, got 2 after 3"),
         ({"max_norm": 0.0}, "max_norm must be a finite number > 0"),
         ({"max_norm": math.inf}, "max_norm must be a finite number > 0"),
-        ({"every": 0}, "every must be a finite number > 0"),
+        ({"every": 0}, "every must be a finite number >= 1"),
     ],
 )
 def test_a_bad_argument_is_named(arguments: dict[str, Any], message: str) -> None:
@@ -316,3 +316,20 @@ def test_progress_is_shown_where_it_is_asked_for() -> None:
     advice = clipax.advise(lognormal(steps=50), progress=lines.append)
     adaptive = [each.code for each in advice.candidates if each.kind == "adaptive"]
     assert lines == ["statistics", "fixed bounds", *adaptive]
+
+
+@pytest.mark.parametrize("every", [0, 0.5, -1, math.nan, math.inf, "10", True])
+def test_a_step_from_norm_to_norm_is_at_least_one(every: Any) -> None:
+    with pytest.raises(ValueError, match=r"every must be a finite number >= 1, got"):
+        clipax.advise(lognormal(), every=every)
+
+
+def test_a_bound_near_the_usual_norm_says_nothing_of_the_learning_rate() -> None:
+    norms = lognormal()
+    near, far = (
+        " ".join(clipax.advise(norms, max_norm=float(np.median(norms)) * share).limits)
+        for share in (0.98, 0.1)
+    )
+    assert "normalizes the gradient" in near
+    assert "times as long" not in near
+    assert "10 times as long" in far

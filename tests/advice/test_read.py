@@ -6,12 +6,15 @@ import io
 import json
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
+import optax
 import pytest
 
+import clipax
 from clipax.advice import _read
-from clipax.advice._log import Log
+from clipax.advice._log import Log, LogError
 
 DATA = pathlib.Path(__file__).parent.parent / "data" / "logs"
 STEPS = [10.0, 20.0, 30.0]
@@ -167,9 +170,11 @@ def test_the_norms_of_every_trainer_are_found(kind: str, tmp_path: pathlib.Path)
     log = _read.read(write(tmp_path, ALL[kind]))
     assert_read(log, with_losses=kind != "an MLflow metric")
     assert log.column == COLUMNS[kind]
-    assert ["mean of several steps" in note for note in log.notes] == (
-        [True] if kind == "a Weights & Biases export" else []
-    )
+    notes = {
+        "a Weights & Biases export": "mean of several steps",
+        "clipax": "what the method in use measures",
+    }
+    assert [notes[kind] in note for note in log.notes] == ([True] if kind in notes else [])
 
 
 @pytest.mark.parametrize("separator", ["\t", ";"])
@@ -365,3 +370,62 @@ def test_a_binary_log_says_which_package_reads_it(
     extra = name.split("/")[0]
     with pytest.raises(ValueError, match=rf"needs {extra}: pip install 'clipax\[{extra}\]'"):
         _read.read(str(DATA / name))
+
+
+GRADIENTS = [{"w": np.array([3.0, 4.0]) * scale, "b": np.ones(1)} for scale in (1.0, 9.0, 0.1)]
+WRITTEN_NORMS = [float(np.sqrt(np.sum(each["w"] ** 2) + 1)) for each in GRADIENTS]
+
+
+def own_log(method: optax.GradientTransformation, **options: Any) -> str:
+    """What a training loop writes that logs the metrics of clipax."""
+    lines = []
+    state = method.init(GRADIENTS[0])
+    for step, gradient in enumerate(GRADIENTS):
+        _, state = method.update(gradient, state)
+        per_leaf = options.get("per_leaf", False)
+        found = clipax.as_floats(
+            clipax.metrics(state, per_leaf=per_leaf), prefix=options.get("prefix", "")
+        )
+        lines.append(json.dumps({"step": step, "param_norm": 7.0, "weight/norm": 8.0} | found))
+    return "\n".join(lines)
+
+
+CLIP = clipax.clip_by_global_norm(2.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "bound"),
+    [
+        (own_log(CLIP), "norm", 2.0),
+        (own_log(CLIP, prefix="train/"), "train/norm", 2.0),
+        (own_log(CLIP, prefix="run_1/"), "run_1/norm", 2.0),
+        (own_log(clipax.clip_by_leaf_norm(2.0), per_leaf=True), "norm/all", 2.0),
+        (own_log(clipax.observe(clipax.clip_by_value(0.1))), "norm_in", None),
+        (own_log(clipax.skip_step(CLIP), prefix="train/"), "train/raw_norm", None),
+        (own_log(clipax.clip_by_global_norm(lambda count: 1.0 + count)), "norm", None),
+    ],
+)
+def test_the_norms_that_clipax_writes_are_found(
+    text: str, column: str, bound: float | None, tmp_path: pathlib.Path
+) -> None:
+    log = _read.read(write(tmp_path, text))
+    assert log.column == column
+    assert log.bound == bound
+    if column != "norm/all":
+        np.testing.assert_allclose(log.norms, WRITTEN_NORMS, rtol=1e-6)
+    is_of_method = column.endswith(("norm", "/all")) and "raw" not in column
+    assert ["what the method in use measures" in note for note in log.notes] == (
+        [True] if is_of_method else []
+    )
+
+
+def test_two_clips_in_a_row_are_both_named(tmp_path: pathlib.Path) -> None:
+    text = own_log(optax.chain(CLIP, clipax.clip_by_global_norm(0.5)))
+    with pytest.raises(LogError, match=r"2 columns .* '0/norm', '1/norm'\.$"):
+        _read.read(write(tmp_path, text))
+    assert _read.read(write(tmp_path, text), "0/norm").bound == 2.0
+
+
+def test_what_is_named_after_a_clip_is_not_taken_in_silence(tmp_path: pathlib.Path) -> None:
+    log = _read.read(write(tmp_path, own_log(CLIP, prefix="train/")), "train/clipped_norm")
+    assert "is the norm after the clip" in " ".join(log.notes)
