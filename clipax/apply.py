@@ -11,6 +11,7 @@ import optax
 
 from clipax._core import _checks, _leaves, _rules
 from clipax._core._compat import core
+from clipax._core._shown import shown
 from clipax._core._typing import Array, Updates
 from clipax.metrics import metrics
 
@@ -121,7 +122,7 @@ def _checked_probe(probe: Any) -> Array:
     is_array = isinstance(probe, (jax.Array, np.ndarray))
     is_right = is_array and probe.shape == (3,) and jnp.issubdtype(probe.dtype, np.floating)
     if not is_right:
-        raise ValueError(f"probe must be an array of three floats, got {probe!r}.")
+        raise ValueError(f"probe must be an array of three floats, got {shown(probe)}.")
     return jnp.asarray(probe)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax._core import _checks, _leaves, _paths
+from clipax._core._shown import shown
 from clipax._core._typing import Array
 from clipax.methods.skip_step import SkipState
 
@@ -146,7 +147,7 @@ def _require_values(function: str, name: str, leaves: list[tuple[str, Any]], adv
         if isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)):
             place = f" at {path!r}" if path else ""
             raise ValueError(
-                f"{function} needs values, got {leaf!r}{place} of {name}."
+                f"{function} needs values, got {shown(leaf)}{place} of {name}."
                 f" Call it outside of jit, on the results; {advice}"
             )
 

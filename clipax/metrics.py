@@ -13,6 +13,7 @@ import numpy as np
 
 from clipax._core import _checks, _leaves, _paths, _window
 from clipax._core._clip_by import ClipState
+from clipax._core._shown import shown
 from clipax._core._typing import Array, Norms
 from clipax._core._window import WindowState
 from clipax.methods.measure import DEFAULT_QUANTILES, Quantiles
@@ -46,8 +47,9 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       | `norm_q50`, `norm_q90`, `norm_q99` | quantiles of the window of norms, if there is one |
 
       or the quantiles that `measure` was given. With `per_leaf`, there are also `norm/<path>`,
-      `clipped_norm/<path>`, `max_norm/<path>` and `coefficient/<path>`. An `observe` state gives
-      `norm_in`, `norm_out` and `cosine`. A `skip_step` state gives
+      `clipped_norm/<path>`, `max_norm/<path>` and `coefficient/<path>`, of methods that have a
+      norm for each leaf; `measure(leaf_norm)` in the chain gives them beside any other. An
+      `observe` state gives `norm_in`, `norm_out` and `cosine`. A `skip_step` state gives
 
       | key | value |
       |---|---|
@@ -76,7 +78,7 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       has that axis; where all norms are of units or layers, use `jax.vmap(clipax.metrics)`.
 
     Raises:
-      ValueError: `per_leaf` is not a boolean.
+      ValueError: `opt_state` is a transformation, or `per_leaf` is not a boolean.
 
     | opt_state | result |
     |---|---|
@@ -91,6 +93,11 @@ def metrics(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Array]:
       >>> {name: round(float(value), 3) for name, value in metrics(opt_state).items()}
       {'norm': 5.0, 'clipped_norm': 1.0, 'max_norm': 1.0, 'coefficient': 0.2, 'clip_fraction': 1.0}
     """
+    if _checks.is_transformation(opt_state):
+        raise ValueError(
+            "opt_state must be a state, which init and update return, got the transformation"
+            " itself."
+        )
     _checks.flag(per_leaf=per_leaf)
     states = list(find_states(opt_state))
     names = _distinct([("/".join(path), type(state)) for path, state in states])
@@ -140,11 +147,11 @@ def as_floats(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, float
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"values must be a dict from names to numbers, got {values!r}.")
     if not isinstance(prefix, str):
-        raise ValueError(f"prefix must be a string, got {prefix!r}.")
+        raise ValueError(f"prefix must be a string, got {shown(prefix)}.")
     for name, value in values.items():
         if isinstance(value, jax.core.Tracer):
             raise ValueError(
-                f"values must be known, got {value!r} for {name!r}: call as_floats outside of"
+                f"values must be known, got {shown(value)} for {name!r}: call as_floats outside of"
                 " jit, on its results."
             )
     fetched = {name: np.asarray(value) for name, value in jax.device_get(dict(values)).items()}
@@ -153,7 +160,7 @@ def as_floats(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, float
         if not (jnp.issubdtype(array.dtype, np.number) or array.dtype == bool) or np.iscomplexobj(
             array
         ):
-            raise ValueError(f"values must be real numbers, got {array!r} for {name!r}.")
+            raise ValueError(f"values must be real numbers, got {shown(array)} for {name!r}.")
         key = _accepted(prefix + name)
         for place, entry in np.ndenumerate(array):
             entries.append(("/".join(filter(None, (key, "_".join(map(str, place))))), entry))

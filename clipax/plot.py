@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from clipax._core._shown import shown
+
 NORM, CLIPPED, BOUND = "#a9a9a9", "#0072b2", "#d55e00"
 # The keys of `metrics` that are drawn, or that say how.
 _KEYS = (
@@ -118,9 +120,11 @@ def _array(key: str, values: Any) -> Any:
             values = np.stack([np.asarray(leaf) for leaf in values.values()], axis=1)
         array = np.asarray(jax.device_get(values), np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{key} must be numbers, one for each step, got {values!r}.") from error
+        raise ValueError(
+            f"{key} must be numbers, one for each step, got {shown(values)}."
+        ) from error
     if array.ndim == 0:
-        raise ValueError(f"{key} must have an axis of steps, got {values!r}.")
+        raise ValueError(f"{key} must have an axis of steps, got {shown(values)}.")
     return array.reshape(len(array), -1)
 
 

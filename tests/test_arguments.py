@@ -180,6 +180,34 @@ def test_a_missing_state_is_refused_with_what_was_given(given: object) -> None:
         clip.update(jnp.ones(2), given)
 
 
+def test_the_state_of_another_method_is_named_as_that() -> None:
+    state = clipax.clip_by_global_norm(1.0).init(jnp.ones(2))
+    with pytest.raises(ValueError, match=r"got the ClipState of another method, or of other"):
+        clipax.zclip().update(jnp.ones(2), state)
+
+
+def test_an_error_does_not_show_all_of_a_tree() -> None:
+    tree = {f"layer{number}": jnp.ones((30, 30)) for number in range(20)}
+    for call in (
+        lambda: clipax.clip_by_global_norm(tree),
+        lambda: clipax.observe(tree),
+        lambda: clipax.advise([tree] * 30),
+        lambda: clipax.as_floats({"x": tree}),
+        lambda: clipax.clip_by(tree, 1.0),
+        lambda: clipax.clip_by_leaf_norm(1.0, mask=tree).init(tree),
+        lambda: clipax.skip_step(optax.sgd(0.1), skip_ranges=tree),
+    ):
+        with pytest.raises(ValueError) as raised:  # noqa: PT011
+            call()
+        assert len(str(raised.value)) < 500
+        assert "layer" in str(raised.value) or "Array" in str(raised.value)
+
+
+def test_a_transformation_is_not_read_as_a_state() -> None:
+    with pytest.raises(ValueError, match=r"^opt_state must be a state"):
+        clipax.metrics(clipax.clip_by_global_norm(1.0))
+
+
 def test_flags_that_are_no_booleans_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^per_leaf must be True or False, got 3"):
         clipax.metrics({}, per_leaf=3)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from per_example_cases import PAIRS, total
@@ -154,3 +155,17 @@ def test_bounds_of_another_structure_are_refused() -> None:
     grad_fn = clipax.clipped_grad(lambda params, x: total(params["w"], x), {"v": 1.0})
     with pytest.raises(ValueError, match="max_norm"):
         grad_fn({"w": jnp.zeros(2)}, PAIRS)
+
+
+def test_an_optimizer_in_the_place_of_the_bound_is_refused() -> None:
+    with pytest.raises(ValueError, match="got a transformation: pass the gradients"):
+        clipax.clipped_grad(total, optax.sgd(0.1))
+
+
+def test_an_error_in_a_loss_of_a_whole_batch_says_what_the_loss_gets() -> None:
+    def of_batch(params: Any, x: Any) -> Any:
+        return jnp.mean((x @ params)[:, 0])
+
+    with pytest.raises(IndexError) as raised:
+        clipax.clipped_grad(of_batch, 1.0)(jnp.zeros((2, 1)), PAIRS)
+    assert "one example, without the axis of examples" in raised.value.__notes__[0]

@@ -12,6 +12,7 @@ import optax
 from jax.tree_util import GetAttrKey
 
 from clipax._core import _rules
+from clipax._core._shown import shown
 
 
 def is_schedule(value: Any) -> bool:
@@ -77,7 +78,7 @@ def one_bound(requirement: Callable[..., None], **arguments: Any) -> None:
         if not is_one:
             advice = " Wrap a schedule that holds numbers in a lambda." if callable(value) else ""
             raise ValueError(
-                f"{name} must be one number, array or schedule, got the tree {value!r}:"
+                f"{name} must be one number, array or schedule, got the tree {shown(value)}:"
                 f" this method has one norm for all leaves.{advice}"
             )
         if not is_schedule(value):
@@ -101,7 +102,9 @@ def axes(**arguments: Any) -> None:
         for axis in value if isinstance(value, tuple) else (value,):
             is_integer = isinstance(axis, int | np.integer) and not isinstance(axis, bool)
             if not is_integer and axis is not None and jax.tree_util.all_leaves([axis]):
-                raise ValueError(f"{name} must be an integer or a tuple of them, got {value!r}.")
+                raise ValueError(
+                    f"{name} must be an integer or a tuple of them, got {shown(value)}."
+                )
 
 
 def static(**arguments: Any) -> None:
@@ -132,9 +135,9 @@ def positive_integer(**arguments: Any) -> None:
     for name, value in arguments.items():
         is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not is_integer or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+            raise ValueError(f"{name} must be an integer >= 1, got {shown(value)}.")
         if value > np.iinfo(np.int32).max:
-            raise ValueError(f"{name} must be an integer < 2^31, got {value!r}.")
+            raise ValueError(f"{name} must be an integer < 2^31, got {shown(value)}.")
 
 
 def warmup(warmup_steps: int | None, window_size: int) -> int:
@@ -148,7 +151,7 @@ def flag(**arguments: Any) -> None:
     """Requires True or False."""
     for name, value in arguments.items():
         if not isinstance(value, bool | np.bool_):
-            raise ValueError(f"{name} must be True or False, got {value!r}.")
+            raise ValueError(f"{name} must be True or False, got {shown(value)}.")
 
 
 def axis_name(**arguments: Any) -> None:
@@ -156,13 +159,14 @@ def axis_name(**arguments: Any) -> None:
     for name, value in arguments.items():
         if _rules.is_function(value):
             raise ValueError(
-                f"{name} must be a name, several names, or a tree prefix of them, got {value!r}."
+                f"{name} must be a name, several names, or a tree prefix of them, got"
+                f" {shown(value)}."
             )
         for leaf in jax.tree.leaves(value, is_leaf=_rules.is_rule_value):
             names = _rules.names_of(leaf)
             twice = {axis for axis in names if names.count(axis) > 1}
             if twice:
-                raise ValueError(f"{name} must name {twice.pop()!r} once, got {leaf!r}.")
+                raise ValueError(f"{name} must name {twice.pop()!r} once, got {shown(leaf)}.")
 
 
 def function(**arguments: Any) -> None:
@@ -172,7 +176,7 @@ def function(**arguments: Any) -> None:
     for name, value in arguments.items():
         if not is_schedule(value):
             advice = _advice_on_injection(called) if name in called else ""
-            raise ValueError(f"{name} must be a function, got {value!r}.{advice}")
+            raise ValueError(f"{name} must be a function, got {shown(value)}.{advice}")
 
 
 def is_transformation(value: Any) -> bool:
@@ -186,7 +190,7 @@ def transformation(**argument: Any) -> optax.GradientTransformationExtraArgs:
     ((name, value),) = argument.items()
     if not is_transformation(value):
         raise ValueError(
-            f"{name} must be an optax.GradientTransformation, got {value!r}, which is not an"
+            f"{name} must be an optax.GradientTransformation, got {shown(value)}, which is not an"
             " object with the functions `init` and `update`."
         )
     if not isinstance(value, optax.GradientTransformation):  # such as optax.MultiSteps
@@ -203,7 +207,7 @@ def norms(values: Any) -> None:
     """Requires that a user's norm function returns real numbers."""
     for leaf in jax.tree.leaves(values):
         if not isinstance(leaf, (float, np.ndarray, np.generic, jax.Array)) or not _is_real(leaf):
-            raise ValueError(f"norm must give real numbers, got {leaf!r}.")
+            raise ValueError(f"norm must give real numbers, got {shown(leaf)}.")
 
 
 def scheduled(**arguments: Any) -> None:
@@ -211,7 +215,7 @@ def scheduled(**arguments: Any) -> None:
     for name, value in arguments.items():
         is_number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array))
         if not is_number or not _is_real(value):
-            raise ValueError(f"{name} must be a schedule that gives numbers, got {value!r}.")
+            raise ValueError(f"{name} must be a schedule that gives numbers, got {shown(value)}.")
 
 
 def known_norm(**arguments: Any) -> None:
@@ -236,12 +240,12 @@ def _require(
     for name, value in arguments.items():
         is_number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array))
         if not is_number or isinstance(value, bool) or not _is_real(value):
-            raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+            raise ValueError(f"{name} must be {wanted}, got {shown(value)}.")
         if isinstance(value, jax.Array) and not _is_known(value):
             continue
         for item in _as_floats(value):
             if not (holds(item) and (is_nan_allowed or not math.isnan(item))):
-                raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+                raise ValueError(f"{name} must be {wanted}, got {shown(value)}.")
 
 
 def _as_floats(value: Any) -> list[float]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from clipax._core import _checks, _leaves, _paths
+from clipax._core._shown import shown
 from clipax._core._typing import Array, Norm, Norms, Updates
 
 
@@ -32,7 +33,8 @@ def conformed(norms: Norms, template: Norms, *, name: str = "updates since `init
             return None if zero is None else jnp.zeros_like(zero)
         if not jax.tree_util.all_leaves([norm]) or jnp.shape(norm) != zero.shape:
             raise ValueError(
-                f"{name} must give norms of shape {zero.shape}, as in the state, got {norm!r}."
+                f"{name} must give norms of shape {zero.shape}, as in the state, got"
+                f" {shown(norm)}."
             )
         return jnp.asarray(norm).astype(zero.dtype)
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.tree_util import FlattenedIndexKey, GetAttrKey
 
+from clipax._core._shown import shown
+
 _SEPARATOR = "/"
 # The keys under which boxes hold their one value: boxes of Flax, and classes without names.
 _BOXED = (GetAttrKey("value"), GetAttrKey("raw_value"), FlattenedIndexKey(0))
@@ -131,7 +133,7 @@ def paired_tuples(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool]) -> Ite
 
 def _misfit(name: str, prefix: Any, tree: Any, why: str) -> ValueError:
     return ValueError(
-        f"{name} must be one value or a tree prefix of the updates, got {prefix!r} for the"
+        f"{name} must be one value or a tree prefix of the updates, got {shown(prefix)} for the"
         f" structure {jax.tree.structure(tree)}: {why}."
     )
 

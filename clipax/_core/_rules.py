@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax._core import _leaves, _paths
+from clipax._core._shown import shown
 from clipax._core._typing import Axes, LeafRule, Updates
 
 
@@ -59,7 +60,9 @@ def wanted(updates: Updates, mask: LeafRule = True) -> list[bool]:
     for leaf, is_unmasked in rows:
         measured = _leaves.is_measured(leaf)
         if measured and not isinstance(is_unmasked, bool | np.bool_):
-            raise ValueError(f"mask must say True or False of each leaf, got {is_unmasked!r}.")
+            raise ValueError(
+                f"mask must say True or False of each leaf, got {shown(is_unmasked)}."
+            )
         answers.append(measured and bool(is_unmasked))
     return answers
 

@@ -36,6 +36,8 @@ def transformation(
 
 def no_state(kind: type, given: Any) -> ValueError:
     name = "None" if given is None else f"an object of type {type(given).__name__}"
+    if isinstance(given, kind):
+        name = f"the {kind.__name__} of another method, or of other parameters"
     return ValueError(
         f"state must be the {kind.__name__} that init(params) or the last update returned, because"
         f" this method remembers earlier steps or counts them for a schedule, got {name}. Call"

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipax._core import _checks
+from clipax._core._shown import shown
 from clipax.advice import _candidates, _limits, _report, _rules, _statistics
 from clipax.advice._candidates import Candidate, Progress
 from clipax.advice._log import Floats
@@ -149,7 +150,9 @@ def _series(name: str, values: Any, size: int | None = None) -> Floats:
     try:
         array = np.asarray(values, np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be numbers, one for each step, got {values!r}.") from error
+        raise ValueError(
+            f"{name} must be numbers, one for each step, got {shown(values)}."
+        ) from error
     if array.ndim != 1 or size not in (None, array.size):
         shape = "[steps]" if size is None else f"[{size}]"
         raise ValueError(f"{name} must have the shape {shape}, got {list(array.shape)}.")

@@ -11,6 +11,7 @@ import optax
 from clipax._core import _checks, _compat, _leaves, _paths
 from clipax._core._clip_by import ClipState
 from clipax._core._compat import core
+from clipax._core._shown import shown
 from clipax._core._typing import Array, Norms, Updates
 from clipax.methods.skip_step import SkipState
 from clipax.metrics import find_states
@@ -214,7 +215,9 @@ def _checked(value: Any, name: str) -> Array:
     given = value if isinstance(value, jax.Array) else np.asarray(value)
     is_real = jnp.issubdtype(given.dtype, np.integer) or jnp.issubdtype(given.dtype, np.floating)
     if not is_real or given.ndim == 0:
-        raise ValueError(f"{name} must be an array of numbers, one for each step, got {value!r}.")
+        raise ValueError(
+            f"{name} must be an array of numbers, one for each step, got {shown(value)}."
+        )
     # A double beyond all floats is an infinite one.
     with np.errstate(over="ignore"):
         array = jnp.asarray(given)

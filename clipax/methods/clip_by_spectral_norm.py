@@ -10,6 +10,7 @@ import optax
 
 from clipax._core import _checks, _paths, _rules
 from clipax._core._clip_by import ClipState, clip_by
+from clipax._core._shown import shown
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import AxisName, Bound, Coefficient, LeafRule, Norms, Updates
 from clipax._spectral import _matrices, _spectral
@@ -116,7 +117,7 @@ def clip_by_spectral_norm(
         if coefficient not in (hard, square_root):
             raise ValueError(
                 f"coefficient must be hard or square_root with iterations={iterations}, because"
-                f" matrix products compute only these two, got {coefficient!r}."
+                f" matrix products compute only these two, got {shown(coefficient)}."
             )
     _checks.axes(unit_axis=unit_axis, stack_axis=stack_axis)
     _checks.static(mask=mask)

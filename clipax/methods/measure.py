@@ -10,6 +10,7 @@ import optax
 
 from clipax._core import _checks, _placement, _window
 from clipax._core._clip_by import clip_by
+from clipax._core._shown import shown
 from clipax._core._transformation import injectable
 from clipax._core._typing import Array, AxisName, Norm, Norms
 from clipax._core._window import WindowState
@@ -95,7 +96,9 @@ def measure(
 def _checked(quantiles: Any) -> Quantiles:
     _checks.static(quantiles=quantiles)
     if isinstance(quantiles, str) or not isinstance(quantiles, Sequence):
-        raise ValueError(f"quantiles must be a sequence of numbers in (0, 1), got {quantiles!r}.")
+        raise ValueError(
+            f"quantiles must be a sequence of numbers in (0, 1), got {shown(quantiles)}."
+        )
     for place, quantile in enumerate(quantiles):
         _checks.static(**{f"quantiles[{place}]": quantile})
         _checks.scalar(_checks.inside_unit_interval, **{f"quantiles[{place}]": quantile})

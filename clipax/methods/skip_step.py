@@ -18,6 +18,7 @@ from clipax._core import (
     _select,
     _window,
 )
+from clipax._core._shown import shown
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Updates
 from clipax.norms import global_norm
@@ -145,7 +146,7 @@ def skip_step(
         _checks.scalar(_checks.positive, loss_z_max=loss_z_max)
     _checks.positive_integer(window_size=window_size)
     if window_size < 2:
-        raise ValueError(f"window_size must be an integer >= 2, got {window_size!r}.")
+        raise ValueError(f"window_size must be an integer >= 2, got {shown(window_size)}.")
     first = _checks.warmup(warmup_steps, window_size)
     ranges = _checked_ranges(skip_ranges)
 
@@ -222,7 +223,7 @@ def _checked_ranges(skip_ranges: Any) -> np.ndarray:
     if None in pairs:
         raise ValueError(
             "skip_ranges must be pairs (start, stop) of integers with 0 <= start < stop, as"
-            f" ((100, 110), (250, 251)), got {skip_ranges!r}."
+            f" ((100, 110), (250, 251)), got {shown(skip_ranges)}."
         )
     last = np.iinfo(np.int32).max
     clipped = [[min(number, last) for number in pair] for pair in pairs if pair]
@@ -256,7 +257,7 @@ def _given_loss(norm: Array, loss: Any) -> Array:
         )
     is_real = isinstance(loss, _NUMBERS) and not jnp.iscomplexobj(loss)
     if not is_real or jnp.ndim(loss) != 0:
-        raise ValueError(f"loss must be one real number, got {loss!r}.")
+        raise ValueError(f"loss must be one real number, got {shown(loss)}.")
     return jnp.asarray(loss).astype(norm.dtype)
 
 

@@ -11,6 +11,7 @@ import optax
 
 from clipax._core import _checks, _choice, _leaves, _moments, _paths, _placement, _rules
 from clipax._core._clip_by import ClipState
+from clipax._core._shown import shown
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
 from clipax.norms import global_norm
@@ -190,7 +191,7 @@ def _check(groups: Any) -> None:
     if not (is_of_paths or callable(groups)):
         raise ValueError(
             "groups must be a list of paths, such as ['encoder', 'head'], or a function"
-            f" (path, leaf) -> name, got {groups!r}."
+            f" (path, leaf) -> name, got {shown(groups)}."
         )
 
 
@@ -201,12 +202,14 @@ def _names(groups: Any, measured: Updates) -> list[str]:
         names = {groups(path, leaf) for path, leaf in leaves} - {None}
         for name in names:
             if not isinstance(name, str):
-                raise ValueError(f"groups must give a name or None for each leaf, got {name!r}.")
+                raise ValueError(
+                    f"groups must give a name or None for each leaf, got {shown(name)}."
+                )
         return sorted(names)
     paths = [path for path, _ in leaves]
     for name in groups:
         if paths and not any(_mask(groups, name)(path, None) for path in paths):
-            raise ValueError(f"groups must be paths of leaves, or above them, got {name!r}.")
+            raise ValueError(f"groups must be paths of leaves, or above them, got {shown(name)}.")
     return list(groups)
 
 

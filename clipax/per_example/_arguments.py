@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clipax._core._shown import shown
+
 
 def arrays_apart(
     loss_fn: Callable[..., Any],
@@ -122,7 +124,7 @@ def of_examples(examples: int, kind: Any, **argument: Any) -> jax.Array | None:
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{wanted}, got {value!r}.") from error
+        raise ValueError(f"{wanted}, got {shown(value)}.") from error
     if array.shape != (examples,) or not jnp.issubdtype(array.dtype, kind):
         raise ValueError(f"{wanted}, got {array.dtype}{list(array.shape)}.")
     return array
@@ -134,7 +136,7 @@ def names(**argument: Any) -> tuple[str, ...]:
     names = (value,) if isinstance(value, str) else value
     good = isinstance(names, Sequence) and all(isinstance(each, str) for each in names)
     if not good or len(set(names)) != len(names):
-        raise ValueError(f"{name} must be a name or several different ones, got {value!r}.")
+        raise ValueError(f"{name} must be a name or several different ones, got {shown(value)}.")
     return tuple(names)
 
 
@@ -142,7 +144,7 @@ def position(**argument: Any) -> int:
     """Checks an argument that gives one position."""
     ((name, value),) = argument.items()
     if not _is_position(value):
-        raise ValueError(f"{name} must be a position >= 0, got {value!r}.")
+        raise ValueError(f"{name} must be a position >= 0, got {shown(value)}.")
     return int(value)
 
 
@@ -159,7 +161,7 @@ def positions(**argument: Any) -> tuple[int, ...]:
     good = all(map(_is_position, positions))
     if not good or not positions or len(set(positions)) != len(positions):
         raise ValueError(
-            f"{name} must be a position >= 0 or several different ones, got {value!r}."
+            f"{name} must be a position >= 0 or several different ones, got {shown(value)}."
         )
     return tuple(int(each) for each in positions)
 
@@ -173,9 +175,9 @@ def float_dtype(**argument: Any) -> Any:
     try:
         dtype = jnp.dtype(value)
     except TypeError as error:
-        raise ValueError(f"{wanted}, got {value!r}.") from error
+        raise ValueError(f"{wanted}, got {shown(value)}.") from error
     if not jnp.issubdtype(dtype, np.floating):
-        raise ValueError(f"{wanted}, got {value!r}.")
+        raise ValueError(f"{wanted}, got {shown(value)}.")
     return dtype
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax._core import _leaves, _paths
+from clipax._core._shown import shown
 from clipax._core._typing import Array
 from clipax.per_example import _arguments, _keys, _mapped
 
@@ -223,7 +224,7 @@ def _check_batch(call: Call) -> None:
             if not _arguments.is_value(leaf):
                 raise ValueError(
                     f"{name} must be an array with the examples along its first axis, got"
-                    f" {leaf!r}. Pass what all examples share as another argument."
+                    f" {shown(leaf)}. Pass what all examples share as another argument."
                 )
             if not jnp.ndim(leaf):
                 raise ValueError(f"{name} has no axis of examples: its shape is ().")

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 
+from clipax._core._shown import shown
 from clipax.per_example._calls import Call
 from clipax.per_example._measured import Traced
 from clipax.per_example._programs import REMATS, Program, bodies
@@ -19,7 +20,7 @@ Memory: TypeAlias = Literal["auto", "kept", "twice"]
 def check_memory(memory: Any) -> None:
     """Refuses anything but the three words."""
     if not isinstance(memory, str) or memory not in get_args(Memory):
-        raise ValueError(f"memory must be 'auto', 'kept' or 'twice', got {memory!r}.")
+        raise ValueError(f"memory must be 'auto', 'kept' or 'twice', got {shown(memory)}.")
 
 
 def is_twice(memory: Memory, call: Call, known: Traced, bounds: int = 1) -> bool:

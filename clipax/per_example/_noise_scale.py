@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from clipax._core import _leaves
+from clipax._core._shown import shown
 from clipax._core._typing import Array, Updates
 from clipax.norms import global_norm
 from clipax.per_example._info import PerExampleInfo
@@ -68,7 +69,7 @@ def noise_scale(grads: Updates, info: PerExampleInfo) -> NoiseScale:
       McCandlish et al., An Empirical Model of Large-Batch Training, 2018, arXiv:1812.06162.
     """
     if not isinstance(info, PerExampleInfo):
-        raise ValueError(f"info must be the PerExampleInfo of clipped_grad, got {info!r}.")
+        raise ValueError(f"info must be the PerExampleInfo of clipped_grad, got {shown(info)}.")
     # Squares of large norms overflow, so they are in units of about the largest: a power of two,
     # because the difference of two squares loses whatever digits a quotient would round.
     clipped = jax.tree.map(_clipped, info.norms, info.coefficients)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from clipax._core import _checks, _paths
+from clipax._core._shown import shown
 
 
 def split_max_norm(max_norm: jax.typing.ArrayLike, params: Any, *, by_size: bool = False) -> Any:
@@ -43,6 +44,6 @@ def split_max_norm(max_norm: jax.typing.ArrayLike, params: Any, *, by_size: bool
     _checks.flag(by_size=by_size)
     sizes = [math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(params)]
     if not sum(sizes):
-        raise ValueError(f"params must have leaves with entries, got {params!r}.")
+        raise ValueError(f"params must have leaves with entries, got {shown(params)}.")
     shares = [size / sum(sizes) if by_size else 1 / len(sizes) for size in sizes]
     return _paths.rebuilt(params, [max_norm * math.sqrt(share) for share in shares])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax._core._compat import core
+from clipax._core._shown import shown
 from clipax.per_example import _arguments, _mapped
 from clipax.per_example._calls import Call
 from clipax.per_example._scopes import Scope
@@ -85,7 +86,11 @@ def _checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     """The loss function, which now refuses to return anything but a scalar loss and arrays."""
 
     def checked(*args: Any) -> Any:
-        returned = loss_fn(*args)
+        try:
+            returned = loss_fn(*args)
+        except Exception as error:
+            error.add_note("clipax calls loss_fn with one example, without the axis of examples.")
+            raise
         if has_aux and not (isinstance(returned, tuple) and len(returned) == 2):
             raise ValueError("With has_aux, loss_fn must return a pair (loss, aux).")
         loss, aux = returned if has_aux else (returned, None)
@@ -100,7 +105,7 @@ def _check_aux(aux: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
         if not _arguments.is_value(leaf):
             raise ValueError(
-                f"What loss_fn returns besides must be arrays, got {leaf!r} in"
+                f"What loss_fn returns besides must be arrays, got {shown(leaf)} in"
                 f" aux{jax.tree_util.keystr(path)}."
             )
 

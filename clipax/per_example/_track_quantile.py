@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from clipax._core import _checks, _leaves, _paths
+from clipax._core._shown import shown
 from clipax._core._typing import Array, Norms
 from clipax.per_example._bounds import check_max_norm
 from clipax.per_example._info import PerExampleInfo, share_of_counted
@@ -52,7 +53,7 @@ def track_quantile(
     """
     check_max_norm(max_norm)
     if not isinstance(info, PerExampleInfo):
-        raise ValueError(f"info must be the PerExampleInfo of clipped_grad, got {info!r}.")
+        raise ValueError(f"info must be the PerExampleInfo of clipped_grad, got {shown(info)}.")
     _checks.scalar(_checks.inside_unit_interval, quantile=quantile)
     _checks.scalar(_checks.positive, learning_rate=learning_rate)
 

@@ -1,0 +1,11 @@
+"""How an error shows what was given, which may be a whole tree of parameters."""
+
+from typing import Any
+
+_LONGEST = 200
+
+
+def shown(value: Any) -> str:
+    """The `repr` of a value on one line, cut off where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
