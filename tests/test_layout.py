@@ -10,7 +10,7 @@ import clipax
 ROOT = pathlib.Path(clipax.__file__).parent
 # A package stands for all of its modules that are not named.
 FLOORS = [
-    {"_core/__init__", "_core/_typing", "_spectral/__init__"},
+    {"_core/__init__", "_core/_shown", "_core/_typing", "_spectral/__init__"},
     {
         "_core/_alike",
         "_core/_checks",

@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m clipax",
-        description=_demo.__doc__,
-        epilog="Another command, `python -m clipax advise LOG`, reads the log of a run and"
-        " recommends a clip.",
+        description="There are two commands. `clipax advise LOG` reads the log of a run and"
+        " recommends a clip: see `clipax advise --help`. `clipax` alone is this demonstration, as"
+        f" is `python -m clipax`. {_demo.__doc__}",
     )
     add = functools.partial(parser.add_argument, help="default: %(default)s")
     methods, optimizers = (
