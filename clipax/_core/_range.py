@@ -176,7 +176,7 @@ def _over_the_largest(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
     """Norms of any order, from powers of entries in the unit of the largest one."""
     units = [finite_or_one(each) for each in _largest_entries(ways, arrays)]
     norms = ways.usual.roots(ways.usual.sums(arrays, SUM, ways.usual.ord, units))
-    return [_in_range(norm, unit) for norm, unit in zip(norms, units, strict=True)]
+    return [in_range(norm, unit) for norm, unit in zip(norms, units, strict=True)]
 
 
 def _at_the_right_scale(reduction: Reduction, arrays: Sequence[Array]) -> list[Array]:
@@ -270,7 +270,7 @@ def finite_or_one(largest: Array) -> Array:
     return jax.lax.stop_gradient(jnp.where(usable, _leaves.unit_of(largest), 1.0))
 
 
-def _in_range(norm: Array, unit: Array) -> Array:
+def in_range(norm: Array, unit: Array) -> Array:
     """`norm * unit`, which overflows only if the exact norm does."""
     last = np.finfo(norm.dtype).max * (1 - 1e-6) / unit
     is_rounded_out = (norm > last) & (norm * (1 - 4e-6) <= last)

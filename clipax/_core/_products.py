@@ -1,0 +1,78 @@
+"""Inner products of updates with what was made of them."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipax._core import _compat, _kinds, _leaves, _mapped, _rules
+from clipax._core._operations import SUM
+from clipax._core._stacks import across_shards
+from clipax._core._typing import Array, AxisName, Updates
+
+_ROWS = 16
+_LEAST_IN_ROWS = 2**16
+
+
+def product_and_square(
+    one: Updates, other: Updates, *, axis_name: AxisName
+) -> tuple[Array, Array]:
+    """`sum_i one_i * other_i` and `sum_i |other_i|^2` over all leaves, from one read."""
+    names = _rules.per_leaf(other, axis_name=axis_name)
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), names, strict=True)
+    sums_of = _kinds.once_per_kind(_sums_of_leaf)
+    sums: list[Array] = []
+    shards: list[Any] = []
+    for left, right, name in pairs:
+        sums += sums_of(left, right)
+        shards += [_mapped.sharding_axes(each, name, None) for each in sums[-2:]]
+    whole = across_shards(SUM, sums, shards)
+    return jnp.sum(jnp.stack(whole[::2])), jnp.sum(jnp.stack(whole[1::2]))
+
+
+def _sums_of_leaf(one: Array, other: Array) -> list[Array]:
+    if jnp.iscomplexobj(one) or jnp.iscomplexobj(other):
+        product = one.real * other.real + one.imag * other.imag
+    else:
+        product = one * other
+    terms = [product, _leaves.squared_modulus(other)]
+    if not all(map(_compat.is_on_one_device, terms)):
+        return _sums(terms)
+    result: list[Array] = jax.lax.platform_dependent(terms, cpu=_sums_in_rows, default=_sums)
+    return result
+
+
+def _sums(terms: Sequence[Array]) -> list[Array]:
+    return [jnp.sum(term) for term in terms]
+
+
+def _sums_in_rows(terms: Sequence[Array]) -> list[Array]:
+    """Sums in one loop, where XLA would keep what both sums read and read it for each of them.
+
+    XLA vectorizes a reduction over sixteen rows with all that makes their entries.
+    """
+    shape = terms[0].shape
+    split = next((axis for axis, size in enumerate(shape) if size % _ROWS == 0), None)
+    if split is None or terms[0].size < _LEAST_IN_ROWS:
+        return _sums(terms)
+    rows = (*shape[:split], _ROWS, shape[split] // _ROWS, *shape[split + 1 :])
+    parts = _sums_over([term.reshape(rows) for term in terms], split)
+    # Without the barrier, XLA would join both steps.
+    return _sums(_compat.optimization_barrier(parts))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _sums_over(terms: Sequence[Array], axis: int) -> list[Array]:
+    def add(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
+        return [a + b for a, b in zip(left, right, strict=True)]
+
+    zeros = [np.zeros((), term.dtype) for term in terms]
+    return list(jax.lax.reduce(list(terms), zeros, add, (axis,)))
+
+
+@_sums_over.defjvp
+def _sums_over_jvp(axis: int, primals: Any, tangents: Any) -> Any:
+    return jax.jvp(lambda terms: [jnp.sum(term, axis) for term in terms], primals, tangents)
