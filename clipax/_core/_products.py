@@ -9,12 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax._core import _compat, _kinds, _leaves, _mapped, _rules
-from clipax._core._operations import SUM
+from clipax._core._operations import SUM, in_rows
 from clipax._core._stacks import across_shards
 from clipax._core._typing import Array, AxisName, Updates
-
-_ROWS = 16
-_LEAST_IN_ROWS = 2**16
 
 
 def product_and_square(
@@ -39,9 +36,12 @@ def _sums_of_leaf(one: Array, other: Array) -> list[Array]:
     else:
         product = one * other
     terms = [product, _leaves.squared_modulus(other)]
-    if not all(map(_compat.is_on_one_device, terms)):
+    rows = [in_rows(term, range(term.ndim), 16) for term in terms]
+    if None in rows:
         return _sums(terms)
-    result: list[Array] = jax.lax.platform_dependent(terms, cpu=_sums_in_rows, default=_sums)
+    arrays, (axis, _) = zip(*rows, strict=True)
+    in_steps = functools.partial(_sums_in_two_steps, axis)
+    result: list[Array] = jax.lax.platform_dependent(list(arrays), cpu=in_steps, default=_sums)
     return result
 
 
@@ -49,19 +49,10 @@ def _sums(terms: Sequence[Array]) -> list[Array]:
     return [jnp.sum(term) for term in terms]
 
 
-def _sums_in_rows(terms: Sequence[Array]) -> list[Array]:
-    """Sums in one loop, where XLA would keep what both sums read and read it for each of them.
-
-    XLA vectorizes a reduction over sixteen rows with all that makes their entries.
-    """
-    shape = terms[0].shape
-    split = next((axis for axis, size in enumerate(shape) if size % _ROWS == 0), None)
-    if split is None or terms[0].size < _LEAST_IN_ROWS:
-        return _sums(terms)
-    rows = (*shape[:split], _ROWS, shape[split] // _ROWS, *shape[split + 1 :])
-    parts = _sums_over([term.reshape(rows) for term in terms], split)
+def _sums_in_two_steps(axis: int, terms: Sequence[Array]) -> list[Array]:
+    """Sums in one loop; XLA would keep what both sums read, and read it for each of them."""
     # Without the barrier, XLA would join both steps.
-    return _sums(_compat.optimization_barrier(parts))
+    return _sums(_compat.optimization_barrier(_sums_over(terms, axis)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

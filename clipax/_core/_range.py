@@ -45,6 +45,7 @@ import numpy as np
 
 from clipax._core import _compat, _leaves
 from clipax._core._operations import (
+    COLUMNS_IN_STEPS,
     FLOAT_MAX,
     MAX,
     MAX_IN_STEPS,
@@ -181,7 +182,7 @@ def _over_the_largest(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
 
 def _at_the_right_scale(reduction: Reduction, arrays: Sequence[Array]) -> list[Array]:
     """Norms that are read again only where their sum of squares left the range."""
-    plain = reduction.sums(_apart(arrays), SUM, 2.0)
+    plain = reduction.sums(_apart(arrays), COLUMNS_IN_STEPS, 2.0)
     scales = [_scale_for(part) for part in plain]
     in_range = functools.reduce(jnp.logical_and, [jnp.all(scale == 1) for scale in scales])
 
