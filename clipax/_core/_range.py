@@ -11,6 +11,7 @@ range is taken.
     1, inf       CPU         no       the same of what is computed to be reduced, in two steps (k)
     2            CPU         no       one sum, and a second read if it left the range (d)
     2, little    CPU         no       one sum in float64, for each leaf by itself (j)
+    2, columns   CPU         no       as (d), its first sum in two steps (l)
     2, of units  GPU         no       one sum in float64 (e)
     2            GPU         no       three sums, small leaves that are alike in one stack (f)
     2            TPU         no       three sums, fused with what makes the gradient (g)
@@ -32,6 +33,7 @@ Each form is there because of what a test or a measurement shows:
     j  A branch for each of a thousand leaves takes long to compile:
        `test_cpus_sum_little_leaves_in_doubles`.
     k  Nothing of it is kept: `test_what_is_computed_is_reduced_in_one_read`.
+    l  XLA takes three times as long for columns as for rows: `test_cpus_sum_columns_in_two_steps`.
 """
 
 import functools
