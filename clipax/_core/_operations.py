@@ -84,7 +84,7 @@ def _sum_of_some_jvp(axis: Any, keepdims: bool, primals: Any, tangents: Any) -> 
 
 
 def in_rows(x: Array, axes: Any, rows: int) -> tuple[Array, int] | None:
-    """Splits one of these axes of a large array on one device, so that its first part is `rows`.
+    """Splits one of these axes of a large array on one device, and returns the axis of the rows.
 
     On a CPU, XLA computes what is reduced in a pass of its own for each operation, or in scalars.
     It unrolls and vectorizes a loop over a few rows, with everything that makes their entries.
@@ -93,6 +93,9 @@ def in_rows(x: Array, axes: Any, rows: int) -> tuple[Array, int] | None:
     is_large = not _leaves.has_at_most(_MOST_IN_ONE_STEP, x)
     if split is None or not is_large or not _compat.is_on_one_device(x):
         return None
+    if split == x.ndim - 1:
+        # The parts of one row of the array would be short.
+        return x.reshape(rows, -1), 0
     shape = (*x.shape[:split], rows, x.shape[split] // rows, *x.shape[split + 1 :])
     return x.reshape(shape), split
 

@@ -116,7 +116,8 @@ def _measured_in_both(one: Updates, other: Updates) -> Updates:
 
 
 def _largest_computed(updates: Updates, axis_name: AxisName) -> Array:
-    leaves = _of_computed(updates, math.inf, axis_name=axis_name)
+    # A maximum over devices has no derivative, and a unit needs none.
+    leaves = _of_computed(jax.lax.stop_gradient(updates), math.inf, axis_name=axis_name)
     return jnp.max(jnp.stack(jax.tree.leaves(leaves)))
 
 
