@@ -186,7 +186,7 @@ def _at_the_right_scale(reduction: Reduction, arrays: Sequence[Array]) -> list[A
     """Norms that are read again only where their sum of squares left the range."""
     plain = reduction.sums(_apart(arrays), COLUMNS_IN_STEPS, 2.0)
     scales = [_scale_for(part) for part in plain]
-    in_range = functools.reduce(jnp.logical_and, [jnp.all(scale == 1) for scale in scales])
+    is_in_range = functools.reduce(jnp.logical_and, [jnp.all(scale == 1) for scale in scales])
 
     def rescaled() -> list[Array]:
         norms = reduction.roots(reduction.sums(arrays, SUM, 2.0, scales))
@@ -194,7 +194,7 @@ def _at_the_right_scale(reduction: Reduction, arrays: Sequence[Array]) -> list[A
         units = [jax.lax.stop_gradient(1 / scale) for scale in scales]
         return [norm * unit for norm, unit in zip(norms, units, strict=True)]
 
-    return list(jax.lax.cond(in_range, lambda: reduction.roots(plain), rescaled))
+    return list(jax.lax.cond(is_in_range, lambda: reduction.roots(plain), rescaled))
 
 
 def _in_doubles(reduction: Reduction, arrays: Sequence[Array]) -> list[Array]:
