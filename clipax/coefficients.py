@@ -127,17 +127,19 @@ def tanh(norm: Array, max_norm: Array) -> Array:
       >>> tanh(jnp.array([0.0, 20.0]), jnp.ones(2))
       Array([1.  , 0.05], dtype=float32)
     """
-    quotient, numerator = _smaller_over_larger(norm, max_norm)
-    is_small = numerator == 1
+    quotient, _ = _smaller_over_larger(norm, max_norm)
+    is_small = norm <= max_norm
+    is_near_zero = is_small & (quotient <= 0.01)
+    # Beyond 50, tanh is one. The floor keeps the inverse finite.
+    inverse = 1 / jnp.maximum(quotient, 0.02)
+    x = jnp.where(is_near_zero, 1.0, jnp.where(is_small, quotient, inverse))
     # Near zero a series, because the derivative of the quotient cancels there and divides by a
     # square that underflows.
-    x = jnp.where(quotient > 0.01, quotient, 1.0)
-    square = jnp.square(jnp.where(quotient > 0.01, 0.0, quotient))
+    square = jnp.square(jnp.where(is_near_zero, quotient, 0.0))
     series = 1 - square / 3 * (1 - square * 2 / 5 * (1 - square * 17 / 42))
-    above_zero = jnp.where(quotient > 0.01, jnp.tanh(x) / x, series)
-    # Beyond 50, tanh is one. The floor keeps the inverse finite.
-    beyond = quotient * jnp.tanh(1 / jnp.maximum(quotient, 0.02))
-    return jnp.where(is_small, above_zero, beyond)
+    above = jnp.tanh(x) * jnp.where(is_small, 1.0, quotient)
+    # One quotient at the end, because a compiler may store each quotient that is used twice.
+    return jnp.where(is_near_zero, series, above) / jnp.where(is_small, x, 1.0)
 
 
 def normalized(norm: Array, max_norm: Array) -> Array:

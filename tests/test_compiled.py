@@ -127,6 +127,30 @@ def test_a_memory_of_each_entry_is_learned_in_place(method: Any, optimizer: Any)
 
 
 @OLD_XLA
+@pytest.mark.parametrize(
+    "method",
+    [
+        clipax.observe(clipax.clip_by_global_norm(0.1)),
+        clipax.observe(clipax.clip_by_value(0.1)),
+        clipax.clip_by_value(0.1, -0.2),
+        clipax.clip_by_unit_norm(0.1),
+        clipax.adaptive_grad_clip(0.1),
+        clipax.clippy(),
+    ],
+)
+def test_what_is_only_recorded_is_not_kept(method: Any) -> None:
+    updates = {name: jnp.ones((512, 600)) for name in "abcd"}
+    assert share_of_temporaries(optax.chain(method, optax.adam(0.1)), updates) < EIGHTH
+
+
+@OLD_XLA
+def test_smooth_clips_of_entries_keep_one_copy() -> None:
+    updates = {name: jnp.ones((512, 600)) for name in "abcd"}
+    optimizer = optax.chain(clipax.smooth_clip_by_value(0.1), optax.adam(0.1))
+    assert share_of_temporaries(optimizer, updates) < 1 + EIGHTH
+
+
+@OLD_XLA
 def test_what_is_clipped_with_a_carry_is_kept_once() -> None:
     updates = {name: jnp.ones((512, 600)) for name in "abcd"}
     optimizer = optax.chain(clipax.u_clip(clipax.clip_by_global_norm(0.1)), optax.adam(0.1))

@@ -359,6 +359,24 @@ def test_cpus_sum_little_leaves_in_doubles(norm: Any) -> None:
         assert ("(tensor<i1>) -> tensor<i32>" in program) != _compat.HAS_DOUBLES
 
 
+@pytest.mark.parametrize("shape", [(512, 130), (3, 16, 40, 50), (257, 300), (16, 4096)])
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+def test_columns_of_large_leaves(shape: tuple[int, ...], size: float) -> None:
+    x = (size * np.random.default_rng(0).standard_normal(shape)).astype(np.float32)
+    axes = tuple(range(len(shape) - 1))
+    measured = jax.jit(functools.partial(clipax.leaf_norm, axes=axes))(x)
+    np.testing.assert_allclose(measured, p_norm(x, 2, axes), rtol=1e-6)
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="XLA before jax 0.10 has no other loop for columns"
+)
+def test_cpus_sum_columns_in_two_steps() -> None:
+    columns = jax.jit(functools.partial(clipax.leaf_norm, axes=0))
+    program = columns.lower(jnp.ones((512, 256))).compile().as_text()
+    assert "f32[32,256]" in program
+
+
 @pytest.fixture
 def the_form_of_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No GPU is needed to see that its form gives the same."""

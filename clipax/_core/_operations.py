@@ -83,42 +83,61 @@ def _sum_of_some_jvp(axis: Any, keepdims: bool, primals: Any, tangents: Any) -> 
     return jnp.sum(x, axis), jnp.sum(tangent, axis)
 
 
-_PARTS = 8
-
-
-def _in_two_steps(reduce: Callable[..., Array], first: Callable[..., Array]) -> Any:
-    """Reduces a large array to an eighth first, in a loop that computes its entries too.
+def in_rows(x: Array, axes: Any, rows: int) -> tuple[Array, int] | None:
+    """Splits one of these axes of a large array on one device, and returns the axis of the rows.
 
     On a CPU, XLA computes what is reduced in a pass of its own for each operation, or in scalars.
-    It unrolls and vectorizes a loop over eight rows, with everything that makes their entries.
+    It unrolls and vectorizes a loop over a few rows, with everything that makes their entries.
     """
-
-    def local(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
-        is_whole = axis is None or len(axis) == x.ndim
-        split = next((at for at, size in enumerate(x.shape) if _is_divided(size)), None)
-        is_large = not _leaves.has_at_most(_MOST_IN_ONE_STEP, x)
-        is_split = is_whole and split is not None and is_large
-        if not is_split or not _compat.is_on_one_device(x):
-            return reduce(x, axis, keepdims=keepdims)
-        assert split is not None
-        shape = (*x.shape[:split], _PARTS, x.shape[split] // _PARTS, *x.shape[split + 1 :])
-        # Without the barrier, XLA would join both steps.
-        parts = _compat.optimization_barrier(first(x.reshape(shape), (split,), False))
-        return reduce(parts)
-
-    return local
+    split = next((axis for axis in axes if _is_divided(x.shape[axis], rows)), None)
+    is_large = not _leaves.has_at_most(_MOST_IN_ONE_STEP, x)
+    if split is None or not is_large or not _compat.is_on_one_device(x):
+        return None
+    if split == x.ndim - 1:
+        # The parts of one row of the array would be short.
+        return x.reshape(rows, -1), 0
+    shape = (*x.shape[:split], rows, x.shape[split] // rows, *x.shape[split + 1 :])
+    return x.reshape(shape), split
 
 
-def _is_divided(size: Any) -> bool:
+def _is_divided(size: Any, rows: int) -> bool:
     # A symbolic size may be divided or not.
-    return isinstance(size, int) and size % _PARTS == 0
+    return isinstance(size, int) and size % rows == 0
 
 
 _MOST_IN_ONE_STEP = 2**16 - 1
 
+
+def _in_two_steps(reduce: Callable[..., Array], first: Callable[..., Array]) -> Any:
+    """Reduces a large array to an eighth first, in a loop that computes its entries too."""
+
+    def local(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+        is_whole = axis is None or len(axis) == x.ndim
+        rows = in_rows(x, range(x.ndim), 8) if is_whole else None
+        if rows is None:
+            return reduce(x, axis, keepdims=keepdims)
+        array, split = rows
+        # Without the barrier, XLA would join both steps.
+        return reduce(_compat.optimization_barrier(first(array, (split,), False)))
+
+    return local
+
+
+def _sum_of_columns_in_steps(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+    """A sum that keeps the last axis in two steps, because XLA reads columns one by one."""
+    is_of_columns = axis is not None and x.ndim - 1 not in axis
+    rows = in_rows(x, axis, 16) if is_of_columns else None
+    if rows is not None:
+        array, split = rows
+        x = _compat.optimization_barrier(_sum_of_some(array, (split,), False))
+    return jnp.sum(x, axis, keepdims=keepdims)
+
+
 SUM = Operation(jnp.sum, jax.lax.psum)
 MAX = Operation(_largest_of, _largest_across)
 FLOAT_MAX = Operation(functools.partial(jnp.max, initial=0), _MAX_ACROSS)
+COLUMNS_IN_STEPS = Operation(_sum_of_columns_in_steps, jax.lax.psum)
+"""For numbers >= 0 on a CPU; other sums as they are."""
 SUM_IN_STEPS = Operation(_in_two_steps(jnp.sum, _sum_of_some), jax.lax.psum)
 """For numbers >= 0 on a CPU."""
 MAX_IN_STEPS = Operation(_in_two_steps(_largest_float_of, _largest), _largest_across)

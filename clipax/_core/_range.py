@@ -11,6 +11,7 @@ range is taken.
     1, inf       CPU         no       the same of what is computed to be reduced, in two steps (k)
     2            CPU         no       one sum, and a second read if it left the range (d)
     2, little    CPU         no       one sum in float64, for each leaf by itself (j)
+    2, columns   CPU         no       as (d), its first sum in two steps (l)
     2, of units  GPU         no       one sum in float64 (e)
     2            GPU         no       three sums, small leaves that are alike in one stack (f)
     2            TPU         no       three sums, fused with what makes the gradient (g)
@@ -32,6 +33,7 @@ Each form is there because of what a test or a measurement shows:
     j  A branch for each of a thousand leaves takes long to compile:
        `test_cpus_sum_little_leaves_in_doubles`.
     k  Nothing of it is kept: `test_what_is_computed_is_reduced_in_one_read`.
+    l  XLA takes three times as long for columns as for rows: `test_cpus_sum_columns_in_two_steps`.
 """
 
 import functools
@@ -45,6 +47,7 @@ import numpy as np
 
 from clipax._core import _compat, _leaves
 from clipax._core._operations import (
+    COLUMNS_IN_STEPS,
     FLOAT_MAX,
     MAX,
     MAX_IN_STEPS,
@@ -176,14 +179,14 @@ def _over_the_largest(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
     """Norms of any order, from powers of entries in the unit of the largest one."""
     units = [finite_or_one(each) for each in _largest_entries(ways, arrays)]
     norms = ways.usual.roots(ways.usual.sums(arrays, SUM, ways.usual.ord, units))
-    return [_in_range(norm, unit) for norm, unit in zip(norms, units, strict=True)]
+    return [in_range(norm, unit) for norm, unit in zip(norms, units, strict=True)]
 
 
 def _at_the_right_scale(reduction: Reduction, arrays: Sequence[Array]) -> list[Array]:
     """Norms that are read again only where their sum of squares left the range."""
-    plain = reduction.sums(_apart(arrays), SUM, 2.0)
+    plain = reduction.sums(_apart(arrays), COLUMNS_IN_STEPS, 2.0)
     scales = [_scale_for(part) for part in plain]
-    in_range = functools.reduce(jnp.logical_and, [jnp.all(scale == 1) for scale in scales])
+    is_in_range = functools.reduce(jnp.logical_and, [jnp.all(scale == 1) for scale in scales])
 
     def rescaled() -> list[Array]:
         norms = reduction.roots(reduction.sums(arrays, SUM, 2.0, scales))
@@ -191,7 +194,7 @@ def _at_the_right_scale(reduction: Reduction, arrays: Sequence[Array]) -> list[A
         units = [jax.lax.stop_gradient(1 / scale) for scale in scales]
         return [norm * unit for norm, unit in zip(norms, units, strict=True)]
 
-    return list(jax.lax.cond(in_range, lambda: reduction.roots(plain), rescaled))
+    return list(jax.lax.cond(is_in_range, lambda: reduction.roots(plain), rescaled))
 
 
 def _in_doubles(reduction: Reduction, arrays: Sequence[Array]) -> list[Array]:
@@ -270,7 +273,7 @@ def finite_or_one(largest: Array) -> Array:
     return jax.lax.stop_gradient(jnp.where(usable, _leaves.unit_of(largest), 1.0))
 
 
-def _in_range(norm: Array, unit: Array) -> Array:
+def in_range(norm: Array, unit: Array) -> Array:
     """`norm * unit`, which overflows only if the exact norm does."""
     last = np.finfo(norm.dtype).max * (1 - 1e-6) / unit
     is_rounded_out = (norm > last) & (norm * (1 - 4e-6) <= last)

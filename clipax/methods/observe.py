@@ -1,16 +1,21 @@
 """Recording how a transformation changes the length or the direction of updates."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _leaves, _placement
+from clipax._core import _checks, _leaves, _mapped, _placement, _rules
+from clipax._core._powers import root
+from clipax._core._products import product_and_square
+from clipax._core._range import finite_or_one, in_range
+from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.norms import global_norm
+from clipax.norms import _of_computed, global_norm
 
 
 class ObserveState(NamedTuple):
@@ -73,9 +78,7 @@ def observe(
         is_own = isinstance(state, ObserveState)
         inner_state = state.inner_state if is_own else state
         new_updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
-        norm_in = global_norm(updates, axis_name=axis_name)
-        norm_out = global_norm(new_updates, axis_name=axis_name)
-        cosine = _cosine(updates, new_updates, axis_name)
+        norm_in, norm_out, cosine = _compared(updates, new_updates, axis_name)
         dtype = state.norm_in.dtype if is_own else norm_in.dtype
         norm_in, norm_out, cosine = (x.astype(dtype) for x in (norm_in, norm_out, cosine))
         return new_updates, ObserveState(norm_in, norm_out, cosine, inner_state)
@@ -83,16 +86,26 @@ def observe(
     return transformation(init_fn, update_fn)
 
 
-def _cosine(one: Updates, other: Updates, axis_name: AxisName) -> Array:
-    # The law of cosines, `|a - b|^2 = |a|^2 + |b|^2 - 2 <a, b>`, on vectors of about unit length,
-    # needs only norms, and norms already handle range and sharding.
+def _compared(one: Updates, other: Updates, axis_name: AxisName) -> tuple[Array, Array, Array]:
+    """The norms of both, and the cosine of the angle between them."""
     norm = functools.partial(global_norm, axis_name=axis_name)
-    one, other = _measured_in_both(one, other), _measured_in_both(other, one)
-    (one, length), (other, other_length) = _in_units(one, norm(one)), _in_units(other, norm(other))
-    distance = norm(jax.tree.map(jnp.subtract, one, other))
-    product = (length * length + other_length * other_length - distance * distance) / 2
-    lengths = length * other_length
-    return jnp.where(lengths == 0, 0, product / jnp.where(lengths == 0, 1, lengths))
+    norm_in = norm(one)
+    one, other = _mapped.reduced(one), _mapped.reduced(other)
+    left, right = _measured_in_both(one, other), _measured_in_both(other, one)
+    if not jax.tree.leaves(left):
+        return norm_in, norm(other), jnp.zeros_like(norm_in)
+    length = norm_in if _has_the_leaves_of(left, one) else norm(left)
+    largest = _largest_computed(right, axis_name)
+    # In units near their size, neither squares nor products leave the range of floats.
+    width = _leaves.wide_dtype(length.dtype, largest.dtype)
+    unit, other_unit = (finite_or_one(size.astype(width)) for size in (length, largest))
+    left, right = _in_unit(left, unit), _in_unit(right, other_unit)
+    product, square = product_and_square(left, right, axis_name=axis_name)
+    other_length = root(square, 2)
+    lengths = length / unit * other_length
+    cosine = jnp.where(lengths == 0, 0, product / jnp.where(lengths == 0, 1, lengths))
+    is_whole = _has_the_leaves_of(right, other)
+    return norm_in, in_range(other_length, other_unit) if is_whole else norm(other), cosine
 
 
 def _measured_in_both(one: Updates, other: Updates) -> Updates:
@@ -102,12 +115,16 @@ def _measured_in_both(one: Updates, other: Updates) -> Updates:
     return jax.tree.map(keep, one, other)
 
 
-def _in_units(updates: Updates, norm: Array) -> tuple[Updates, Array]:
-    """The updates divided by a number near their norm, and their norm after that."""
-    divisor = _leaves.unit_of(norm)
+def _largest_computed(updates: Updates, axis_name: AxisName) -> Array:
+    # A maximum over devices has no derivative, and a unit needs none.
+    leaves = _of_computed(jax.lax.stop_gradient(updates), math.inf, axis_name=axis_name)
+    return jnp.max(jnp.stack(jax.tree.leaves(leaves)))
 
-    def divide(leaf: Any) -> Array:
-        wide = _leaves.widened(jnp.asarray(leaf), norm.dtype)
-        return wide / divisor.astype(wide.dtype)
 
-    return jax.tree.map(divide, updates), norm / divisor
+def _has_the_leaves_of(some: Updates, updates: Updates) -> bool:
+    return len(jax.tree.leaves(some)) == len(jax.tree.leaves(_rules.only_measured(updates)))
+
+
+def _in_unit(updates: Updates, unit: Array) -> Updates:
+    wide = jax.tree.map(lambda leaf: _leaves.widened(jnp.asarray(leaf), unit.dtype), updates)
+    return scale_updates(wide, 1 / unit)

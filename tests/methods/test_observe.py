@@ -45,6 +45,40 @@ def test_norms_and_cosine_match_numpy(inner: Any, dtype: str) -> None:
     np.testing.assert_allclose(state.cosine, cosine(updates, out), atol=2e-6)
 
 
+LARGE = [(512, 160), (257, 300), (16, 4097)]
+
+
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize(("size", "factor"), [(1.0, 1e-30), (1e30, 1e-30), (1e-30, 1e30)])
+def test_large_leaves_whose_size_changes_far(
+    shape: tuple[int, ...], size: float, factor: float
+) -> None:
+    rng = np.random.default_rng(0)
+    updates = jnp.asarray(size * rng.standard_normal(shape), jnp.float32)
+    turned = jnp.asarray(factor * rng.uniform(0.1, 1, shape), jnp.float32)
+    inner = optax.stateless(lambda updates, params: updates * turned)
+    observed = clipax.observe(inner)
+    out, state = jax.jit(observed.update)(updates, observed.init(updates))
+    norms = [np.linalg.norm(np.asarray(tree, np.float64)) for tree in (updates, out)]
+    np.testing.assert_allclose([state.norm_in, state.norm_out], norms, rtol=1e-6)
+    np.testing.assert_allclose(state.cosine, cosine(updates, out), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3,), *LARGE])
+def test_the_derivative_of_the_cosine(shape: tuple[int, ...]) -> None:
+    observed = clipax.observe(clipax.clip_by_value(1.0))
+    updates = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    updates = updates.at[0].set(2.0)
+    got = jax.grad(lambda u: observed.update(u, observed.init(u))[1].cosine)(updates)
+    u = np.asarray(updates, np.float64)
+    v, inside = np.clip(u, -1, 1), np.abs(u) < 1
+    (a, b), product = map(np.linalg.norm, (u, v)), np.vdot(u, v)
+    by_u = v / (a * b) - product * u / (a**3 * b)
+    by_v = u / (a * b) - product * v / (a * b**3)
+    expected = by_u + inside * by_v
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e20])
 def test_cosine_is_safe_in_range(size: float) -> None:
     observed = clipax.observe(clipax.clip_by_value(size))
