@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 
 from clipax._core._typing import Array
+from clipax.per_example._boxes import Box
 from clipax.per_example._preparations import padded
 from clipax.per_example._programs import Ref
 
@@ -59,6 +60,8 @@ class Product(NamedTuple):
     scalars: tuple[Operand, ...] = ()
     """Numbers that also multiply it: one for all steps of a scan, or one for each step."""
     precision: Any = None
+    box: Box | None = None
+    """If given, these are only the entries in a box of the gradient, whose others are zero."""
 
 
 class Whole(NamedTuple):
@@ -67,6 +70,9 @@ class Whole(NamedTuple):
     ref: Ref
     depends: bool
     why: str
+    moves: tuple["Move", ...] = ()
+    box: Box | None = None
+    """As of a product."""
 
 
 class Passed(NamedTuple):
@@ -75,7 +81,8 @@ class Passed(NamedTuple):
     position: int
 
 
-Term: TypeAlias = Product | Whole | Passed
+Placed: TypeAlias = Product | Whole
+Term: TypeAlias = Placed | Passed
 Terms: TypeAlias = tuple[Term, ...]
 
 

@@ -37,7 +37,9 @@ def _scan(site: Site) -> Recipe | None:
             return total(site, [(start, 1.0), (lifted, 1.0)])
         return tuple(
             term._replace(
-                out=(step, *term.out), moves=tuple(Move("mapped", move) for move in term.moves)
+                out=(step, *term.out),
+                moves=tuple(Move("mapped", move) for move in term.moves),
+                box=term.box and term.box.stacked(step.size),
             )
             for term in lifted
         )
