@@ -210,44 +210,29 @@ def arguments(name: str) -> Any:
     return 0.5 * normal(*shape).astype(jnp.float64), batch
 
 
-def assert_equals_one_by_one(loss_fn: Any, w: jax.Array, batch: jax.Array, **options: Any) -> None:
-    def run(w: jax.Array, batch: jax.Array) -> Any:
-        each = jax.vmap(jax.grad(loss_fn), (None, 0))(w, batch)
-        bound = jnp.median(jax.vmap(jnp.linalg.norm)(each.reshape(len(each), -1)))
-        clip = clipax.clipped_grad(loss_fn, 1.0, mean=False, **options)
-        grads, info = clip(w, batch, max_norm=0.9 * bound)
-        return each, grads, info.norms, 0.9 * bound
-
-    each, grads, norms, bound = trees.quick_jit(run)(w, batch)
-    each = zoo.wide(each)
-    wanted = oracle.norms(each)
-    zoo.assert_near(norms, wanted, 1e-6)
-    zoo.assert_near(grads, oracle.weighted_sum(each, oracle.hard(wanted, float(bound))), 1e-6)
-
-
 @pytest.mark.parametrize("name", trees.mostly_slow(CASES, COMMON))
 def test_gradients_in_parts_equal_those_made_one_by_one(name: str) -> None:
     with trees.double_precision(True):
-        assert_equals_one_by_one(CASES[name][0], *arguments(name))
+        oracle.assert_the_same(CASES[name][0], *arguments(name))
 
 
 @pytest.mark.parametrize("name", trees.mostly_slow(CASES, {"indexed", "a part with a penalty"}))
 def test_so_do_those_whose_factors_are_made_twice(name: str) -> None:
     with trees.double_precision(True):
-        assert_equals_one_by_one(CASES[name][0], *arguments(name), memory="twice")
+        oracle.assert_the_same(CASES[name][0], *arguments(name), memory="twice")
 
 
 @in_common_cases
 def test_so_do_those_of_some_examples_after_others(name: str) -> None:
     with trees.double_precision(True):
-        assert_equals_one_by_one(CASES[name][0], *arguments(name), microbatch_size=2)
+        oracle.assert_the_same(CASES[name][0], *arguments(name), microbatch_size=2)
 
 
 @in_common_cases
 def test_so_does_that_of_one_example(name: str) -> None:
     with trees.double_precision(True):
         w, batch = arguments(name)
-        assert_equals_one_by_one(CASES[name][0], w, batch[1:2])
+        oracle.assert_the_same(CASES[name][0], w, batch[1:2])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -151,7 +151,7 @@ def _cheapest(
     sizes = [roles(term).sizes for term in aligned]
     summed = sum(each.summed for each in sizes)
     kept = sum(map(_entries, aligned))
-    if summed == sizes[0].shared == 1 and not whole:
+    if len(aligned) == 1 and not whole and _has_one_term_each(aligned[0]):
         return Plan(*facts, found, Way.OUTER, "a product that sums over nothing", kept, kept)
     by_gram = summed * kept
     by_each = sum(map(_cost_of_each, aligned))
@@ -161,6 +161,14 @@ def _cheapest(
         # The program's own gradient does not repeat an operand that all examples share.
         found = of_program("")
     return Plan(*facts, found, Way.EACH, "cheaper than its factors", by_each, min(size, kept))
+
+
+def _has_one_term_each(term: Product) -> bool:
+    """Whether no entry of a product is a sum, and its norm is that of two factors."""
+    found = roles(term)
+    if term.one_hot is None:
+        return found.sizes.summed == found.sizes.shared == 1
+    return found.sizes.summed == 1 or found.summed == (term.distinct,)
 
 
 def _has_windows(term: Product) -> bool:

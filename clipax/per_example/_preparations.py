@@ -3,6 +3,7 @@
 They are classes because two of them must be equal if they do the same: see `_rules._sums`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,38 @@ class Place(NamedTuple):
         if self.is_clipped:
             return jnp.clip(indices, 0, self.size - 1)
         return jnp.where((indices >= 0) & (indices < self.size), indices, self.size)
+
+
+class Places(NamedTuple):
+    """Turns vectors of indices into rows of a table whose looked up axes are one.
+
+    A vector with an index outside becomes the number of rows, which is no row.
+    """
+
+    columns: tuple[int, ...]
+    """For each looked up axis, where its index is in the vectors."""
+    sizes: tuple[int, ...]
+    is_clipped: bool
+
+    def __call__(self, indices: Array) -> Array:
+        if indices.dtype.itemsize < 4:
+            indices = indices.astype(jnp.int32)  # Their sizes need not fit a narrow integer.
+        rows = jnp.zeros(indices.shape[:-1], jnp.int32)
+        is_inside = jnp.ones(rows.shape, bool)
+        for column, size in zip(self.columns, self.sizes, strict=True):
+            index = Place(size, self.is_clipped)(indices[..., column])
+            rows = rows * size + index.astype(jnp.int32)
+            is_inside &= index < size
+        return jnp.where(is_inside, rows, math.prod(self.sizes))
+
+
+class Stretch(NamedTuple):
+    """Counts some rows from the first."""
+
+    size: int
+
+    def __call__(self, first: Array) -> Array:
+        return first[..., None] + jnp.arange(self.size, dtype=first.dtype)
 
 
 class Squeezed(NamedTuple):

@@ -56,6 +56,8 @@ class Product(NamedTuple):
     """They keep all entries, and so the norm."""
     one_hot: Axis | None = None
     """If given, `lhs` has integers: each is the position of a one among zeros on this axis."""
+    distinct: Axis | None = None
+    """If given, the ones along this axis of `lhs` are in different rows."""
     scale: float = 1.0
     scalars: tuple[Operand, ...] = ()
     """Numbers that also multiply it: one for all steps of a scan, or one for each step."""

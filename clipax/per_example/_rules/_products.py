@@ -8,14 +8,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax.per_example._preparations import Grouped, Place, Squeezed, Windows
+from clipax.per_example._preparations import Grouped, Windows
 from clipax.per_example._programs import shape_of
 from clipax.per_example._rules._recipes import Recipe, Site, finished, rule
-from clipax.per_example._rules._sums import total
 from clipax.per_example._terms import Axis, Move, Operand, Product, Terms
 
 
@@ -23,7 +21,7 @@ from clipax.per_example._terms import Axis, Move, Operand, Product, Terms
 def _dot_general(site: Site) -> Recipe | None:
     lhs, rhs = site.operands
     (lhs_summed, rhs_summed), (lhs_batch, rhs_batch) = site.params["dimension_numbers"]
-    lhs_axes, rhs_axes = _axes_of(lhs), _axes_of(rhs)
+    lhs_axes, rhs_axes = axes_of(lhs), axes_of(rhs)
     for one, other in ((lhs_summed, rhs_summed), (lhs_batch, rhs_batch)):
         for left, right in zip(one, other, strict=True):
             rhs_axes[right] = lhs_axes[left]
@@ -37,16 +35,17 @@ def _dot_general(site: Site) -> Recipe | None:
         for index, axis in enumerate(axes)
         if index not in taken
     ]
-    product = _product(
+    found = product(
         site.scope.operand(lhs, lhs_axes),
         site.scope.operand(rhs, rhs_axes),
         (*batch, *free),
         precision=site.params["precision"],
     )
-    return finished(product)
+    return finished(found)
 
 
-def _product(lhs: Operand, rhs: Operand, out: Sequence[Axis], **options: Any) -> Terms | None:
+def product(lhs: Operand, rhs: Operand, out: Sequence[Axis], **options: Any) -> Terms | None:
+    """A product of two operands, or None if there is no cheap way to its norm."""
     # A product of values that all examples share is made once. Norms of complex products would
     # need conjugates.
     depends = lhs.depends or rhs.depends
@@ -57,62 +56,8 @@ def _product(lhs: Operand, rhs: Operand, out: Sequence[Axis], **options: Any) ->
     return (Product(lhs, rhs, tuple(out), **options),) if depends and is_real else None
 
 
-def _axes_of(variable: Any) -> list[Axis]:
+def axes_of(variable: Any) -> list[Axis]:
     return [Axis(size) for size in shape_of(variable)]
-
-
-@rule("scatter-add", "scatter_add")
-def _scatter_add(site: Site) -> Recipe | None:
-    """The transpose of a look-up: updates times the rows of a matrix of zeros and ones."""
-    operand, indices, updates = site.operands
-    numbers, mode = site.params["dimension_numbers"], site.params["mode"]
-    places = numbers.scatter_dims_to_operand_dims
-    window = numbers.update_window_dims
-    if len(places) != 1 or numbers.inserted_window_dims != places:
-        return None
-    if numbers.operand_batching_dims:
-        return None
-    (place,) = places
-    out = _axes_of(operand)
-    rest = [axis for index, axis in enumerate(out) if index != place]
-    update_axes = _axes_of(updates)
-    if [update_axes[index].size for index in window] != [axis.size for axis in rest]:
-        return None
-    for index, axis in zip(window, rest, strict=True):
-        update_axes[index] = axis
-    looked_up = [axis for index, axis in enumerate(update_axes) if index not in window]
-    rows = site.scope.operand(
-        indices, looked_up, Squeezed(-1), Place(out[place].size, _is_clipped(mode))
-    )
-    new = _product(rows, site.scope.operand(updates, update_axes), out, one_hot=out[place])
-    if new is None:
-        return None
-    return Recipe([site.origin(0)], lambda terms: total(site, [(terms, 1.0), (new, 1.0)]))
-
-
-def _is_clipped(mode: Any) -> bool:
-    return jax.lax.GatherScatterMode.from_any(mode) == jax.lax.GatherScatterMode.CLIP
-
-
-@rule("dynamic_update_slice")
-def _dynamic_update_slice(site: Site) -> Recipe | None:
-    """The transpose of a look-up of one row, at a place that is not known in advance."""
-    operand, update, *starts = site.operands
-    out, update_axes = _axes_of(operand), _axes_of(update)
-    smaller = [
-        index
-        for index, (one, other) in enumerate(zip(out, update_axes, strict=True))
-        if one.size != other.size
-    ]
-    if len(smaller) != 1 or update_axes[smaller[0]].size != 1:
-        return None
-    (place,) = smaller
-    rest = [axis for index, axis in enumerate(out) if index != place]
-    rows = site.scope.operand(starts[place], (), Place(out[place].size, is_clipped=True))
-    values = site.scope.operand(update, rest, Squeezed(place))
-    new = _product(rows, values, out, one_hot=out[place])
-    # The row replaces other entries. That is a sum only if those are zero.
-    return Recipe([site.origin(0)], lambda terms: None if terms else new)
 
 
 # Each entry of a window becomes a slice, and compilers are slow at more slices than this.
@@ -155,11 +100,11 @@ def _conv(site: Site) -> Recipe | None:
         Move("reshape", ((*results[2:], row.size, groups * column.size),)),
         Move("transpose", (tuple(order[int(axis)] for axis in np.argsort(numbers.out_spec)),)),
     )
-    product = _product(
+    found = product(
         site.scope.operand(lhs, [feature, *places, *window, group, row], windows),
         site.scope.operand(rhs, [group, column, feature, *places], grouped),
         out,
         moves=moves,
         precision=params["precision"],
     )
-    return finished(product)
+    return finished(found)
