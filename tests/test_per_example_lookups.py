@@ -128,7 +128,7 @@ CASES: dict[str, tuple[Callable[..., jax.Array], tuple[int, ...], jax.Array, str
     ),
     "rows in succession in steps": (stretches_in_steps, (40, 4), STARTS, "6 x 6"),
     "rows in succession of a part": (
-        lambda w, starts: size(lax.dynamic_slice_in_dim(w[3:], starts[0], 3) * w[1]),
+        lambda w, starts: size(lax.dynamic_slice_in_dim(w[3:], starts[0], 3) * w[None, 1]),
         (20, 4),
         STARTS,
         "another way for each part",

@@ -60,7 +60,7 @@ def axes_of(variable: Any) -> list[Axis]:
     return [Axis(size) for size in shape_of(variable)]
 
 
-# Each entry of a window becomes a slice, and compilers are slow at more slices than this.
+# Each entry of windows that overlap becomes a slice, and compilers are slow at more than this.
 _LARGEST_WINDOW = 128
 
 
@@ -79,7 +79,7 @@ def _conv(site: Site) -> Recipe | None:
             strict=True,
         )
     )
-    if params["feature_group_count"] != 1 or math.prod(results[2:]) > _LARGEST_WINDOW:
+    if params["feature_group_count"] != 1:
         return None
     group, row, column = Axis(groups), Axis(inputs[0] // groups), Axis(outputs[0] // groups)
     feature = Axis(inputs[1])
@@ -92,6 +92,8 @@ def _conv(site: Site) -> Recipe | None:
         *(tuple(params[name]) for name in ("window_strides", "padding")),
         *(tuple(params[name]) for name in ("lhs_dilation", "rhs_dilation")),
     )
+    if math.prod(results[2:]) > _LARGEST_WINDOW and not windows.are_apart:
+        return None
     grouped = Grouped(tuple(numbers.rhs_spec), groups)
     out = [*window, row, group, column]
     # Convolutions number their axes in this order: rows, columns, window.
