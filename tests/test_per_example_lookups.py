@@ -26,7 +26,7 @@ def size(y: jax.Array) -> jax.Array:
 
 
 def with_mode(mode: str) -> Callable[..., jax.Array]:
-    return lambda w, p: size(w.at[p[:, 0], p[:, 1]].get(mode=mode))
+    return lambda w, p: size(w.at[p[:, 0], p[:, 1]].get(mode=mode, fill_value=0.5))
 
 
 def in_steps(w: jax.Array, p: jax.Array) -> jax.Array:

@@ -76,7 +76,7 @@ def _can_change(term: Product, positions: Sequence[int]) -> bool:
 
     def is_of_operands(axis: Axis) -> bool:
         operands = [each for each in (term.lhs, term.rhs) if axis in each.all_axes]
-        return bool(operands) and all(axis in each.axes for each in operands)
+        return bool(operands) and all(axis in each.axes and not each.times for each in operands)
 
     return not term.moves and all(is_of_operands(term.out[position]) for position in positions)
 

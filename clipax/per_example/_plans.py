@@ -63,8 +63,7 @@ class Plan(NamedTuple):
             if isinstance(term, Whole):
                 found.append((term.ref, term.depends))
             else:
-                operands = (term.lhs, term.rhs, *term.scalars)
-                found += [(operand.ref, operand.depends) for operand in operands]
+                found += [(operand.ref, operand.depends) for operand in term.operands]
         return found
 
 
@@ -101,7 +100,8 @@ def plan(name: str, leaf: Any, scope: Scope, variable: Any) -> Plan:
     reasons = dict.fromkeys(part.why for _, part in parts)
     cost, kept = (sum(getattr(part, each) for _, part in parts) for each in ("cost", "entries"))
     size, why = math.prod(shape), "; ".join(reasons)
-    if [*ways] == [Way.EACH] and 2 * kept > size:
+    is_costly = any(_is_costly(term) for _, part in parts for term in part.terms)
+    if [*ways] == [Way.EACH] and 2 * kept > size and not is_costly:
         # The program makes all of the leaf in about as much memory.
         return Plan(*facts(shape), scope.whole(variable, why), Way.EACH, why, size, size)
     way = next(iter(ways)) if len(ways) == 1 else Way.MIXED
@@ -157,7 +157,7 @@ def _cheapest(
     by_each = sum(map(_cost_of_each, aligned))
     if by_gram <= by_each:
         return Plan(*facts, found, Way.GRAM, f"{summed} x {summed}", by_gram, kept)
-    if of_program is not None and size <= kept and not any(map(_has_windows, aligned)):
+    if of_program is not None and size <= kept and not any(map(_is_costly, aligned)):
         # The program's own gradient does not repeat an operand that all examples share.
         found = of_program("")
     return Plan(*facts, found, Way.EACH, "cheaper than its factors", by_each, min(size, kept))
@@ -171,9 +171,14 @@ def _has_one_term_each(term: Product) -> bool:
     return found.sizes.summed == 1 or found.summed == (term.distinct,)
 
 
-def _has_windows(term: Product) -> bool:
-    """Whether a product is of a convolution, whose own program is slow for a batch of kernels."""
-    return any(isinstance(each, Windows) for each in term.lhs.preparations)
+def _is_costly(term: Placed) -> bool:
+    """Whether a product is one that the program makes at a higher price."""
+    if not isinstance(term, Product):
+        return False
+    # Its own program of a convolution is slow for a batch of kernels, and that of a product with
+    # a factor can make a larger array first.
+    has_windows = any(isinstance(each, Windows) for each in term.lhs.preparations)
+    return has_windows or term.lhs.times is not None or term.rhs.times is not None
 
 
 def _entries(term: Product) -> int:

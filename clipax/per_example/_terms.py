@@ -35,6 +35,8 @@ class Operand(NamedTuple):
     """The other axes, after the preparations."""
     preparations: tuple[Callable[[Array], Array], ...] = ()
     """Functions of the value without its stacked axes, in order."""
+    times: "Times | None" = None
+    """If given, the prepared value is multiplied by another one, which makes the axes."""
 
     @property
     def all_axes(self) -> tuple[Axis, ...]:
@@ -44,6 +46,14 @@ class Operand(NamedTuple):
         for preparation in self.preparations:
             value = mapped(preparation, len(self.stacked))(value)
         return value
+
+
+class Times(NamedTuple):
+    """A factor of an operand, multiplied along the axes that both have."""
+
+    axes: tuple[Axis, ...]
+    """The axes of the value before."""
+    by: Operand
 
 
 class Product(NamedTuple):
@@ -64,6 +74,12 @@ class Product(NamedTuple):
     precision: Any = None
     box: Box | None = None
     """If given, these are only the entries in a box of the gradient, whose others are zero."""
+
+    @property
+    def operands(self) -> list[Operand]:
+        """All operands, with those inside others."""
+        found = [self.lhs, self.rhs, *self.scalars]
+        return found + [each.times.by for each in found if each.times is not None]
 
 
 class Whole(NamedTuple):

@@ -13,8 +13,9 @@ import numpy as np
 
 from clipax.per_example._preparations import Grouped, Windows
 from clipax.per_example._programs import shape_of
-from clipax.per_example._rules._recipes import Recipe, Site, finished, rule
-from clipax.per_example._terms import Axis, Move, Operand, Product, Terms
+from clipax.per_example._roles import roles
+from clipax.per_example._rules._recipes import Recipe, Site, changed, finished, rule
+from clipax.per_example._terms import Axis, Move, Operand, Product, Terms, Times
 
 
 @rule("dot_general")
@@ -35,13 +36,52 @@ def _dot_general(site: Site) -> Recipe | None:
         for index, axis in enumerate(axes)
         if index not in taken
     ]
-    found = product(
-        site.scope.operand(lhs, lhs_axes),
-        site.scope.operand(rhs, rhs_axes),
-        (*batch, *free),
-        precision=site.params["precision"],
-    )
-    return finished(found)
+    one, other = site.scope.operand(lhs, lhs_axes), site.scope.operand(rhs, rhs_axes)
+    out = (*batch, *free)
+    found = product(one, other, out, precision=site.params["precision"])
+    if found is None or (one.depends and other.depends):
+        return finished(found)
+    # It can be the gradient of a low-rank factor of a weight, from the gradient of the weight.
+    index, axes, factor = (0, lhs_axes, other) if one.depends else (1, rhs_axes, one)
+
+    def combine(terms: Terms) -> Terms | None:
+        return changed(terms, lambda term: _times(term, axes, factor, out)) or found
+
+    return Recipe([site.origin(index)], combine)
+
+
+def _times(
+    term: Product, axes: Sequence[Axis], factor: Operand, out: Sequence[Axis]
+) -> Product | None:
+    """A product times a matrix, which multiplies one of its operands; None where that is no gain.
+
+    Args:
+      term: The product.
+      axes: The axes by which the multiplication names those of the product.
+      factor: The matrix.
+      out: The axes of the result.
+    """
+    if term.moves or term.box is not None or term.one_hot is not None:
+        return None
+    if not (term.lhs.depends and term.rhs.depends):
+        return None
+    sizes = roles(term).sizes
+    if sizes.shared * sizes.summed * (sizes.rows + sizes.columns) >= sizes.result:
+        return None
+    own = dict(zip(axes, term.out, strict=True))
+    both = [axis for axis in axes if axis in factor.axes]
+    if len(both) != 1 or both[0] in out:
+        return None
+    summed = own[both[0]]
+    is_of_lhs = summed in term.lhs.all_axes
+    before = term.lhs if is_of_lhs else term.rhs
+    if summed in roles(term).shared or summed not in before.axes or before.times is not None:
+        return None
+    factor = factor._replace(axes=tuple(own.get(axis, axis) for axis in factor.axes))
+    after = tuple(axis for axis in (*before.axes, *factor.axes) if axis is not summed)
+    operand = before._replace(axes=after, times=Times(before.axes, factor))
+    term = term._replace(out=tuple(own.get(axis, axis) for axis in out))
+    return term._replace(lhs=operand) if is_of_lhs else term._replace(rhs=operand)
 
 
 def product(lhs: Operand, rhs: Operand, out: Sequence[Axis], **options: Any) -> Terms | None:

@@ -99,7 +99,8 @@ def _kind(term: Product) -> Any:
 
     def named(operand: Operand) -> Any:
         axes = placed(operand.stacked), placed(operand.axes)
-        return (operand.ref, operand.preparations, *axes)
+        times = operand.times and (placed(operand.times.axes), named(operand.times.by))
+        return (operand.ref, operand.preparations, *axes, times)
 
     operands = tuple(map(named, (term.lhs, term.rhs, *term.scalars)))
     out = placed(term.out), term.one_hot and placed([term.one_hot])
