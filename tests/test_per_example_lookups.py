@@ -128,7 +128,7 @@ CASES: dict[str, tuple[Callable[..., jax.Array], tuple[int, ...], jax.Array, str
     ),
     "rows in succession in steps": (stretches_in_steps, (40, 4), STARTS, "6 x 6"),
     "rows in succession of a part": (
-        lambda w, starts: size(lax.dynamic_slice_in_dim(w[3:], starts[0], 3) * w[None, 1]),
+        lambda w, starts: size(lax.dynamic_slice_in_dim(w[3:], starts[0], 3) * w[1][None]),
         (20, 4),
         STARTS,
         "another way for each part",
@@ -190,4 +190,4 @@ def test_no_table_with_two_indices_is_made_for_each_example() -> None:
     table = jnp.zeros((50, 40, 8))
     compiled = jax.jit(clipax.clipped_grad(CASES["two indices"][0], 1.0))
     size_of_temporaries = compiled.lower(table, PAIRS).compile().memory_analysis()
-    assert size_of_temporaries.temp_size_in_bytes < 2 * table.nbytes
+    assert size_of_temporaries.temp_size_in_bytes < 3 * table.nbytes

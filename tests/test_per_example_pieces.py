@@ -160,13 +160,13 @@ CASES: dict[str, tuple[Callable[..., jax.Array], tuple[int, ...], jax.Array, str
         "a part: comes from",
     ),
     "overlapping rows of a table": (
-        lambda w, x: zoo.mean_square(jnp.tanh(x + w[:3]) * w[2:5] + w[None, 30]),
+        lambda w, x: zoo.mean_square(jnp.tanh(x + w[:3]) * w[2:5] + w[30][None]),
         (40, 16),
         X,
         "2 parts: comes from",
     ),
     "biases": (
-        lambda w, x: zoo.mean_square(jnp.tanh(x + w[None, 0]) * w[None, 1]),
+        lambda w, x: zoo.mean_square(jnp.tanh(x + w[0][None]) * w[1][None]),
         (2, 16),
         X,
         "comes from",

@@ -35,7 +35,7 @@ def _scatter_add(site: Site) -> Recipe | None:
     operand, indices, updates = site.operands
     mode = jax.lax.GatherScatterMode.from_any(site.params["mode"])
     is_clipped = mode == jax.lax.GatherScatterMode.CLIP
-    table = _table(site, is_clipped)
+    table = _table(site, is_clipped or mode == jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
     out = axes_of(operand)
     sizes = tuple(out[axis].size for axis in (table.looked_up if table else ()))
     if table is None or math.prod(sizes) > np.iinfo(np.int32).max:
@@ -73,7 +73,7 @@ def _scatter_add(site: Site) -> Recipe | None:
     return Recipe([site.origin(0)], lambda terms: total(site, [(terms, 1.0), (new, 1.0)]))
 
 
-def _table(site: Site, is_clipped: bool) -> _Table | None:
+def _table(site: Site, is_inside: bool) -> _Table | None:
     """The roles of a scatter's axes, or None for a scatter that no look-up of rows has."""
     operand, _, updates = map(shape_of, site.operands)
     numbers = site.params["dimension_numbers"]
@@ -87,8 +87,8 @@ def _table(site: Site, is_clipped: bool) -> _Table | None:
             looked_up.append(axis)
             continue
         position = next(windows)
-        # A window as large as the table can only start at its first entry, if it is clipped.
-        if updates[position] == size and (is_clipped or axis not in places):
+        # A window as large as the table, and inside it, starts at its first entry.
+        if updates[position] == size and (is_inside or axis not in places):
             window[axis] = position
         elif updates[position] == 1:
             looked_up.append(axis)
