@@ -26,6 +26,8 @@ class Place(NamedTuple):
     is_clipped: bool
 
     def __call__(self, indices: Array) -> Array:
+        if indices.dtype.itemsize < 4:
+            indices = indices.astype(jnp.int32)  # The size need not fit a narrow integer.
         if self.is_clipped:
             return jnp.clip(indices, 0, self.size - 1)
         return jnp.where((indices >= 0) & (indices < self.size), indices, self.size)
@@ -43,8 +45,6 @@ class Places(NamedTuple):
     is_clipped: bool
 
     def __call__(self, indices: Array) -> Array:
-        if indices.dtype.itemsize < 4:
-            indices = indices.astype(jnp.int32)  # Their sizes need not fit a narrow integer.
         rows = jnp.zeros(indices.shape[:-1], jnp.int32)
         is_inside = jnp.ones(rows.shape, bool)
         for column, size in zip(self.columns, self.sizes, strict=True):
