@@ -131,7 +131,7 @@ CASES: dict[str, tuple[Callable[..., jax.Array], tuple[int, ...], jax.Array, str
         lambda w, starts: size(lax.dynamic_slice_in_dim(w[3:], starts[0], 3) * w[1][None]),
         (20, 4),
         STARTS,
-        "another way for each part",
+        "differs between parts",
     ),
     "a penalty beside": (
         lambda w, p: size(w[p[:, 0], p[:, 1]]) + 0.1 * jnp.sum(w**2),

@@ -72,7 +72,7 @@ CASES: dict[str, tuple[Callable[..., jax.Array], tuple[int, ...], jax.Array, str
         raveled,
         (300,),
         X,
-        "another way for each part 3 parts: comes from reduce_sum; 3 x 3",
+        "differs between parts 3 parts: comes from reduce_sum; 3 x 3",
     ),
     "reshaped before": (
         layers(lambda w: list(w.reshape(2, 16, 16))),
@@ -127,7 +127,7 @@ CASES: dict[str, tuple[Callable[..., jax.Array], tuple[int, ...], jax.Array, str
         lambda w, x: layers(list)(w[:2], x) + dense(lambda w: w[0].reshape(16, 12))(w, x),
         (5, 12, 16),
         X,
-        "another way for each part",
+        "differs between parts",
     ),
     "slices of slices": (
         layers(lambda w: [w[1:][0][4:, :16], w[1:][1][2:18, 1:17], w[0][:16, :16]]),
@@ -151,7 +151,7 @@ CASES: dict[str, tuple[Callable[..., jax.Array], tuple[int, ...], jax.Array, str
         layers(lambda w: [w[0], jnp.sort(w[1])]),
         (4, 16, 16),
         X,
-        "another way for each part",
+        "differs between parts",
     ),
     "a long table": (
         lambda w, x: zoo.mean_square(jnp.tanh(x + w[:3])),

@@ -30,7 +30,7 @@ class Way(enum.Enum):
     OUTER = "norms of two vectors"
     GRAM = "Gram matrices"
     EACH = "made for each example"
-    MIXED = "another way for each part"
+    MIXED = "differs between parts"
 
 
 class Plan(NamedTuple):
