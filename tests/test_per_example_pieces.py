@@ -183,7 +183,7 @@ CASES: dict[str, tuple[Callable[..., jax.Array], tuple[int, ...], jax.Array, str
         lambda w, x: layers(list)(w, x) + 0.1 * sum(jnp.sum(each**2) for each in w),
         (3, 16, 16),
         X,
-        "made for each example",
+        "(3, 16, 16)",
     ),
     "all with a penalty": (
         lambda w, x: layers(lambda w: [w[0], w[2]])(w, x) + 0.1 * jnp.sum(w**2),
