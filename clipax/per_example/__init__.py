@@ -26,6 +26,8 @@ They use
     `_programs`, `_scopes`     how to read a program of JAX
     `_evaluation`, `_values`   how to run the parts of it that are needed
     `_terms`, `_preparations`  what a gradient is a sum of
+    `_boxes`, `_placing`       terms that fill only a part of a gradient
+    `_pieces`                  the parts that do not overlap
     `_roles`, `_factors`       arrays for the products, in one form for all
     `_grams`                   norms from Gram matrices
     `_readings`                norms of leaves, each found where its factors are made

@@ -77,12 +77,7 @@ def _arranged(operand: Operand, values: Values, examples: int, wanted: Sequence[
 
     It is summed over axes that are not wanted, and repeated along wanted axes that it lacks.
     """
-    value = values[operand.ref]
-    prepared = (
-        jax.vmap(operand.prepared)(value)
-        if operand.depends
-        else operand.prepared(jnp.asarray(value))[None]
-    )
+    prepared = _prepared(operand, values)
     axes = list(operand.all_axes)
     dropped = [index + 1 for index, axis in enumerate(axes) if axis not in wanted]
     if dropped:
@@ -94,6 +89,32 @@ def _arranged(operand: Operand, values: Values, examples: int, wanted: Sequence[
     shape = [axis.size if axis in axes else 1 for axis in wanted]
     prepared = prepared.reshape(prepared.shape[0], *shape)
     return jnp.broadcast_to(prepared, (examples, *(axis.size for axis in wanted)))
+
+
+def _prepared(operand: Operand, values: Values) -> Array:
+    """An operand with an axis of examples, which has size one if all share it."""
+    value = values[operand.ref]
+    prepared = (
+        jax.vmap(operand.prepared)(value)
+        if operand.depends
+        else operand.prepared(jnp.asarray(value))[None]
+    )
+    if operand.times is None:
+        return prepared
+    by = _prepared(operand.times.by, values)
+    of_value = (*operand.stacked, *operand.times.axes)
+    names = {axis: place for place, axis in enumerate({*of_value, *operand.times.by.all_axes})}
+    examples = len(names)
+    subscripts = [
+        [examples, *map(names.__getitem__, axes)]
+        for axes in (of_value, operand.times.by.all_axes, operand.all_axes)
+    ]
+    prepared, by = of_one_dtype(prepared, by)
+    # What a narrow type holds of the whole product need not fit it here.
+    wide = _leaves.wide_dtype(prepared.dtype)
+    return jnp.einsum(
+        prepared, subscripts[0], by, subscripts[1], subscripts[2], preferred_element_type=wide
+    )
 
 
 def each_product(parts: Factors) -> Array:

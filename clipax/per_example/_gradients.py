@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax._core import _leaves
+from clipax._core import _compat, _leaves
 from clipax._core._typing import Array
 from clipax.per_example._factors import Factors, each_product, factors_of
 from clipax.per_example._plans import Plan, Way
@@ -27,31 +27,52 @@ class LeafGradients(NamedTuple):
     """An array that is added to the gradient of every example."""
     each: Array | None
     """The gradients of all examples, which are made only where the plan says so."""
+    parts: "tuple[LeafGradients, ...]" = ()
+    """The gradients of the parts of the plan, with their entries of the constant."""
 
     def kept(self) -> "LeafGradients":
         """What the sum needs once the norms are known."""
-        return self._replace(each=None) if self.products else self
+        parts = tuple(part.kept() for part in self.parts)
+        return self._replace(each=None if self.products else self.each, parts=parts)
 
 
 def leaf_gradients(plan: Plan, values: Values, examples: int) -> LeafGradients:
     """Forms the gradients of one leaf from the values of its operands."""
     terms = [term for term in plan.terms if isinstance(term, Product)]
-    parts = [factors_of(term, values, examples) for term in terms]
-    if _leaves.wide_dtype(plan.dtype, *(part.rhs.dtype for part in parts)) == np.float64:
+    factors = [factors_of(term, values, examples) for term in terms]
+    if _leaves.wide_dtype(plan.dtype, *(each.rhs.dtype for each in factors)) == np.float64:
         # A program can cast a leaf to another width for some of its terms.
-        parts = [part.widened(np.float64) for part in parts]
-    found = LeafGradients(plan, examples, list(zip(terms, parts, strict=True)), None, None)
+        factors = [each.widened(np.float64) for each in factors]
+    products = list(zip(terms, factors, strict=True))
+    constant, each = (as_made(plan, values, depends) for depends in (False, True))
+    parts = tuple(leaf_gradients(part, values, examples) for _, part in plan.parts)
+    found = LeafGradients(plan, examples, products, constant, each, parts)
+    return _with_each(found) if plan.way is Way.EACH and not parts else found
+
+
+def as_made(plan: Plan, values: Values, depends: bool) -> Array | None:
+    """The sum of the terms that the program makes, for each example or for all."""
+
+    def moved(term: Whole, value: Any) -> Array:
+        value = jnp.asarray(value)
+        for move in term.moves:
+            value = move(value)
+        return value if value.ndim else jnp.broadcast_to(value, plan.shape)
+
+    found = []
     for term in plan.terms:
-        if isinstance(term, Whole) and term.depends:
-            found = found._replace(each=values[term.ref])
-        elif isinstance(term, Whole):
-            constant = jnp.broadcast_to(jnp.asarray(values[term.ref]), plan.shape)
-            found = found._replace(constant=constant)
-    return _with_each(found) if plan.way is Way.EACH else found
+        if isinstance(term, Whole) and term.depends is depends:
+            move = functools.partial(moved, term)
+            value = values[term.ref]
+            found.append(jax.vmap(move)(value).astype(plan.dtype) if depends else move(value))
+    if len({array.dtype for array in found}) > 1:
+        wide = _leaves.widened_dtype(plan.dtype, *(array.dtype for array in found))
+        found = [array.astype(wide) for array in found]
+    return functools.reduce(jnp.add, found) if found else None
 
 
 def _with_each(leaf: LeafGradients) -> LeafGradients:
-    each = made(leaf)
+    each = _added_up(leaf)
     # The plan keeps whichever is smaller: the factors, or the gradients themselves.
     if leaf.products and leaf.plan.entries < math.prod(leaf.plan.shape):
         return leaf._replace(each=each)
@@ -60,11 +81,20 @@ def _with_each(leaf: LeafGradients) -> LeafGradients:
 
 def made(leaf: LeafGradients) -> Array:
     """The gradient of each example."""
-    if leaf.each is not None:
-        return leaf.each
+    return _added_up(leaf) if leaf.each is None else leaf.each
+
+
+def _added_up(leaf: LeafGradients) -> Array:
     plan = leaf.plan
-    each: Any = jnp.zeros((leaf.examples, *plan.shape), plan.dtype)
-    for term, parts in leaf.products:
-        gradients = jax.vmap(functools.partial(assembled, term))(each_product(parts))
+    each: Any = leaf.each
+    if each is None:
+        each = jnp.zeros((leaf.examples, *plan.shape), plan.dtype)
+    for term, factors in leaf.products:
+        gradients = jax.vmap(functools.partial(assembled, term))(each_product(factors))
         each = each + gradients.astype(plan.dtype)
-    return each if leaf.constant is None else each + leaf.constant[None].astype(plan.dtype)
+    if leaf.constant is not None:
+        each = each + leaf.constant[None].astype(plan.dtype)
+    for (box, _), part in zip(plan.parts, leaf.parts, strict=False):
+        entries = made(part)
+        each = jax.vmap(box.replaced)(_compat.varying_like(each, entries), entries)
+    return each

@@ -26,17 +26,24 @@ def norms_in_passing(
     As in `_norms`, norms by Gram matrices lose their digits where products nearly cancel. If that
     happens to one example, the gradients of all are made, one after the other.
     """
-    readings = readings_of(program)
+    of_leaves = readings_of(program)
+    readings = [reading for each in of_leaves for reading in each]
     values = values_of(call, program, {**differs, **dict.fromkeys(readings, True)})
     dtypes = [_leaves.wide_dtype(leaf.dtype) for leaf in jax.tree.leaves(program.gradient)]
-    rows = zip(readings, dtypes, strict=True)
-    norms = [_grams.row_norms(values[reading][0]).astype(dtype) for reading, dtype in rows]
+    rows = zip(of_leaves, dtypes, strict=True)
+    norms = [_joined([values[reading][0] for reading in each], dtype) for each, dtype in rows]
     is_exact = jnp.all(jnp.stack([jnp.all(values[reading][1]) for reading in readings]))
     return values, list(
         jax.lax.cond(
             _agreed(is_exact, program), lambda: norms, lambda: _norms_of_made(call, program)
         )
     )
+
+
+def _joined(norms: Sequence[Array], dtype: Any) -> Array:
+    """The norm of each example's leaf from the norms of its parts."""
+    rows = [norm.reshape(norm.shape[0], -1).astype(dtype) for norm in norms]
+    return _grams.row_norms(jnp.concatenate(rows, 1)).astype(dtype)
 
 
 def _agreed(is_exact: Array, program: ExampleProgram) -> Array:

@@ -6,17 +6,41 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clipax._core import _leaves
+from clipax._core import _compat, _leaves
 from clipax._core._typing import Array
 from clipax.per_example import _grams
 from clipax.per_example._factors import Factors
 from clipax.per_example._gradients import LeafGradients
-from clipax.per_example._plans import Way
+from clipax.per_example._plans import Plan, Way
 from clipax.per_example._roles import rest_of, taken_apart
 
 
 def norms_of_leaves(leaves: Sequence[LeafGradients]) -> list[Array]:
-    """One norm per example, for each leaf.
+    """One norm per example, for each leaf."""
+    norms = iter(_norms_at_once([part for leaf in leaves for part in leaf.parts or (leaf,)]))
+    return [
+        _with_rest([next(norms) for _ in leaf.parts], leaf) if leaf.parts else next(norms)
+        for leaf in leaves
+    ]
+
+
+def _with_rest(norms: Sequence[Array], leaf: LeafGradients) -> Array:
+    """The norms of a leaf from those of its parts, which have no entry in common."""
+    norm = _grams.row_norms(jnp.stack(norms, 1))
+    rest = None if leaf.constant is None else beside_parts(leaf.plan, leaf.constant)
+    return _grams.with_rest(norm, rest).astype(norm.dtype)
+
+
+def beside_parts(plan: Plan, constant: Array) -> Array:
+    """A constant without its entries in the parts of a leaf."""
+    for box, _ in plan.parts:
+        zeros = _compat.varying_like(jnp.zeros(box.sizes, constant.dtype), constant)
+        constant = box.replaced(constant, zeros)
+    return constant
+
+
+def _norms_at_once(leaves: Sequence[LeafGradients]) -> list[Array]:
+    """One norm per example, for each leaf that has no parts.
 
     Norms by Gram matrices lose their digits where products nearly cancel. If that happens to one
     example, all of these norms are found again from gradients, made one example at a time.
@@ -41,7 +65,7 @@ def norms_of_leaves(leaves: Sequence[LeafGradients]) -> list[Array]:
 
 
 def norms_of(leaf: LeafGradients) -> tuple[Array, Array]:
-    """One norm per example, and which of them are exact enough."""
+    """One norm per example of a leaf without parts, and which of them are exact enough."""
     gram_sum = _gram_sum(leaf)
     if gram_sum is None:
         norms = _direct_norms(leaf)

@@ -2,17 +2,20 @@
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from clipax._core import _paths
+from clipax.per_example._boxes import Box
+from clipax.per_example._pieces import constants_of, pieces_of
+from clipax.per_example._placing import written_out
 from clipax.per_example._preparations import Windows
 from clipax.per_example._programs import Ref
 from clipax.per_example._roles import layout, roles, turned
 from clipax.per_example._scopes import Scope
-from clipax.per_example._terms import Passed, Product, Terms, Whole
+from clipax.per_example._terms import Passed, Placed, Product, Whole
 from clipax.per_example._tracing import ExampleProgram
 from clipax.per_example._walk import terms_of
 
@@ -27,6 +30,7 @@ class Way(enum.Enum):
     OUTER = "norms of two vectors"
     GRAM = "Gram matrices"
     EACH = "made for each example"
+    MIXED = "differs between parts"
 
 
 class Plan(NamedTuple):
@@ -35,24 +39,31 @@ class Plan(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: Any
-    terms: tuple[Product | Whole, ...]
+    terms: tuple[Placed, ...]
     way: Way
     why: str
     cost: int
     """How many products of two numbers the norm of one example takes."""
     entries: int
     """How many numbers are kept for one example until its coefficient is known."""
+    parts: tuple[tuple[Box, "Plan"], ...] = ()
+    """If given, the leaf falls into parts that do not overlap, each with a plan of its own. The
+    terms are then the constants of the whole leaf."""
 
     @property
     def refs(self) -> list[tuple[Ref, bool]]:
-        """The values that the terms need, with whether they differ between examples."""
+        """The values that the plan needs, with whether they differ between examples."""
+        return [*self.refs_of_terms, *(each for _, part in self.parts for each in part.refs)]
+
+    @property
+    def refs_of_terms(self) -> list[tuple[Ref, bool]]:
+        """The values that the terms of the plan itself need."""
         found = []
         for term in self.terms:
             if isinstance(term, Whole):
                 found.append((term.ref, term.depends))
             else:
-                operands = (term.lhs, term.rhs, *term.scalars)
-                found += [(operand.ref, operand.depends) for operand in operands]
+                found += [(operand.ref, operand.depends) for operand in term.operands]
         return found
 
 
@@ -68,45 +79,106 @@ def plans_of(program: ExampleProgram) -> list[Plan]:
 
 
 def plan(name: str, leaf: Any, scope: Scope, variable: Any) -> Plan:
-    """Chooses by the numbers of operations, which follow from the shapes."""
+    """A plan for one leaf, which may fall into parts with plans of their own."""
+    terms = _terms(scope, variable)
+    shape = tuple(leaf.shape)
+
+    def facts(shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], Any]:
+        return name, shape, leaf.dtype
+
+    def at_once(terms: Sequence[Placed]) -> Plan:
+        return _cheapest(facts(shape), terms, lambda why: scope.whole(variable, why))
+
+    pieces = pieces_of(terms, shape)
+    constants = tuple(written_out(term) for term in constants_of(terms))
+    if not pieces:
+        return at_once(constants)
+    if pieces[0].box.is_everything:
+        return at_once(pieces[0].terms)
+    parts = tuple((box, _cheapest(facts(box.sizes), inside)) for box, inside in pieces)
+    ways = dict.fromkeys(part.way for _, part in parts)
+    reasons = dict.fromkeys(part.why for _, part in parts)
+    cost, kept = (sum(getattr(part, each) for _, part in parts) for each in ("cost", "entries"))
+    size, why = math.prod(shape), "; ".join(reasons)
+    is_costly = any(_is_costly(term) for _, part in parts for term in part.terms)
+    if [*ways] == [Way.EACH] and 2 * kept > size and not is_costly:
+        # The program makes all of the leaf in about as much memory.
+        return Plan(*facts(shape), scope.whole(variable, why), Way.EACH, why, size, size)
+    way = next(iter(ways)) if len(ways) == 1 else Way.MIXED
+    why = f"{_counted(len(parts))}: {why}"
+    return Plan(*facts(shape), constants, way, why, cost, kept, parts)
+
+
+def _terms(scope: Scope, variable: Any) -> tuple[Placed, ...]:
     if scope.is_mutable:
-        terms: Terms = scope.whole(variable, "a program with mutable arrays")
-    else:
-        terms = terms_of(scope, variable)
-        if any(isinstance(term, Passed) for term in terms):
-            terms = scope.whole(variable, "an input of a scan")
+        return scope.whole(variable, "a program with mutable arrays")
+    terms = terms_of(scope, variable)
+    found = tuple(term for term in terms if not isinstance(term, Passed))
+    return found if len(found) == len(terms) else scope.whole(variable, "an input of a scan")
+
+
+def _counted(parts: int) -> str:
+    return "a part" if parts == 1 else f"{parts} parts"
+
+
+def _cheapest(
+    facts: tuple[str, tuple[int, ...], Any],
+    terms: Sequence[Placed],
+    of_program: Callable[[str], tuple[Whole]] | None = None,
+) -> Plan:
+    """Chooses by the numbers of operations, which follow from the shapes.
+
+    Args:
+      facts: The name, shape and dtype.
+      terms: The terms, which have no boxes.
+      of_program: Returns the gradient as the program makes it, if that is more than a part.
+    """
     products = [term for term in terms if isinstance(term, Product)]
     whole = tuple(term for term in terms if isinstance(term, Whole))
-    facts = (name, tuple(leaf.shape), leaf.dtype)
-    size = math.prod(leaf.shape)
+    size = math.prod(facts[1])
     if not terms:
         return Plan(*facts, (), Way.ZERO, "no term", 0, 0)
-    if not products:
-        return Plan(*facts, whole, Way.EACH, f"comes from {whole[0].why}", size, size)
+    if not products or any(term.depends for term in whole):
+        reasons = dict.fromkeys(term.why for term in whole if term.depends) or [whole[0].why]
+        return Plan(*facts, tuple(terms), Way.EACH, f"comes from {'; '.join(reasons)}", size, size)
     aligned = _aligned(products)
     if aligned is None:
-        whole = scope.whole(variable, "products that do not compare")
-        return Plan(*facts, whole, Way.EACH, "products that do not compare", size, size)
+        why = "products that do not compare"
+        made = tuple(terms) if of_program is None else of_program(why)
+        return Plan(*facts, made, Way.EACH, why, size, size)
 
-    found: tuple[Product | Whole, ...] = (*aligned, *whole)
+    found: tuple[Placed, ...] = (*aligned, *whole)
     sizes = [roles(term).sizes for term in aligned]
     summed = sum(each.summed for each in sizes)
     kept = sum(map(_entries, aligned))
-    if summed == sizes[0].shared == 1 and not whole:
+    if len(aligned) == 1 and not whole and _has_one_term_each(aligned[0]):
         return Plan(*facts, found, Way.OUTER, "a product that sums over nothing", kept, kept)
     by_gram = summed * kept
     by_each = sum(map(_cost_of_each, aligned))
     if by_gram <= by_each:
         return Plan(*facts, found, Way.GRAM, f"{summed} x {summed}", by_gram, kept)
-    if size <= kept and not any(map(_has_windows, aligned)):
+    if of_program is not None and size <= kept and not any(map(_is_costly, aligned)):
         # The program's own gradient does not repeat an operand that all examples share.
-        found = scope.whole(variable, "")
+        found = of_program("")
     return Plan(*facts, found, Way.EACH, "cheaper than its factors", by_each, min(size, kept))
 
 
-def _has_windows(term: Product) -> bool:
-    """Whether a product is of a convolution, whose own program is slow for a batch of kernels."""
-    return any(isinstance(each, Windows) for each in term.lhs.preparations)
+def _has_one_term_each(term: Product) -> bool:
+    """Whether no entry of a product is a sum, and its norm is that of two factors."""
+    found = roles(term)
+    if term.one_hot is None:
+        return found.sizes.summed == found.sizes.shared == 1
+    return found.sizes.summed == 1 or found.summed == (term.distinct,)
+
+
+def _is_costly(term: Placed) -> bool:
+    """Whether a product is one that the program makes at a higher price."""
+    if not isinstance(term, Product):
+        return False
+    # Its own program of a convolution is slow for a batch of kernels, and that of a product with
+    # a factor can make a larger array first.
+    has_windows = any(isinstance(each, Windows) for each in term.lhs.preparations)
+    return has_windows or term.lhs.times is not None or term.rhs.times is not None
 
 
 def _entries(term: Product) -> int:

@@ -3,6 +3,7 @@
 They are classes because two of them must be equal if they do the same: see `_rules._sums`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,9 +26,41 @@ class Place(NamedTuple):
     is_clipped: bool
 
     def __call__(self, indices: Array) -> Array:
+        if indices.dtype.itemsize < 4:
+            indices = indices.astype(jnp.int32)  # The size need not fit a narrow integer.
         if self.is_clipped:
             return jnp.clip(indices, 0, self.size - 1)
         return jnp.where((indices >= 0) & (indices < self.size), indices, self.size)
+
+
+class Places(NamedTuple):
+    """Turns vectors of indices into rows of a table whose looked up axes are one.
+
+    A vector with an index outside becomes the number of rows, which is no row.
+    """
+
+    columns: tuple[int, ...]
+    """For each looked up axis, where its index is in the vectors."""
+    sizes: tuple[int, ...]
+    is_clipped: bool
+
+    def __call__(self, indices: Array) -> Array:
+        rows = jnp.zeros(indices.shape[:-1], jnp.int32)
+        is_inside = jnp.ones(rows.shape, bool)
+        for column, size in zip(self.columns, self.sizes, strict=True):
+            index = Place(size, self.is_clipped)(indices[..., column])
+            rows = rows * size + index.astype(jnp.int32)
+            is_inside &= index < size
+        return jnp.where(is_inside, rows, math.prod(self.sizes))
+
+
+class Stretch(NamedTuple):
+    """Counts some rows from the first."""
+
+    size: int
+
+    def __call__(self, first: Array) -> Array:
+        return first[..., None] + jnp.arange(self.size, dtype=first.dtype)
 
 
 class Squeezed(NamedTuple):
@@ -75,6 +108,35 @@ class Windows(NamedTuple):
         ]
         value = padded(value, [(0, 0, 0), *edges, (0, 0, 0)])
         count, *_, channels = value.shape
+        grouped = (self.groups, channels // self.groups)
+        windows = self._patches(value) if self.are_apart else self._slices(value)
+        return windows.reshape(count, *self.places, *self.results, *grouped)
+
+    @property
+    def are_apart(self) -> bool:
+        """Whether no entry is in two windows, as in a model of patches."""
+        rows = zip(self.strides, self.spacing, self.results, strict=True)
+        return all(stride == 1 and spacing >= size for stride, spacing, size in rows)
+
+    def _patches(self, value: Array) -> Array:
+        """Windows that are apart are a reshape."""
+        count, *sizes, channels = value.shape
+        wanted = [
+            places * spacing for places, spacing in zip(self.places, self.spacing, strict=True)
+        ]
+        edges = [(0, size - old, 0) for size, old in zip(wanted, sizes, strict=True)]
+        value = padded(value, [(0, 0, 0), *edges, (0, 0, 0)])
+        pairs = zip(self.places, self.spacing, strict=True)
+        value = value.reshape(count, *(size for pair in pairs for size in pair), channels)
+        dims = len(self.places)
+        order = [0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1]
+        value = jnp.transpose(value, order)
+        return jax.lax.slice(
+            value, [0] * value.ndim, (count, *self.places, *self.results, channels)
+        )
+
+    def _slices(self, value: Array) -> Array:
+        count, *_, channels = value.shape
         slices = []
         for result in np.ndindex(*self.results):
             starts = [index * stride for index, stride in zip(result, self.strides, strict=True)]
@@ -87,9 +149,7 @@ class Windows(NamedTuple):
                     value, (0, *starts, 0), (count, *limits, channels), (1, *self.spacing, 1)
                 )
             )
-        grouped = (self.groups, channels // self.groups)
-        windows = jnp.stack(slices, 1 + len(self.places))
-        return windows.reshape(count, *self.places, *self.results, *grouped)
+        return jnp.stack(slices, 1 + len(self.places))
 
 
 class Padded(NamedTuple):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,24 +17,26 @@ from clipax._core import _compat, _paths
 from clipax._core._typing import Array
 from clipax.per_example import _programs
 from clipax.per_example._evaluation import Reading
-from clipax.per_example._gradients import leaf_gradients
-from clipax.per_example._norms import norms_of
+from clipax.per_example._gradients import as_made, leaf_gradients
+from clipax.per_example._grams import row_norms
+from clipax.per_example._norms import beside_parts, norms_of
 from clipax.per_example._plans import Plan, plan
 from clipax.per_example._programs import Ref, is_variable, shape_of
 from clipax.per_example._scopes import Origin, Scope
 from clipax.per_example._tracing import ExampleProgram
 
 
-def readings_of(program: ExampleProgram) -> list[Reading]:
-    """For each leaf, a function that returns norms and whether they are exact enough.
+def readings_of(program: ExampleProgram) -> list[list[Reading]]:
+    """For each leaf, functions that return norms and whether they are exact enough.
 
     Both are of one example, with one axis for each scan whose steps make a part of the gradient.
+    A leaf that falls into parts has a function for each of them.
     """
     rows = zip(_paths.of_leaves(program.gradient), program.gradients, strict=True)
-    return [_reading(name, program.scope, variable) for name, variable in rows]
+    return [_readings(name, program.scope, variable) for name, variable in rows]
 
 
-def _reading(name: str, scope: Scope, variable: Any) -> Reading:
+def _readings(name: str, scope: Scope, variable: Any) -> list[Reading]:
     scope, atom = _parts(scope, variable)
     leaf = _compat.shape_dtype_struct(shape_of(atom), atom.aval.dtype)
     found = plan(name, leaf, scope, atom)
@@ -42,15 +45,32 @@ def _reading(name: str, scope: Scope, variable: Any) -> Reading:
     def inside(ref: Ref) -> Ref:
         return Ref(ref.path[len(path) :], ref.variable) if is_variable(ref.variable) else ref
 
-    refs = tuple(inside(ref) for ref, _ in found.refs)
-    return Reading(path, refs, functools.partial(_norm_of_one, found))
+    def reading(plan: Plan, function: Callable[..., Any]) -> Reading:
+        refs = tuple(inside(ref) for ref, _ in plan.refs_of_terms)
+        return Reading(path, refs, functools.partial(function, plan))
+
+    if not found.parts:
+        return [reading(found, _norm_of_one)]
+    rest = [reading(found, _norm_of_rest)] if found.terms else []
+    return [*(reading(part, _norm_of_one) for _, part in found.parts), *rest]
+
+
+def _of_one(found: Plan, values: Sequence[Any]) -> dict[Ref, Array]:
+    rows = zip(found.refs_of_terms, values, strict=True)
+    return {ref: value[None] if depends else value for (ref, depends), value in rows}
 
 
 def _norm_of_one(found: Plan, *values: Any) -> tuple[Array, Array]:
-    rows = zip(found.refs, values, strict=True)
-    of_one = {ref: value[None] if depends else value for (ref, depends), value in rows}
-    norms, is_exact = norms_of(leaf_gradients(found, of_one, 1))
+    norms, is_exact = norms_of(leaf_gradients(found, _of_one(found, values), 1))
     return norms[0], is_exact[0]
+
+
+def _norm_of_rest(found: Plan, *values: Any) -> tuple[Array, Array]:
+    """The norm of what all examples share, outside the parts."""
+    constant = as_made(found, _of_one(found, values), depends=False)
+    assert constant is not None
+    norm = row_norms(beside_parts(found, constant)[None])[0]
+    return norm, jnp.ones((), bool)
 
 
 # They move all entries to other places or change their signs, which keeps the norm.

@@ -49,4 +49,6 @@ def weighted_sum(
         # A large constant gives every example a small weight, so the sum could underflow.
         largest = jnp.max(first)
         total += jnp.sum(first / largest * second) * (largest * constant)
+    for (box, _), part in zip(plan.parts, leaf.parts, strict=False):
+        total = box.replaced(total, weighted_sum(part, weights, is_left_out, dtype))
     return total

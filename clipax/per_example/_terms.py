@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 
 from clipax._core._typing import Array
+from clipax.per_example._boxes import Box
 from clipax.per_example._preparations import padded
 from clipax.per_example._programs import Ref
 
@@ -34,6 +35,8 @@ class Operand(NamedTuple):
     """The other axes, after the preparations."""
     preparations: tuple[Callable[[Array], Array], ...] = ()
     """Functions of the value without its stacked axes, in order."""
+    times: "Times | None" = None
+    """If given, the prepared value is multiplied by another one, which makes the axes."""
 
     @property
     def all_axes(self) -> tuple[Axis, ...]:
@@ -43,6 +46,14 @@ class Operand(NamedTuple):
         for preparation in self.preparations:
             value = mapped(preparation, len(self.stacked))(value)
         return value
+
+
+class Times(NamedTuple):
+    """A factor of an operand, multiplied along the axes that both have."""
+
+    axes: tuple[Axis, ...]
+    """The axes of the value before."""
+    by: Operand
 
 
 class Product(NamedTuple):
@@ -55,10 +66,20 @@ class Product(NamedTuple):
     """They keep all entries, and so the norm."""
     one_hot: Axis | None = None
     """If given, `lhs` has integers: each is the position of a one among zeros on this axis."""
+    distinct: Axis | None = None
+    """If given, the ones along this axis of `lhs` are in different rows."""
     scale: float = 1.0
     scalars: tuple[Operand, ...] = ()
     """Numbers that also multiply it: one for all steps of a scan, or one for each step."""
     precision: Any = None
+    box: Box | None = None
+    """If given, these are only the entries in a box of the gradient, whose others are zero."""
+
+    @property
+    def operands(self) -> list[Operand]:
+        """All operands, with those inside others."""
+        found = [self.lhs, self.rhs, *self.scalars]
+        return found + [each.times.by for each in found if each.times is not None]
 
 
 class Whole(NamedTuple):
@@ -67,6 +88,9 @@ class Whole(NamedTuple):
     ref: Ref
     depends: bool
     why: str
+    moves: tuple["Move", ...] = ()
+    box: Box | None = None
+    """As of a product."""
 
 
 class Passed(NamedTuple):
@@ -75,7 +99,8 @@ class Passed(NamedTuple):
     position: int
 
 
-Term: TypeAlias = Product | Whole | Passed
+Placed: TypeAlias = Product | Whole
+Term: TypeAlias = Placed | Passed
 Terms: TypeAlias = tuple[Term, ...]
 
 

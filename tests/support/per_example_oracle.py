@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import per_example_zoo as zoo
 import trees
@@ -59,3 +60,20 @@ def assert_clipped(loss_fn: Any, params: Any, batch: Any, tolerance: float = 2e-
     """Compares clipax with the plain way, leaf by leaf."""
     found = trees.quick_jit(functools.partial(clip_leaf_by_leaf, loss_fn))(params, batch)
     zoo.assert_near(found, clipped_leaf_by_leaf(loss_fn, params, batch), tolerance)
+
+
+def assert_the_same(loss_fn: Any, w: jax.Array, batch: jax.Array, **options: Any) -> None:
+    """Compares clipax with the plain way in double precision, for one parameter."""
+
+    def run(w: jax.Array, batch: jax.Array) -> Any:
+        each = jax.vmap(jax.grad(loss_fn), (None, 0))(w, batch)
+        bound = jnp.median(jax.vmap(jnp.linalg.norm)(each.reshape(len(each), -1)))
+        clip = clipax.clipped_grad(loss_fn, 1.0, mean=False, **options)
+        grads, info = clip(w, batch, max_norm=0.9 * bound)
+        return each, grads, info.norms, 0.9 * bound
+
+    each, grads, found, bound = trees.quick_jit(run)(w, batch)
+    each = zoo.wide(each)
+    wanted = norms(each)
+    zoo.assert_near(found, wanted, 1e-6)
+    zoo.assert_near(grads, weighted_sum(each, hard(wanted, float(bound))), 1e-6)

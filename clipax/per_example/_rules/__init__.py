@@ -5,10 +5,11 @@ the operands to walk on to, and a function that makes the terms of this equation
 
 | module | primitives |
 |---|---|
-| `_products` | make products: `dot_general`, `conv_general_dilated`, `scatter_add`, ... |
+| `_products` | make products: `dot_general`, `conv_general_dilated` |
+| `_lookups` | add rows to a table: `scatter_add`, `dynamic_update_slice` |
 | `_sums` | add up terms: `add`, `reduce_sum` |
 | `_moves` | move all entries: `transpose`, `reshape`, `rev`, `squeeze`, `broadcast_in_dim` |
-| `_parts` | move some entries: `slice`, `split`, `pad`, `concatenate` |
+| `_parts` | move some entries: `slice`, `split`, `pad`, `concatenate`, `stack` |
 | `_scales` | scale entries: `mul`, `div`, `neg`, `convert_element_type` |
 | `_scans` | repeat a body: `scan` |
 
@@ -17,6 +18,7 @@ To add a primitive, write its rule in the module of its subject and enter it by
 for each example.
 """
 
+from clipax.per_example._rules import _lookups as _lookups
 from clipax.per_example._rules import _moves as _moves
 from clipax.per_example._rules import _parts as _parts
 from clipax.per_example._rules import _products as _products

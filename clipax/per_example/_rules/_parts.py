@@ -1,14 +1,14 @@
 """Rules of primitives that cut out parts of an array, or place an array in a larger one."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from clipax.per_example._preparations import Padded, Sliced
+from clipax.per_example._placing import Edges, cut, placed
 from clipax.per_example._programs import shape_of
-from clipax.per_example._rules._moves import moved
-from clipax.per_example._rules._recipes import Recipe, Site, changed, rule, term_by_term
-from clipax.per_example._terms import Axis, Move, Operand, Product, Term, Terms
+from clipax.per_example._rules._moves import reshaped
+from clipax.per_example._rules._recipes import MOST_CHANGED, Recipe, Site, rule, term_by_term
+from clipax.per_example._terms import Passed, Placed, Product, Term, Terms
 
 
 @rule("pad")
@@ -21,32 +21,34 @@ def _pad(site: Site) -> Recipe | None:
     ]
     edges = [(max(low, 0), max(high, 0), step) for low, high, step in config]
     rows = zip(cuts, shape, edges, strict=True)
-    if any(step and cut != (0, size, 1) for cut, size, (_, _, step) in rows):
+    if any(step and part != (0, size, 1) for part, size, (_, _, step) in rows):
         return None
+    is_around = all(low >= 0 and high >= 0 and not step for low, high, step in config)
+    sizes = tuple(len(range(*part)) for part in cuts)
 
-    def change(term: Product) -> Product | None:
-        cut = _cut(term, cuts, shape)
-        return None if cut is None else _padded(cut, edges)
+    def change(term: Placed) -> Placed | None:
+        if not isinstance(term, Product):
+            return placed(term, shape, edges) if is_around else None
+        part = cut(term, shape, cuts)
+        return part and placed(part, sizes, edges)
 
     def combine(terms: Terms, filling: Terms) -> Terms | None:
-        return None if filling else changed(terms, change)
+        return None if filling else _each(terms, change)
 
     return Recipe([site.origin(0), site.origin(1)], combine)
 
 
-def _padded(term: Product, edges: Sequence[tuple[int, ...]]) -> Product:
-    positions = [position for position, each in enumerate(edges) if any(each)]
-    can_pad_operands = not term.moves and all(
-        _is_of_operands(term, position) for position in positions
-    )
-    if not can_pad_operands:
-        return moved(term, Move("pad", tuple(edges)))
-    for position in positions:
-        low, high, step = edges[position]
-        size = term.out[position].size
-        new = Axis(low + high + size + max(0, size - 1) * step)
-        term = _changed_along(term, position, new, Padded, edges[position])
-    return term
+def _each(terms: Terms, change: Callable[[Any], Placed | None]) -> Terms | None:
+    """Changes terms one by one, those that are taken as they are too."""
+    if len(terms) > MOST_CHANGED:
+        return None
+    found: list[Term] = []
+    for term in terms:
+        new = None if isinstance(term, Passed) else change(term)
+        if new is None:
+            return None
+        found.append(new)
+    return tuple(found)
 
 
 @rule("slice")
@@ -55,7 +57,7 @@ def _slice(site: Site) -> Recipe:
     strides = params["strides"] or [1] * len(params["start_indices"])
     cuts = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
     shape = shape_of(site.operands[0])
-    return term_by_term(site.origin(0), lambda term: _cut(term, cuts, shape))
+    return term_by_term(site.origin(0), lambda term: cut(term, shape, cuts))
 
 
 @rule("split")
@@ -65,60 +67,47 @@ def _split(site: Site) -> Recipe:
     start = sum(sizes[: site.position])
     cuts = [(0, size, 1) for size in shape]
     cuts[axis] = (start, start + sizes[site.position], 1)
-    return term_by_term(site.origin(0), lambda term: _cut(term, cuts, shape))
+    return term_by_term(site.origin(0), lambda term: cut(term, shape, cuts))
 
 
 @rule("concatenate")
 def _concatenate(site: Site) -> Recipe:
-    axis = site.params["dimension"]
-    sizes = [shape_of(operand)[axis] for operand in site.operands]
+    return _joined(site, site.params["dimension"], lambda term: term)
+
+
+@rule("stack")
+def _stack(site: Site) -> Recipe:
+    axis = site.params["axis"]
+    shape = list(shape_of(site.variable))
+    shape[axis] = 1
+    return _joined(site, axis, lambda term: reshaped(term, tuple(shape)))
+
+
+def _joined(site: Site, axis: int, change: Callable[[Any], Placed]) -> Recipe:
+    """Places the operands one after the other along an axis."""
+    whole = shape_of(site.variable)
+    count = len(site.operands)
+    is_stack = len(shape_of(site.operands[0])) < len(whole)
+    sizes = [1 if is_stack else shape_of(operand)[axis] for operand in site.operands]
 
     def combine(*parts: Terms) -> Terms | None:
         found: list[Term] = []
         start = 0
         for terms, size in zip(parts, sizes, strict=True):
-            edges = [(0, 0, 0)] * len(shape_of(site.variable))
-            edges[axis] = (start, sum(sizes) - start - size, 0)
+            shape = (*whole[:axis], size, *whole[axis + 1 :])
+            edges = [(0, 0, 0)] * len(whole)
+            edges[axis] = (start, whole[axis] - start - size, 0)
             start += size
-            padded = changed(terms, functools.partial(_padded, edges=edges))
-            if padded is None:
+            these = _each(terms, functools.partial(_put, change, shape, edges))
+            if these is None:
                 return None
-            found += padded
+            found += these
         return tuple(found)
 
-    return Recipe([site.origin(index) for index in range(len(sizes))], combine)
+    return Recipe([site.origin(index) for index in range(count)], combine)
 
 
-def _cut(
-    term: Product, cuts: Sequence[tuple[int, int, int]], shape: tuple[int, ...]
-) -> Product | None:
-    """Cuts a part out of a product by cutting its operands."""
-    for position, (cut, size) in enumerate(zip(cuts, shape, strict=True)):
-        if cut == (0, size, 1):
-            continue
-        if term.moves or not _is_of_operands(term, position):
-            return None
-        term = _changed_along(term, position, Axis(len(range(*cut))), Sliced, cut)
-    return term
-
-
-def _is_of_operands(term: Product, position: int) -> bool:
-    """Whether an axis of a product belongs to operands that can be changed along it."""
-    axis = term.out[position]
-    operands = [each for each in (term.lhs, term.rhs) if axis in each.all_axes]
-    return bool(operands) and all(axis in each.axes for each in operands)
-
-
-def _changed_along(term: Product, position: int, new: Axis, kind: Any, how: Any) -> Product:
-    old = term.out[position]
-
-    def change(operand: Operand) -> Operand:
-        if old not in operand.axes:
-            return operand
-        return operand._replace(
-            axes=tuple(new if axis is old else axis for axis in operand.axes),
-            preparations=(*operand.preparations, kind(operand.axes.index(old), how)),
-        )
-
-    out = tuple(new if axis is old else axis for axis in term.out)
-    return term._replace(lhs=change(term.lhs), rhs=change(term.rhs), out=out)
+def _put(
+    change: Callable[[Any], Placed], shape: Sequence[int], edges: Edges, term: Placed
+) -> Placed:
+    return placed(change(term), shape, edges)

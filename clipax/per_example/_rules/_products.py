@@ -8,22 +8,21 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax.per_example._preparations import Grouped, Place, Squeezed, Windows
+from clipax.per_example._preparations import Grouped, Windows
 from clipax.per_example._programs import shape_of
-from clipax.per_example._rules._recipes import Recipe, Site, finished, rule
-from clipax.per_example._rules._sums import total
-from clipax.per_example._terms import Axis, Move, Operand, Product, Terms
+from clipax.per_example._roles import roles
+from clipax.per_example._rules._recipes import Recipe, Site, changed, finished, rule
+from clipax.per_example._terms import Axis, Move, Operand, Product, Terms, Times
 
 
 @rule("dot_general")
 def _dot_general(site: Site) -> Recipe | None:
     lhs, rhs = site.operands
     (lhs_summed, rhs_summed), (lhs_batch, rhs_batch) = site.params["dimension_numbers"]
-    lhs_axes, rhs_axes = _axes_of(lhs), _axes_of(rhs)
+    lhs_axes, rhs_axes = axes_of(lhs), axes_of(rhs)
     for one, other in ((lhs_summed, rhs_summed), (lhs_batch, rhs_batch)):
         for left, right in zip(one, other, strict=True):
             rhs_axes[right] = lhs_axes[left]
@@ -37,16 +36,56 @@ def _dot_general(site: Site) -> Recipe | None:
         for index, axis in enumerate(axes)
         if index not in taken
     ]
-    product = _product(
-        site.scope.operand(lhs, lhs_axes),
-        site.scope.operand(rhs, rhs_axes),
-        (*batch, *free),
-        precision=site.params["precision"],
-    )
-    return finished(product)
+    one, other = site.scope.operand(lhs, lhs_axes), site.scope.operand(rhs, rhs_axes)
+    out = (*batch, *free)
+    found = product(one, other, out, precision=site.params["precision"])
+    if found is None or (one.depends and other.depends):
+        return finished(found)
+    # It can be the gradient of a low-rank factor of a weight, from the gradient of the weight.
+    index, axes, factor = (0, lhs_axes, other) if one.depends else (1, rhs_axes, one)
+
+    def combine(terms: Terms) -> Terms | None:
+        return changed(terms, lambda term: _times(term, axes, factor, out)) or found
+
+    return Recipe([site.origin(index)], combine)
 
 
-def _product(lhs: Operand, rhs: Operand, out: Sequence[Axis], **options: Any) -> Terms | None:
+def _times(
+    term: Product, axes: Sequence[Axis], factor: Operand, out: Sequence[Axis]
+) -> Product | None:
+    """A product times a matrix, which multiplies one of its operands; None where that is no gain.
+
+    Args:
+      term: The product.
+      axes: The axes by which the multiplication names those of the product.
+      factor: The matrix.
+      out: The axes of the result.
+    """
+    if term.moves or term.box is not None or term.one_hot is not None:
+        return None
+    if not (term.lhs.depends and term.rhs.depends):
+        return None
+    sizes = roles(term).sizes
+    if sizes.shared * sizes.summed * (sizes.rows + sizes.columns) >= sizes.result:
+        return None
+    own = dict(zip(axes, term.out, strict=True))
+    both = [axis for axis in axes if axis in factor.axes]
+    if len(both) != 1 or both[0] in out:
+        return None
+    summed = own[both[0]]
+    is_of_lhs = summed in term.lhs.all_axes
+    before = term.lhs if is_of_lhs else term.rhs
+    if summed in roles(term).shared or summed not in before.axes or before.times is not None:
+        return None
+    factor = factor._replace(axes=tuple(own.get(axis, axis) for axis in factor.axes))
+    after = tuple(axis for axis in (*before.axes, *factor.axes) if axis is not summed)
+    operand = before._replace(axes=after, times=Times(before.axes, factor))
+    term = term._replace(out=tuple(own.get(axis, axis) for axis in out))
+    return term._replace(lhs=operand) if is_of_lhs else term._replace(rhs=operand)
+
+
+def product(lhs: Operand, rhs: Operand, out: Sequence[Axis], **options: Any) -> Terms | None:
+    """A product of two operands, or None if there is no cheap way to its norm."""
     # A product of values that all examples share is made once. Norms of complex products would
     # need conjugates.
     depends = lhs.depends or rhs.depends
@@ -57,65 +96,11 @@ def _product(lhs: Operand, rhs: Operand, out: Sequence[Axis], **options: Any) ->
     return (Product(lhs, rhs, tuple(out), **options),) if depends and is_real else None
 
 
-def _axes_of(variable: Any) -> list[Axis]:
+def axes_of(variable: Any) -> list[Axis]:
     return [Axis(size) for size in shape_of(variable)]
 
 
-@rule("scatter-add", "scatter_add")
-def _scatter_add(site: Site) -> Recipe | None:
-    """The transpose of a look-up: updates times the rows of a matrix of zeros and ones."""
-    operand, indices, updates = site.operands
-    numbers, mode = site.params["dimension_numbers"], site.params["mode"]
-    places = numbers.scatter_dims_to_operand_dims
-    window = numbers.update_window_dims
-    if len(places) != 1 or numbers.inserted_window_dims != places:
-        return None
-    if numbers.operand_batching_dims:
-        return None
-    (place,) = places
-    out = _axes_of(operand)
-    rest = [axis for index, axis in enumerate(out) if index != place]
-    update_axes = _axes_of(updates)
-    if [update_axes[index].size for index in window] != [axis.size for axis in rest]:
-        return None
-    for index, axis in zip(window, rest, strict=True):
-        update_axes[index] = axis
-    looked_up = [axis for index, axis in enumerate(update_axes) if index not in window]
-    rows = site.scope.operand(
-        indices, looked_up, Squeezed(-1), Place(out[place].size, _is_clipped(mode))
-    )
-    new = _product(rows, site.scope.operand(updates, update_axes), out, one_hot=out[place])
-    if new is None:
-        return None
-    return Recipe([site.origin(0)], lambda terms: total(site, [(terms, 1.0), (new, 1.0)]))
-
-
-def _is_clipped(mode: Any) -> bool:
-    return jax.lax.GatherScatterMode.from_any(mode) == jax.lax.GatherScatterMode.CLIP
-
-
-@rule("dynamic_update_slice")
-def _dynamic_update_slice(site: Site) -> Recipe | None:
-    """The transpose of a look-up of one row, at a place that is not known in advance."""
-    operand, update, *starts = site.operands
-    out, update_axes = _axes_of(operand), _axes_of(update)
-    smaller = [
-        index
-        for index, (one, other) in enumerate(zip(out, update_axes, strict=True))
-        if one.size != other.size
-    ]
-    if len(smaller) != 1 or update_axes[smaller[0]].size != 1:
-        return None
-    (place,) = smaller
-    rest = [axis for index, axis in enumerate(out) if index != place]
-    rows = site.scope.operand(starts[place], (), Place(out[place].size, is_clipped=True))
-    values = site.scope.operand(update, rest, Squeezed(place))
-    new = _product(rows, values, out, one_hot=out[place])
-    # The row replaces other entries. That is a sum only if those are zero.
-    return Recipe([site.origin(0)], lambda terms: None if terms else new)
-
-
-# Each entry of a window becomes a slice, and compilers are slow at more slices than this.
+# Each entry of windows that overlap becomes a slice, and compilers are slow at more than this.
 _LARGEST_WINDOW = 128
 
 
@@ -134,7 +119,7 @@ def _conv(site: Site) -> Recipe | None:
             strict=True,
         )
     )
-    if params["feature_group_count"] != 1 or math.prod(results[2:]) > _LARGEST_WINDOW:
+    if params["feature_group_count"] != 1:
         return None
     group, row, column = Axis(groups), Axis(inputs[0] // groups), Axis(outputs[0] // groups)
     feature = Axis(inputs[1])
@@ -147,6 +132,8 @@ def _conv(site: Site) -> Recipe | None:
         *(tuple(params[name]) for name in ("window_strides", "padding")),
         *(tuple(params[name]) for name in ("lhs_dilation", "rhs_dilation")),
     )
+    if math.prod(results[2:]) > _LARGEST_WINDOW and not windows.are_apart:
+        return None
     grouped = Grouped(tuple(numbers.rhs_spec), groups)
     out = [*window, row, group, column]
     # Convolutions number their axes in this order: rows, columns, window.
@@ -155,11 +142,11 @@ def _conv(site: Site) -> Recipe | None:
         Move("reshape", ((*results[2:], row.size, groups * column.size),)),
         Move("transpose", (tuple(order[int(axis)] for axis in np.argsort(numbers.out_spec)),)),
     )
-    product = _product(
+    found = product(
         site.scope.operand(lhs, [feature, *places, *window, group, row], windows),
         site.scope.operand(rhs, [group, column, feature, *places], grouped),
         out,
         moves=moves,
         precision=params["precision"],
     )
-    return finished(product)
+    return finished(found)

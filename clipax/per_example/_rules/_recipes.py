@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from clipax.per_example._programs import Equation
 from clipax.per_example._scopes import Origin, Scope
-from clipax.per_example._terms import Product, Terms
+from clipax.per_example._terms import Product, Terms, Whole
 
 # A sum of more terms than this is taken as it is when an equation scales or moves it. Terms
 # could otherwise double with each equation, as in a chain of `w = w + move(w)`.
@@ -68,18 +68,29 @@ def finished(terms: Terms | None) -> Recipe | None:
     return None if terms is None else Recipe((), lambda: terms)
 
 
-def term_by_term(origin: Origin, change: Callable[[Product], Product | None]) -> Recipe:
+def term_by_term(
+    origin: Origin, change: Callable[[Any], Any], *, moves_entries: bool = False
+) -> Recipe:
     """The recipe that changes each term of one other variable."""
-    return Recipe([origin], lambda terms: changed(terms, change))
+    return Recipe([origin], lambda terms: changed(terms, change, moves_entries=moves_entries))
 
 
-def changed(terms: Terms, change: Callable[[Product], Product | None]) -> Terms | None:
-    """Changes terms one by one. Returns None if one of them cannot be changed."""
+def changed(
+    terms: Terms, change: Callable[[Any], Any], *, moves_entries: bool = False
+) -> Terms | None:
+    """Changes terms one by one. Returns None if one of them cannot be changed.
+
+    What the program makes is taken after the change, unless that would take other terms with it:
+    those beside what all examples share, or what lies in a box. Only moves can change these.
+    """
+    is_whole = all(isinstance(term, Whole) and term.box is None for term in terms)
     if len(terms) > MOST_CHANGED:
         return None
     found = []
     for term in terms:
-        new = change(term) if isinstance(term, Product) else None
+        can_move = isinstance(term, Whole) and not (term.depends and term.box is None)
+        is_changed = isinstance(term, Product) or (can_move and moves_entries and not is_whole)
+        new = change(term) if is_changed else None
         if new is None:
             return None
         found.append(new)

@@ -65,4 +65,6 @@ def _neg(site: Site) -> Recipe:
 def _cast(site: Site) -> Recipe | None:
     # A norm is taken before rounding, and the sum is cast at the end.
     is_float = jnp.issubdtype(site.params["new_dtype"], np.floating)
-    return term_by_term(site.origin(0), lambda term: term) if is_float else None
+    return (
+        term_by_term(site.origin(0), lambda term: term, moves_entries=True) if is_float else None
+    )

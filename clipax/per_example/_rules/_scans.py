@@ -33,11 +33,15 @@ def _scan(site: Site) -> Recipe | None:
             return None
         lift = _lifted(site, inside, layout, step)
         lifted = tuple(_with_operands(term, lift) for term in products)
+        if any(_differs_in_steps(operand) for term in lifted for operand in term.operands):
+            return None
         if is_carried:
             return total(site, [(start, 1.0), (lifted, 1.0)])
         return tuple(
             term._replace(
-                out=(step, *term.out), moves=tuple(Move("mapped", move) for move in term.moves)
+                out=(step, *term.out),
+                moves=tuple(Move("mapped", move) for move in term.moves),
+                box=term.box and term.box.stacked(step.size),
             )
             for term in lifted
         )
@@ -51,6 +55,12 @@ def _lifted(
     """Returns a function that turns an operand of one step into the operand of all steps."""
 
     def lift(operand: Operand) -> Operand:
+        lifted = lift_value(operand)
+        if lifted.times is None:
+            return lifted
+        return lifted._replace(times=lifted.times._replace(by=lift(lifted.times.by)))
+
+    def lift_value(operand: Operand) -> Operand:
         path, variable = operand.ref
         if not is_variable(variable):
             return operand
@@ -65,6 +75,11 @@ def _lifted(
         )
 
     return lift
+
+
+def _differs_in_steps(operand: Operand) -> bool:
+    """Whether a factor of an operand has steps that the operand itself lacks."""
+    return operand.times is not None and not {*operand.times.by.stacked} <= {*operand.stacked}
 
 
 def _with_operands(term: Product, change: Callable[[Operand], Operand]) -> Product:

@@ -16,7 +16,7 @@ def _reduce_sum(site: Site) -> Recipe:
         if term.moves or term.one_hot in [term.out[axis] for axis in summed]:
             return None
         kept = [axis for index, axis in enumerate(term.out) if index not in summed]
-        return term._replace(out=tuple(kept))
+        return term._replace(out=tuple(kept), box=term.box and term.box.without(summed))
 
     return term_by_term(site.origin(0), change)
 
@@ -65,7 +65,9 @@ def total(site: Site, parts: Iterable[tuple[Terms, float]]) -> Terms:
     products: dict[Any, Product] = {}
     others: list[Term] = []
     is_repeated = False
+    constants = 0
     for terms, times in parts:
+        constants += bool(terms) and all(map(_is_constant, terms))
         for term in terms:
             if isinstance(term, Product):
                 kind = _kind(term)
@@ -77,11 +79,15 @@ def total(site: Site, parts: Iterable[tuple[Terms, float]]) -> Terms:
     whole = [term for term in others if isinstance(term, Whole)]
     is_alone = len(others) + len(products) == 1
     # The program makes these for each example anyway, so it may as well add them up.
-    is_made_anyway = len(whole) > 1 or any(term.depends for term in whole)
-    if is_repeated or (is_made_anyway and not is_alone):
+    is_made_anyway = any(term.depends and term.box is None for term in whole)
+    if is_repeated or constants > 1 or (is_made_anyway and not is_alone):
         reasons = dict.fromkeys(term.why for term in whole)
         return site.scope.whole(site.variable, "; ".join(reasons) or "a sum")
     return (*products.values(), *others)
+
+
+def _is_constant(term: Term) -> bool:
+    return isinstance(term, Whole) and not term.depends
 
 
 def _kind(term: Product) -> Any:
@@ -93,8 +99,10 @@ def _kind(term: Product) -> Any:
 
     def named(operand: Operand) -> Any:
         axes = placed(operand.stacked), placed(operand.axes)
-        return (operand.ref, operand.preparations, *axes)
+        times = operand.times and (placed(operand.times.axes), named(operand.times.by))
+        return (operand.ref, operand.preparations, *axes, times)
 
     operands = tuple(map(named, (term.lhs, term.rhs, *term.scalars)))
     out = placed(term.out), term.one_hot and placed([term.one_hot])
-    return operands, out, term.moves, term.precision, tuple(axis.size for axis in places)
+    sizes = tuple(axis.size for axis in places)
+    return operands, out, term.moves, term.precision, sizes, term.box
