@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipax._core import _checks, _compat, _moments, _select
+from clipax._core import _checks, _compat, _kinds, _moments, _select
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
@@ -112,7 +112,10 @@ def acclip(
 
         def learn(memory: Any, x: Any = wide) -> Any:
             momentum, powers = memory
-            return jax.tree.map(average, momentum, x), jax.tree.map(average_power, powers, x)
+            return (
+                _kinds.map_alike(average, momentum, x),
+                _kinds.map_alike(average_power, powers, x),
+            )
 
         def size_of(momentum: Array) -> Array:
             return jnp.abs(momentum) + jnp.asarray(eps).astype(jnp.abs(momentum).dtype)
@@ -133,13 +136,13 @@ def acclip(
         # These reads are only for the norm, so that XLA keeps nothing of them for later use.
         read_before, read = jax.tree.map(_compat.optimization_barrier, (before, wide))
         sizes = _of_computed(
-            jax.tree.map(relative, *learn(read_before, read)), math.inf, axis_name=axis_name
+            _kinds.map_alike(relative, *learn(read_before, read)), math.inf, axis_name=axis_name
         )
         _, clip = record.update(sizes, state.clip, norm=sizes)
         # A mean of finite updates that overflows must not be learned either.
         is_finite = _moments.none_is_nan(sizes, axis_name=axis_name)
         learned, kept = _select.learned_if(is_finite, learn, before)
-        clipped = jax.tree.map(clip_leaf, *learned)
+        clipped = _kinds.map_alike(clip_leaf, *learned)
         return _moments.narrowed(clipped, updates), AcclipState(clip, *kept)
 
     return transformation(init_fn, update_fn, AcclipState)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _choice, _moments
+from clipax._core import _checks, _choice, _kinds, _moments
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
 from clipax.norms import global_norm
@@ -89,9 +89,9 @@ def clip21(
         extra_args.pop("norm", None)
         wide = _moments.widened(updates, state.estimate)
         moves = jax.tree.map(jnp.subtract, wide, state.estimate)
-        within = jax.tree.map(_within_range, wide, state.estimate)
+        within = _kinds.map_alike(_within_range, wide, state.estimate)
         clipped, inner_state = inner.update(within, state.inner_state, params, **extra_args)
-        estimate = jax.tree.map(_moved, state.estimate, wide, moves, clipped)
+        estimate = _kinds.map_alike(_moved, state.estimate, wide, moves, clipped)
         is_finite = jnp.isfinite(global_norm(moves, axis_name=axis_name))
         new_state = _choice.choose(is_finite, Clip21State(estimate, inner_state), state)
         return _moments.narrowed(estimate, updates), new_state
