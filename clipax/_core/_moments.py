@@ -14,7 +14,11 @@ import numpy as np
 
 from clipax._core import _kinds, _leaves, _placement, _rules
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.norms import global_norm
+from clipax.norms import global_norm, leaf_norm
+
+# For a record that is always given its norms. A norm of any order shows their types, and the one
+# of order 1 is traced in the shortest time.
+given_norm = functools.partial(leaf_norm, ord=1)
 
 
 def zeros(params: Updates) -> Updates:
@@ -25,6 +29,13 @@ def zeros(params: Updates) -> Updates:
 def zero_moduli(params: Updates) -> Updates:
     """Moments of moduli before the first step, real for every leaf."""
     return jax.tree.map(lambda zero: jnp.abs(zero), zeros(params))
+
+
+def zero_norm(params: Updates, *, axis_name: AxisName) -> Array:
+    """Zero in the type and place of a global norm."""
+    measure = functools.partial(global_norm, ord=1)
+    zero: Array = _placement.zero_norms(measure, params, axis_name=axis_name)
+    return zero
 
 
 def widened(updates: Updates, moments: Updates) -> Updates:

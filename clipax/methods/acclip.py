@@ -1,6 +1,5 @@
 """ACClip: momentum whose entries are bounded by a running mean of their moduli."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.norms import _of_computed, leaf_norm
+from clipax.norms import _of_computed
 
 
 class AcclipState(NamedTuple):
@@ -92,7 +91,7 @@ def acclip(
     """
     _checks.scalar(_checks.decay_rate, decay=decay, decay_bound=decay_bound)
     _checks.scalar(_checks.finite_positive, ord=ord, eps=eps)
-    record = clip_by(functools.partial(leaf_norm, ord=math.inf), 1.0, axis_name=axis_name)
+    record = clip_by(_moments.given_norm, 1.0, axis_name=axis_name)
 
     def init_fn(params: Updates) -> AcclipState:
         powers = _moments.zero_moduli(params)

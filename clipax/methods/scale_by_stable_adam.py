@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipax._core import _checks, _compat, _kinds, _moments, _placement, _select
+from clipax._core import _checks, _compat, _kinds, _moments, _select
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.norms import _of_computed, block_rms, global_norm
+from clipax.norms import _of_computed
 
 
 class StableAdamState(NamedTuple):
@@ -92,11 +92,11 @@ def scale_by_stable_adam(
     """
     _checks.scalar(_checks.decay_rate, b1=b1, b2=b2)
     _checks.scalar(_checks.finite_positive, eps=eps)
-    record = clip_by(block_rms, 1.0, axis_name=axis_name)
+    record = clip_by(_moments.given_norm, 1.0, axis_name=axis_name)
 
     def init_fn(params: Updates) -> StableAdamState:
         nu = _moments.zero_moduli(params)
-        zero = _placement.zero_norms(global_norm, nu, axis_name=axis_name)
+        zero = _moments.zero_norm(nu, axis_name=axis_name)
         return StableAdamState(record.init(nu), _moments.zeros(params), nu, zero.astype(jnp.int32))
 
     def update_fn(

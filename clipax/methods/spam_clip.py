@@ -1,6 +1,5 @@
 """SPAM's clip: bounds each entry by its own second moment."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,13 +15,12 @@ from clipax._core import (
     _kinds,
     _leaves,
     _moments,
-    _placement,
 )
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Norms, Updates
-from clipax.norms import _of_computed, global_norm, leaf_norm
+from clipax.norms import _of_computed
 from clipax.thresholds import Threshold
 from clipax.thresholds._fixed import bounded
 
@@ -117,11 +115,11 @@ def spam_clip(
                 f" {reset_every!r} and warmup_steps={warmup_steps!r}."
             )
     roots = _root_of(bounded(_checks.positive, square_ratio=square_ratio))
-    record = clip_by(functools.partial(leaf_norm, ord=math.inf), roots, axis_name=axis_name)
+    record = clip_by(_moments.given_norm, roots, axis_name=axis_name)
 
     def init_fn(params: Updates) -> SpamClipState:
         rms = _moments.zero_moduli(params)
-        zero = _placement.zero_norms(global_norm, rms, axis_name=axis_name)
+        zero = _moments.zero_norm(rms, axis_name=axis_name)
         return SpamClipState(record.init(rms), rms, zero.astype(jnp.int32))
 
     def update_fn(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _choice, _compat, _kinds, _leaves, _moments, _placement
+from clipax._core import _checks, _choice, _compat, _kinds, _leaves, _moments
 from clipax._core._scaling import in_two
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
@@ -95,7 +95,7 @@ def u_clip(
     def init_fn(params: Updates) -> UClipState:
         carry = _moments.zeros(params)
         inner_state = inner.init(_moments.zeros(params))
-        zero = _placement.zero_norms(global_norm, carry, axis_name=axis_name)
+        zero = _moments.zero_norm(carry, axis_name=axis_name)
         return UClipState(carry, zero, inner_state)
 
     def update_fn(
