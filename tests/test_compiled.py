@@ -157,6 +157,30 @@ def test_what_is_clipped_with_a_carry_is_kept_once() -> None:
     assert share_of_temporaries(optimizer, updates) < 1.6
 
 
+@OLD_XLA
+def test_a_running_estimate_is_moved_in_place() -> None:
+    """Its differences from the updates are kept once, and nothing else but an eighth of them."""
+    updates = {name: jnp.ones((512, 600)) for name in "abcd"}
+    optimizer = optax.chain(clipax.clip21(clipax.clip_by_global_norm(0.1)), optax.adam(0.1))
+
+    def step(params: Any, state: Any, updates: Any) -> Any:
+        updates, state = optimizer.update(updates, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.numpy_dtype_promotion("standard"):
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
+            updates, optimizer.init(updates), updates
+        )
+    tree = sum(leaf.nbytes for leaf in updates.values())
+    assert lowered.compile().memory_analysis().temp_size_in_bytes / tree < 1 + EIGHTH
+
+
+def test_leaves_that_are_read_again_share_a_kernel() -> None:
+    """A scale that is sliced out of a stack, at a place of its own, makes a kernel of its own."""
+    updates = {name: jnp.ones((512, 600)) for name in "abcd"}
+    assert " slice(" not in compiled(clipax.clip_by_global_norm(0.1), updates, updates)
+
+
 def share_of_temporaries(optimizer: Any, updates: Any) -> float:
     """The memory of a step, next to that of the updates."""
     with jax.numpy_dtype_promotion("standard"):

@@ -23,6 +23,11 @@ def once_per_kind(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def map_alike(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Maps a function over leaves, and traces it once for all alike ones."""
+    return jax.tree.map(once_per_kind(function), tree, *others)
+
+
 def map_in_rows(function: Callable[..., Any], tree: Any, *others: Any, width: int) -> list[Any]:
     """Maps a function that returns several values, and gives a tree for each of them."""
     leaves, treedef = jax.tree.flatten(tree)

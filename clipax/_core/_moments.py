@@ -12,9 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax._core import _leaves, _placement, _rules
+from clipax._core import _kinds, _leaves, _placement, _rules
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.norms import global_norm
+from clipax.norms import global_norm, leaf_norm
+
+# For a record that is always given its norms. A norm of any order shows their types, and the one
+# of order 1 is traced in the shortest time.
+given_norm = functools.partial(leaf_norm, ord=1)
 
 
 def zeros(params: Updates) -> Updates:
@@ -25,6 +29,13 @@ def zeros(params: Updates) -> Updates:
 def zero_moduli(params: Updates) -> Updates:
     """Moments of moduli before the first step, real for every leaf."""
     return jax.tree.map(lambda zero: jnp.abs(zero), zeros(params))
+
+
+def zero_norm(params: Updates, *, axis_name: AxisName) -> Array:
+    """Zero in the type and place of a global norm."""
+    measure = functools.partial(global_norm, ord=1)
+    zero: Array = _placement.zero_norms(measure, params, axis_name=axis_name)
+    return zero
 
 
 def widened(updates: Updates, moments: Updates) -> Updates:
@@ -75,7 +86,7 @@ def in_range(value: Array, source: Array) -> Array:
 def all_finite(values: Updates, *, axis_name: AxisName) -> Array:
     """Whether every entry of every leaf is finite, on all shards."""
     # A sum of these cannot overflow, and the norm already reduces it over all shards.
-    return jnp.isfinite(global_norm(jax.tree.map(zero_or_nan, values), 1, axis_name=axis_name))
+    return jnp.isfinite(global_norm(_kinds.map_alike(zero_or_nan, values), 1, axis_name=axis_name))
 
 
 def zero_or_nan(x: Array) -> Array:
@@ -86,9 +97,13 @@ def zero_or_nan(x: Array) -> Array:
 
 def none_is_nan(norms: Updates, *, axis_name: AxisName) -> Array:
     """Whether no norm of a leaf, which covers all of its shards, is NaN."""
-    found = jax.tree.map(lambda norm: jnp.isnan(norm).astype(norm.dtype), norms)
+    found = _kinds.map_alike(_one_if_nan, norms)
     # These norms must not be reduced again.
     return global_norm(found, 1, axis_name=None if axis_name is None else ()) == 0
+
+
+def _one_if_nan(norm: Array) -> Array:
+    return jnp.isnan(norm).astype(norm.dtype)
 
 
 @jax.custom_jvp

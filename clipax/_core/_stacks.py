@@ -179,4 +179,4 @@ def repeated(scale: Any, number: int) -> list[Any]:
     """Repeats a scale in such a way that the compiler does not see one value."""
     if isinstance(scale, float):
         return [scale] * number
-    return list(_compat.optimization_barrier(jnp.stack([scale] * number)))
+    return list(_compat.optimization_barrier([scale] * number))

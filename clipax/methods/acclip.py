@@ -1,6 +1,5 @@
 """ACClip: momentum whose entries are bounded by a running mean of their moduli."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -9,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipax._core import _checks, _compat, _moments, _select
+from clipax._core import _checks, _compat, _kinds, _moments, _select
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.norms import _of_computed, leaf_norm
+from clipax.norms import _of_computed
 
 
 class AcclipState(NamedTuple):
@@ -92,7 +91,7 @@ def acclip(
     """
     _checks.scalar(_checks.decay_rate, decay=decay, decay_bound=decay_bound)
     _checks.scalar(_checks.finite_positive, ord=ord, eps=eps)
-    record = clip_by(functools.partial(leaf_norm, ord=math.inf), 1.0, axis_name=axis_name)
+    record = clip_by(_moments.given_norm, 1.0, axis_name=axis_name)
 
     def init_fn(params: Updates) -> AcclipState:
         powers = _moments.zero_moduli(params)
@@ -112,7 +111,10 @@ def acclip(
 
         def learn(memory: Any, x: Any = wide) -> Any:
             momentum, powers = memory
-            return jax.tree.map(average, momentum, x), jax.tree.map(average_power, powers, x)
+            return (
+                _kinds.map_alike(average, momentum, x),
+                _kinds.map_alike(average_power, powers, x),
+            )
 
         def size_of(momentum: Array) -> Array:
             return jnp.abs(momentum) + jnp.asarray(eps).astype(jnp.abs(momentum).dtype)
@@ -133,13 +135,13 @@ def acclip(
         # These reads are only for the norm, so that XLA keeps nothing of them for later use.
         read_before, read = jax.tree.map(_compat.optimization_barrier, (before, wide))
         sizes = _of_computed(
-            jax.tree.map(relative, *learn(read_before, read)), math.inf, axis_name=axis_name
+            _kinds.map_alike(relative, *learn(read_before, read)), math.inf, axis_name=axis_name
         )
         _, clip = record.update(sizes, state.clip, norm=sizes)
         # A mean of finite updates that overflows must not be learned either.
         is_finite = _moments.none_is_nan(sizes, axis_name=axis_name)
         learned, kept = _select.learned_if(is_finite, learn, before)
-        clipped = jax.tree.map(clip_leaf, *learned)
+        clipped = _kinds.map_alike(clip_leaf, *learned)
         return _moments.narrowed(clipped, updates), AcclipState(clip, *kept)
 
     return transformation(init_fn, update_fn, AcclipState)

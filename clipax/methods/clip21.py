@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _choice, _moments
+from clipax._core import _checks, _choice, _compat, _kinds, _moments, _select
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.norms import global_norm
+from clipax.norms import _of_computed
 
 
 class Clip21State(NamedTuple):
@@ -88,13 +88,19 @@ def clip21(
     ) -> tuple[Updates, Clip21State]:
         extra_args.pop("norm", None)
         wide = _moments.widened(updates, state.estimate)
-        moves = jax.tree.map(jnp.subtract, wide, state.estimate)
-        within = jax.tree.map(_within_range, wide, state.estimate)
-        clipped, inner_state = inner.update(within, state.inner_state, params, **extra_args)
-        estimate = jax.tree.map(_moved, state.estimate, wide, moves, clipped)
-        is_finite = jnp.isfinite(global_norm(moves, axis_name=axis_name))
-        new_state = _choice.choose(is_finite, Clip21State(estimate, inner_state), state)
-        return _moments.narrowed(estimate, updates), new_state
+        moves = _kinds.map_alike(_within_range, wide, state.estimate)
+        clipped, inner_state = inner.update(moves, state.inner_state, params, **extra_args)
+        # These reads are only for the sum, so that XLA keeps nothing of them for later use.
+        read = jax.tree.map(_compat.optimization_barrier, (wide, state.estimate))
+        zeros = _of_computed(_kinds.map_alike(_zero_if_finite, *read), 1, axis_name=axis_name)
+        is_finite = _moments.none_is_nan(zeros, axis_name=axis_name)
+
+        def learn(estimate: Updates) -> Updates:
+            return _kinds.map_alike(_moved, estimate, wide, clipped)
+
+        moved, kept = _select.learned_if(is_finite, learn, state.estimate)
+        inner_state = _choice.choose(is_finite, inner_state, state.inner_state)
+        return _moments.narrowed(moved, updates), Clip21State(kept, inner_state)
 
     return transformation(init_fn, update_fn, Clip21State)
 
@@ -103,8 +109,13 @@ def _within_range(update: Array, estimate: Array) -> Array:
     return _moments.added(update, -estimate)
 
 
-def _moved(estimate: Array, update: Array, move: Array, clipped: Array) -> Array:
+def _zero_if_finite(update: Array, estimate: Array) -> Array:
+    return _moments.zero_or_nan(update - estimate)
+
+
+def _moved(estimate: Array, update: Array, clipped: Array) -> Array:
     # A move that was not clipped arrives at the update exactly, -0.0 included; the rounded sum
     # need not.
+    is_whole = clipped == _within_range(update, estimate)
     moved = estimate + clipped
-    return _moments.with_derivative_of(jnp.where(clipped == move, update, moved), moved)
+    return _moments.with_derivative_of(jnp.where(is_whole, update, moved), moved)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipax._core import _checks, _compat, _moments, _placement, _select
+from clipax._core import _checks, _compat, _kinds, _moments, _select
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.norms import _of_computed, block_rms, global_norm
+from clipax.norms import _of_computed
 
 
 class StableAdamState(NamedTuple):
@@ -92,11 +92,11 @@ def scale_by_stable_adam(
     """
     _checks.scalar(_checks.decay_rate, b1=b1, b2=b2)
     _checks.scalar(_checks.finite_positive, eps=eps)
-    record = clip_by(block_rms, 1.0, axis_name=axis_name)
+    record = clip_by(_moments.given_norm, 1.0, axis_name=axis_name)
 
     def init_fn(params: Updates) -> StableAdamState:
         nu = _moments.zero_moduli(params)
-        zero = _placement.zero_norms(global_norm, nu, axis_name=axis_name)
+        zero = _moments.zero_norm(nu, axis_name=axis_name)
         return StableAdamState(record.init(nu), _moments.zeros(params), nu, zero.astype(jnp.int32))
 
     def update_fn(
@@ -127,19 +127,25 @@ def scale_by_stable_adam(
         def average_square(nu: Array, x: Array) -> Array:
             return _moments.mean(nu, _moments.power(_in_range(x)), new_square)
 
+        def step(mu: Array, nu: Array) -> Array:
+            return _moments.divided(mu, _moments.root(nu) + like(nu))
+
         def learn(memory: Any) -> Any:
             mu, nu = memory
-            return jax.tree.map(average, mu, wide), jax.tree.map(average_square, nu, wide)
+            return (
+                _kinds.map_alike(average, mu, wide),
+                _kinds.map_alike(average_square, nu, wide),
+            )
 
         # These reads are only for the sum, so that XLA keeps nothing of them for later use.
         read = jax.tree.map(_compat.optimization_barrier, (wide, state.nu))
-        means = _of_computed(jax.tree.map(relative, *read), 1, is_mean=True, axis_name=axis_name)
-        rms = jax.tree.map(_moments.root, means)
+        squares = _kinds.map_alike(relative, *read)
+        means = _of_computed(squares, 1, is_mean=True, axis_name=axis_name)
+        rms = _kinds.map_alike(_moments.root, means)
         _, clip = record.update(rms, state.clip, norm=rms)
         is_finite = _moments.none_is_nan(rms, axis_name=axis_name)
         (mu, nu), kept = _select.learned_if(is_finite, learn, (state.mu, state.nu))
-        steps = jax.tree.map(lambda m, v: _moments.divided(m, _moments.root(v) + like(v)), mu, nu)
-        clipped = scale_updates(steps, clip.coefficient)
+        clipped = scale_updates(_kinds.map_alike(step, mu, nu), clip.coefficient)
         count = jnp.where(is_finite, count, state.step_count)
         new_state = StableAdamState(clip, kept[0], kept[1], count)
         return _moments.narrowed(clipped, updates), new_state

@@ -1,6 +1,5 @@
 """SPAM's clip: bounds each entry by its own second moment."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -9,12 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipax._core import _checks, _choice, _compat, _leaves, _moments, _placement
+from clipax._core import (
+    _checks,
+    _choice,
+    _compat,
+    _kinds,
+    _leaves,
+    _moments,
+)
 from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Norms, Updates
-from clipax.norms import _of_computed, global_norm, leaf_norm
+from clipax.norms import _of_computed
 from clipax.thresholds import Threshold
 from clipax.thresholds._fixed import bounded
 
@@ -109,11 +115,11 @@ def spam_clip(
                 f" {reset_every!r} and warmup_steps={warmup_steps!r}."
             )
     roots = _root_of(bounded(_checks.positive, square_ratio=square_ratio))
-    record = clip_by(functools.partial(leaf_norm, ord=math.inf), roots, axis_name=axis_name)
+    record = clip_by(_moments.given_norm, roots, axis_name=axis_name)
 
     def init_fn(params: Updates) -> SpamClipState:
         rms = _moments.zero_moduli(params)
-        zero = _placement.zero_norms(global_norm, rms, axis_name=axis_name)
+        zero = _moments.zero_norm(rms, axis_name=axis_name)
         return SpamClipState(record.init(rms), rms, zero.astype(jnp.int32))
 
     def update_fn(
@@ -168,17 +174,20 @@ def spam_clip(
 
         # These reads are only for the norm, so that XLA keeps nothing of them for later use.
         read = jax.tree.map(_compat.optimization_barrier, (wide, rms))
-        sizes = _of_computed(jax.tree.map(relative, *read), math.inf, axis_name=axis_name)
+        quotients = _kinds.map_alike(relative, *read)
+        sizes = _of_computed(quotients, math.inf, axis_name=axis_name)
         _, clip = record.update(sizes, state.clip, norm=sizes)
         is_finite = _moments.none_is_nan(
-            jax.tree.map(_moments.zero_or_nan, sizes), axis_name=axis_name
+            _kinds.map_alike(_moments.zero_or_nan, sizes), axis_name=axis_name
         )
-        learned = _leaves.map_measured(learn, rms, wide, clip.max_norm), step, clip.threshold
+        means = _leaves.map_measured(_kinds.once_per_kind(learn), rms, wide, clip.max_norm)
+        learned = means, step, clip.threshold
         before = state.rms, state.step_count, state.clip.threshold
         rms, count, threshold = _choice.choose(is_finite, learned, before)
         # Everything later reads what is written here, so that XLA writes it in place.
         rms = jax.tree.map(_compat.optimization_barrier, rms)
-        clipped = _leaves.map_measured(clip_leaf, wide, rms, clip.max_norm)
+        clip_once = _kinds.once_per_kind(clip_leaf)
+        clipped = _leaves.map_measured(clip_once, wide, rms, clip.max_norm)
         clip = clip._replace(threshold=threshold)
         return _moments.narrowed(clipped, updates), SpamClipState(clip, rms, count)
 

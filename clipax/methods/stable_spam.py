@@ -15,7 +15,7 @@ from clipax._core._scaling import Factors, in_two, scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Norms, Updates
 from clipax.coefficients import hard, normalized
-from clipax.norms import _of_computed, global_norm, leaf_norm
+from clipax.norms import _of_computed, global_norm
 from clipax.thresholds import Threshold, fixed, per_norm
 
 # The mean forgets a spike sooner than the root mean square does, and meanwhile the quotient is
@@ -157,8 +157,8 @@ def stable_spam(
 
     learn = functools.partial(_learned, is_mapped=axis_name is not None)
     bounds = learn(bound, BoundState) if clip_entries else fixed(math.inf)
-    entries = clip_by(functools.partial(leaf_norm, ord=math.inf), bounds, axis_name=axis_name)
-    leaves = clip_by(leaf_norm, learn(size, NormState), _normalized, axis_name=axis_name)
+    entries = clip_by(_moments.given_norm, bounds, axis_name=axis_name)
+    leaves = clip_by(_moments.given_norm, learn(size, NormState), _normalized, axis_name=axis_name)
 
     def init_fn(params: Updates) -> StableSpamState:
         moments = leaves.init(params).threshold if normalize else ()

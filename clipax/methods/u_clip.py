@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _choice, _compat, _leaves, _moments, _placement
+from clipax._core import _checks, _choice, _compat, _kinds, _leaves, _moments
 from clipax._core._scaling import in_two
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
@@ -95,7 +95,7 @@ def u_clip(
     def init_fn(params: Updates) -> UClipState:
         carry = _moments.zeros(params)
         inner_state = inner.init(_moments.zeros(params))
-        zero = _placement.zero_norms(global_norm, carry, axis_name=axis_name)
+        zero = _moments.zero_norm(carry, axis_name=axis_name)
         return UClipState(carry, zero, inner_state)
 
     def update_fn(
@@ -106,11 +106,11 @@ def u_clip(
     ) -> tuple[Updates, UClipState]:
         extra_args.pop("norm", None)
         wide = _moments.widened(updates, state.carry)
-        totals = jax.tree.map(_moments.added, wide, state.carry)
+        totals = _kinds.map_alike(_moments.added, wide, state.carry)
         clipped, inner_state = inner.update(totals, state.inner_state, params, **extra_args)
         if max_carry is None:
             is_finite = _moments.all_finite(totals, axis_name=axis_name)
-            rest = jax.tree.map(_rest_in_reach, totals, clipped)
+            rest = _kinds.map_alike(_rest_in_reach, totals, clipped)
             # Chosen before it is measured, so that XLA writes it in place of the old one.
             carry = _choice.choose(is_finite, rest, state.carry)
             carry = jax.tree.map(_compat.optimization_barrier, carry)
