@@ -225,3 +225,16 @@ def test_the_clip_of_many_leaves_compiles_to_less_than_optax_makes_of_it() -> No
         return compiled(optimizer, updates, updates).count(" = ")
 
     assert size(clipax.clip_by_global_norm(1.0)) < size(optax.clip_by_global_norm(1.0))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [clipax.clip_by(clipax.leaf_norm, optax.ema(0.9)), clipax.stable_spam()],
+)
+def test_bounds_of_many_leaves_are_not_read_at_places_of_one_array(method: Any) -> None:
+    number = 36
+    updates = {str(name): jnp.ones((8, 8)) for name in range(number)}
+    program = compiled(method, updates, updates)
+    # Parts of the bounds, and not each of them: as many as the root of their number, at most
+    # twice in a method.
+    assert len(re.findall(r" (?:dynamic-)?slice\(", program)) <= 2 * number**0.5

@@ -1,9 +1,12 @@
 """Scalars of a tree in stacks, so that one operation serves them."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipax._core import _leaves
 from clipax._core._typing import Array
@@ -33,6 +36,45 @@ class Alike:
         """Undoes `stack`."""
         leaves: list[Any] = [None] * sum(map(len, self._groups))
         for group, stack in zip(self._groups, stacks, strict=True):
-            for row, index in enumerate(group):
-                leaves[index] = stack[row]
+            for entry, index in zip(_entries(stack), group, strict=True):
+                leaves[index] = entry
         return jax.tree.unflatten(self._treedef, leaves)
+
+
+@jax.custom_jvp
+@jax.jit
+def _entries(stack: Array) -> list[Array]:
+    if stack.ndim > 1 or len(stack) == 1:
+        return _split(stack)
+    result: list[Array] = jax.lax.platform_dependent(stack, cpu=_in_buffers, default=_split)
+    return result
+
+
+@_entries.defjvp
+def _entries_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
+    return jax.jvp(_split, primals, tangents)
+
+
+def _split(stack: Array) -> list[Array]:
+    return [jax.lax.squeeze(row, (0,)) for row in jax.lax.split(stack, [1] * len(stack))]
+
+
+def _in_buffers(stack: Array) -> list[Array]:
+    """The entries of a vector by sums over parts of it, each of which gives all of its entries.
+
+    XLA for CPUs would compile whatever uses an entry for each entry anew, as it reads another
+    place of the vector. What uses buffers is compiled once.
+    """
+    length = math.isqrt(len(stack) - 1) + 1
+    parts = [stack[start : start + length] for start in range(0, len(stack), length)]
+    return [entry for part in parts for entry in _summed_out(part)]
+
+
+def _summed_out(part: Array) -> list[Array]:
+    def add(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
+        return [one + other for one, other in zip(left, right, strict=True)]
+
+    places = np.arange(len(part))
+    alone = [jnp.where(places == place, part, 0) for place in places]
+    zeros = [np.zeros((), part.dtype)] * len(part)
+    return list(jax.lax.reduce(alone, zeros, add, (0,)))
