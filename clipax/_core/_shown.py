@@ -6,6 +6,6 @@ _LONGEST = 200
 
 
 def shown(value: Any) -> str:
-    """The `repr` of a value on one line, cut off where it is long."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    """The `repr` of a value, cut off where it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{' '.join(text.split())[:_LONGEST]}..."
