@@ -57,6 +57,12 @@ def test_there_is_an_example_for_each_framework() -> None:
 
 
 @each_example
+def test_the_folder_lists_an_example(example: Any) -> None:
+    line = f"| [`{example.name}.py`]({example.name}.py) | {example.title} |"
+    assert line in (ROOT / "examples" / "README.md").read_text()
+
+
+@each_example
 def test_an_example_is_short_and_explained(example: Any) -> None:
     assert len([line for line in example.code.splitlines() if line.strip()]) <= 40
     assert example.text.endswith(".")

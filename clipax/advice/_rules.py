@@ -141,7 +141,7 @@ def _acts(statistics: Statistics, candidate: Candidate) -> str:
     caught = round(candidate.spikes_clipped * statistics.spike_count)
     early = ""
     if statistics.start_spike_count:
-        early = f" ({statistics.start_spike_count} of them in the start)"
+        early = f" ({statistics.start_spike_count} of them at the start)"
     return f"clips {caught} of {statistics.spike_count} spikes{early} and {usual}"
 
 

@@ -51,7 +51,7 @@ class Statistics(NamedTuple):
     """How many times the usual norm a spike is, at least."""
     spike_count: int
     start_spike_count: int
-    """How many of them are in the start."""
+    """How many of them are at the start."""
     spike_groups: int
     """How many groups of spikes there are; one spike is a group."""
     longest_group: int
