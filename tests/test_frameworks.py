@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import per_example_zoo as zoo
 import pytest
 import trees
 from flax import linen as nn
@@ -394,6 +395,6 @@ def test_plain_dicts_are_bounds_of_examples_in_any_container(
     norms = clipax.per_example_norms(loss_fn, per_leaf=True)(contain(params), contained)
     assert len(jax.tree.leaves(norms)) == len(batch)
     clipax.explain_clipped_grad(loss_fn, contain(params), contained)
-    names = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
+    names = {line.split()[0] for line in zoo.lines_of_leaves(capsys.readouterr().out)}
     paths = {f"{layer}/{key}" for layer in ("first", "second") for key in ("kernel", "bias")}
     assert names == paths

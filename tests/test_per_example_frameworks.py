@@ -50,7 +50,7 @@ def assert_plain(
     assert 0 < info.clip_fraction < 1
 
     clipax.explain_clipped_grad(loss_fn, params, batch)
-    lines = capsys.readouterr().out.splitlines()[1:]
+    lines = zoo.lines_of_leaves(capsys.readouterr().out)
     assert len(lines) == len(jax.tree.leaves(params))
     for part, way in ways.items():
         found = [line for line in lines if part in line.split()[0]]

@@ -71,6 +71,14 @@ def wide(leaf: Any) -> np.ndarray:
     return np.asarray(leaf).astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
 
 
+def lines_of_leaves(text: str) -> list[str]:
+    """The lines of `explain_clipped_grad` that are about leaves."""
+    head, *lines = text.splitlines()
+    assert head.startswith("leaf ")
+    ends = [row for row, line in enumerate(lines) if line.startswith(("total ", "All "))]
+    return lines[: min(ends, default=len(lines))]
+
+
 def assert_near(found: Any, wanted: Any, tolerance: float = 2e-5) -> None:
     """Leaf by leaf, to a share of the largest entry."""
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
