@@ -55,9 +55,16 @@ def test_a_sum_in_steps_may_have_a_symbolic_size() -> None:
     assert float(squares) == 4 * 200 * 512
 
 
-@pytest.mark.parametrize("memory", ["auto", "kept", "twice"])
+EXPORTED = [name for name in zoo.ZOO if "conv" not in name]  # JAX exports no such convolutions
+
+
 @pytest.mark.parametrize(
-    "name", trees.mostly_slow([name for name in zoo.ZOO if "conv" not in name], ["mlp", "masked"])
+    ("name", "memory"),
+    [
+        *(("mlp", memory) for memory in ("auto", "kept", "twice")),
+        pytest.param("rematerialized", "auto", marks=pytest.mark.slow),
+        *(pytest.param(each, "kept", marks=pytest.mark.slow) for each in EXPORTED[::3]),
+    ],
 )
 def test_the_number_of_examples_may_be_symbolic(name: str, memory: Any) -> None:
     loss_fn, params, batch = zoo.ZOO[name].build()
