@@ -210,7 +210,7 @@ def _in_doubles(reduction: Reduction, arrays: Sequence[Array]) -> list[Array]:
 
 def _at_every_scale(reduction: Reduction, arrays: Sequence[Array]) -> list[Array]:
     """Norms from three sums of squares in one read, each taken where it is in range."""
-    arrays = _for_one_read(arrays)
+    arrays = for_one_read(arrays)
     plain = reduction.sums(arrays, SUM, 2.0)
     ranges = [_RANGES[part.dtype] for part in plain]
 
@@ -245,7 +245,7 @@ def _apart(arrays: Sequence[Array]) -> list[Array]:
     return [_compat.optimization_barrier(array) for array in arrays]
 
 
-def _for_one_read(arrays: Sequence[Array]) -> list[Array]:
+def for_one_read(arrays: Sequence[Array]) -> list[Array]:
     """The arrays, so that several sums over each become one read of it."""
 
     def as_they_are(*arrays: Array) -> list[Array]:

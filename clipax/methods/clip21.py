@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipax._core import _checks, _choice, _compat, _kinds, _moments, _select
+from clipax._core import _checks, _choice, _kinds, _moments, _select
+from clipax._core._range import for_one_read
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
 from clipax.norms import _of_computed
@@ -91,7 +92,8 @@ def clip21(
         moves = _kinds.map_alike(_within_range, wide, state.estimate)
         clipped, inner_state = inner.update(moves, state.inner_state, params, **extra_args)
         # These reads are only for the sum, so that XLA keeps nothing of them for later use.
-        read = jax.tree.map(_compat.optimization_barrier, (wide, state.estimate))
+        leaves, treedef = jax.tree.flatten((wide, state.estimate))
+        read = jax.tree.unflatten(treedef, for_one_read(leaves))
         zeros = _of_computed(_kinds.map_alike(_zero_if_finite, *read), 1, axis_name=axis_name)
         is_finite = _moments.none_is_nan(zeros, axis_name=axis_name)
 
