@@ -77,7 +77,7 @@ _RANGES = {
 
 
 _ZERO_AS_SQUARE = 1e-200
-"""A square in float64 whose root is zero in float32."""
+"""A square in float64 whose root is zero in float32, and which changes no other sum."""
 
 
 class Ways(NamedTuple):
@@ -202,9 +202,9 @@ def _in_doubles(reduction: Reduction, arrays: Sequence[Array]) -> list[Array]:
     with _compat.doubles():
         wide = [_leaves.widened(array, np.float64) for array in arrays]
         rows = zip(reduction.sums(wide, SUM, 2.0), reduction.divisors, strict=True)
-        # The floor gives the root a derivative at zero. XLA would compute a selection again
-        # wherever a norm is used.
-        squares = [jnp.maximum(divisor.under(part), _ZERO_AS_SQUARE) for part, divisor in rows]
+        # The small number gives the root a derivative at zero. XLA would compute a selection
+        # again wherever a norm is used.
+        squares = [divisor.under(part) + _ZERO_AS_SQUARE for part, divisor in rows]
         return [jnp.sqrt(square).astype(np.float32) for square in squares]
 
 
