@@ -12,7 +12,6 @@ ROOT = pathlib.Path(clipax.__file__).parent
 FLOORS = [
     {"_core/__init__", "_core/_shown", "_core/_typing", "_spectral/__init__"},
     {
-        "_core/_alike",
         "_core/_checks",
         "_core/_choice",
         "_core/_compat",
@@ -31,6 +30,7 @@ FLOORS = [
         "units",
     },
     {
+        "_core/_alike",
         "_core/_operations",
         "_core/_powers",
         "_core/_products",

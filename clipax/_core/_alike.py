@@ -1,7 +1,6 @@
 """Scalars of a tree in stacks, so that one operation serves them."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax._core import _leaves
+from clipax._core._operations import sums_in_one_loop
 from clipax._core._typing import Array
 
 
@@ -45,17 +45,17 @@ class Alike:
 @jax.jit
 def _entries(stack: Array) -> list[Array]:
     if stack.ndim > 1 or len(stack) == 1:
-        return _split(stack)
-    result: list[Array] = jax.lax.platform_dependent(stack, cpu=_in_buffers, default=_split)
+        return rows_of(stack)
+    result: list[Array] = jax.lax.platform_dependent(stack, cpu=_in_buffers, default=rows_of)
     return result
 
 
 @_entries.defjvp
 def _entries_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
-    return jax.jvp(_split, primals, tangents)
+    return jax.jvp(rows_of, primals, tangents)
 
 
-def _split(stack: Array) -> list[Array]:
+def rows_of(stack: Array) -> list[Array]:
     return [jax.lax.squeeze(row, (0,)) for row in jax.lax.split(stack, [1] * len(stack))]
 
 
@@ -71,10 +71,6 @@ def _in_buffers(stack: Array) -> list[Array]:
 
 
 def _summed_out(part: Array) -> list[Array]:
-    def add(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
-        return [one + other for one, other in zip(left, right, strict=True)]
-
     places = np.arange(len(part))
     alone = [jnp.where(places == place, part, 0) for place in places]
-    zeros = [np.zeros((), part.dtype)] * len(part)
-    return list(jax.lax.reduce(alone, zeros, add, (0,)))
+    return sums_in_one_loop(alone, 0)

@@ -27,9 +27,14 @@ def is_none(node: Any) -> bool:
     return node is None
 
 
+def is_known(size: Any) -> bool:
+    """Whether a size is a number, not the symbol of a program that is exported for every size."""
+    return isinstance(size, int)
+
+
 def has_at_most(entries: int, array: Array) -> bool:
-    """Whether a leaf is known to be that small; one of a symbolic shape is not."""
-    return isinstance(array.size, int) and array.size <= entries
+    """Whether a leaf is known to be that small."""
+    return is_known(array.size) and array.size <= entries
 
 
 def wide_dtype(*dtypes: Any) -> Any:

@@ -1,7 +1,7 @@
 """The operations that reductions use: on one device, then over mapped axes."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -102,7 +102,7 @@ def in_rows(x: Array, axes: Any, rows: int) -> tuple[Array, int] | None:
 
 def _is_divided(size: Any, rows: int) -> bool:
     # A symbolic size may be divided or not.
-    return isinstance(size, int) and size % rows == 0
+    return _leaves.is_known(size) and size % rows == 0
 
 
 _MOST_IN_ONE_STEP = 2**16 - 1
@@ -131,6 +131,16 @@ def _sum_of_columns_in_steps(x: Array, axis: Any = None, keepdims: bool = False)
         array, split = rows
         x = _compat.optimization_barrier(_sum_of_some(array, (split,), False))
     return jnp.sum(x, axis, keepdims=keepdims)
+
+
+def sums_in_one_loop(terms: Sequence[Array], axis: int) -> list[Array]:
+    """Sums several arrays of one shape over an axis, with what makes them, in one loop."""
+
+    def add(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
+        return [one + other for one, other in zip(left, right, strict=True)]
+
+    zeros = [np.zeros((), term.dtype) for term in terms]
+    return list(jax.lax.reduce(list(terms), zeros, add, (axis,)))
 
 
 SUM = Operation(jnp.sum, jax.lax.psum)

@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from clipax._core import _compat, _kinds, _leaves, _mapped, _rules
-from clipax._core._operations import SUM, in_rows
+from clipax._core._operations import SUM, in_rows, sums_in_one_loop
 from clipax._core._stacks import across_shards
 from clipax._core._typing import Array, AxisName, Updates
 
@@ -57,11 +56,7 @@ def _sums_in_two_steps(axis: int, terms: Sequence[Array]) -> list[Array]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _sums_over(terms: Sequence[Array], axis: int) -> list[Array]:
-    def add(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
-        return [a + b for a, b in zip(left, right, strict=True)]
-
-    zeros = [np.zeros((), term.dtype) for term in terms]
-    return list(jax.lax.reduce(list(terms), zeros, add, (axis,)))
+    return sums_in_one_loop(terms, axis)
 
 
 @_sums_over.defjvp

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from clipax._core import _compat, _leaves
+from clipax._core._alike import rows_of
 from clipax._core._operations import Operation
 from clipax._core._powers import powers, root
 from clipax._core._typing import Array
@@ -24,7 +25,7 @@ class Divisor(NamedTuple):
 
     def under(self, sums: Array) -> Array:
         # A symbolic size is a number of the program, and an integer there, whose power overflows.
-        is_known = isinstance(self.size, int)
+        is_known = _leaves.is_known(self.size)
         size = float(self.size) if is_known else jnp.asarray(self.size, sums.dtype)
         return sums / size**self.power if self.power else sums
 
@@ -65,10 +66,7 @@ class Stack(NamedTuple):
         return _rows(part)
 
 
-# Sums at several scales share its trace.
-@jax.jit
-def _rows(part: Array) -> list[Array]:
-    return [jax.lax.squeeze(row, (0,)) for row in jax.lax.split(part, [1] * len(part))]
+_rows = jax.jit(rows_of)  # Sums at several scales share its trace.
 
 
 class Total(NamedTuple):

@@ -80,9 +80,8 @@ def matrix_views(
             continue
         # Checked before the size, because a shard of a matrix can be a single row.
         _require_whole(leaf, name)
-        # A symbolic size is not known to be one.
         sizes = [_size(leaf, axes) for axes in (view.rows, view.columns)]
-        if not any(isinstance(size, int) and size == 1 for size in sizes):
+        if not any(_leaves.is_known(size) and size == 1 for size in sizes):
             views[row] = view
     return views
 
@@ -107,7 +106,7 @@ def _size(leaf: Any, axes: tuple[int, ...]) -> int:
 
 
 def _is_less(size: Any, other: Any) -> bool:
-    return isinstance(size, int) and isinstance(other, int) and size < other
+    return _leaves.is_known(size) and _leaves.is_known(other) and bool(size < other)
 
 
 def _require_whole(leaf: Any, name: Any) -> None:

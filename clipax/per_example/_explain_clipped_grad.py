@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from clipax._core import _checks, _compat
+from clipax._core import _checks, _compat, _leaves
 from clipax.per_example._calls import ArgNames, ArgNums, call_of, loss_of
 from clipax.per_example._measured import traced
 from clipax.per_example._memory import Memory, check_memory, is_twice_for_sums
@@ -120,7 +120,7 @@ def _share_kept(plans: Sequence[Plan]) -> float:
 
 def _advice(plans: Sequence[Plan], examples: Any) -> list[str]:
     # A symbolic number of examples says nothing of the memory.
-    times = examples * _share_kept(plans) if isinstance(examples, int) else 0
+    times = examples * _share_kept(plans) if _leaves.is_known(examples) else 0
     if times <= 1:
         return []
     return [

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 
+from clipax._core import _leaves
 from clipax._core._shown import shown
 from clipax.per_example._calls import Call
 from clipax.per_example._measured import Traced
@@ -33,8 +34,7 @@ def is_twice(memory: Memory, call: Call, known: Traced, bounds: int = 1) -> bool
         return memory == "twice"
     kept = call.examples * sum(plan.entries for plan in known.plans)
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(known.program.gradient))
-    # With a symbolic number of examples, it is not known to be less.
-    is_less = isinstance(kept, int) and kept <= size
+    is_less = _leaves.is_known(kept) and kept <= size
     return bounds == 1 and not is_less and _has(known.program.closed.jaxpr, REMATS)
 
 

@@ -22,6 +22,7 @@ from per_example_zoo.models import Model as Model
 from per_example_zoo.models import Source as Source
 from per_example_zoo.models import assert_near as assert_near
 from per_example_zoo.models import cross_entropy as cross_entropy
+from per_example_zoo.models import explanation as explanation
 from per_example_zoo.models import layer_norm as layer_norm
 from per_example_zoo.models import lines_of_leaves as lines_of_leaves
 from per_example_zoo.models import mean_square as mean_square

@@ -1,5 +1,7 @@
 """How a model is entered, and what models are made of."""
 
+import contextlib
+import io
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+import clipax
 
 EXAMPLES = 5
 # What `clipax.explain_clipped_grad` says of a leaf.
@@ -69,6 +73,14 @@ class Source:
 
 def wide(leaf: Any) -> np.ndarray:
     return np.asarray(leaf).astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
+
+
+def explanation(loss_fn: Any, *args: Any) -> str:
+    """What `explain_clipped_grad` prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        clipax.explain_clipped_grad(loss_fn, *args)
+    return printed.getvalue()
 
 
 def lines_of_leaves(text: str) -> list[str]:
