@@ -25,10 +25,6 @@ WHERE_AM_I = "import sys, jax, clipax\nprint(sys.executable, clipax.__file__, le
 KEPT_WITH_DEVICES = {"03_many_devices": 8}
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|\binf\b|\bnan\b)")
 
-_spec = importlib.util.spec_from_file_location("add_badges", ROOT / "notebooks" / "add_badges.py")
-add_badges = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(add_badges)
-
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # One device everywhere, and many where they are the subject.
 each_run = pytest.mark.parametrize(
@@ -110,28 +106,6 @@ def test_runs(path, num_devices, tmp_path, monkeypatch):
     assert outputs[-1].text.strip() == expected
     if num_devices == KEPT_WITH_DEVICES.get(path.stem, 1):
         assert _texts(notebook)[:-1] == kept
-
-
-@each_notebook
-def test_opens_with_a_badge_once_the_repository_is_known(path):
-    text = _read(path).cells[0].source
-    assert add_badges.with_badge(text, path.name, add_badges.repository()) == text
-    assert "\n# " in f"\n{text}"
-
-
-def test_a_badge_opens_the_notebook_of_the_repository():
-    first = add_badges.with_badge("# A\n\nText.", "a.ipynb", "https://github.com/one/clipax/")
-    badge, _, text = first.partition("\n\n")
-    place = "https://colab.research.google.com/github/one/clipax/blob/main/notebooks/a.ipynb"
-    assert badge.endswith(f"]({place})")
-    assert text == "# A\n\nText."
-    moved = add_badges.with_badge(first, "a.ipynb", "https://github.com/other/clipax")
-    assert moved == first.replace("one/clipax", "other/clipax")
-    assert add_badges.with_badge(moved, "a.ipynb", None) == text
-    with pytest.raises(
-        ValueError, match=r"must be https://github.com/OWNER/NAME, got 'elsewhere'"
-    ):
-        add_badges.badge("a.ipynb", "elsewhere")
 
 
 @each_notebook
