@@ -209,12 +209,8 @@ def average_norm(updates: Updates, *, axis_name: AxisName = None) -> Norms:
     return _leafwise(updates, size_power=2, axis_name=axis_name)
 
 
-def _of_computed(
-    updates: Updates, ord: float, *, is_mean: bool = False, axis_name: AxisName = None
-) -> Norms:
-    """Measures each leaf of a tree that is computed for this alone: a norm, or a mean modulus."""
-    power = int(is_mean)
-    return _leafwise(updates, ord=ord, size_power=power, axis_name=axis_name, computed=True)
+def _mean_modulus(updates: Updates, *, axis_name: AxisName = None) -> Norms:
+    return _leafwise(updates, ord=1, size_power=1, axis_name=axis_name)
 
 
 class _Leaf(NamedTuple):
@@ -249,7 +245,6 @@ def _leafwise(
     ord: float = 2,
     size_power: int = 0,
     axis_name: AxisName,
-    computed: bool = False,
 ) -> Norms:
     """Measures each wanted leaf over its summed axes; None means all axes."""
     every_leaf = jax.tree.leaves(updates)
@@ -266,7 +261,7 @@ def _leafwise(
     norms: list[Any] = [None] * len(every_leaf)
     if leaves:
         arrays = [leaf.array for leaf in leaves]
-        measured = _reduction.separate_norms(arrays, tuple(layouts), ord, computed=computed)
+        measured = _reduction.separate_norms(arrays, tuple(layouts), ord)
         for leaf, norm in zip(leaves, measured, strict=True):
             norms[leaf.position] = norm
     return _paths.rebuilt(updates, norms)

@@ -145,7 +145,6 @@ def sums_in_one_loop(terms: Sequence[Array], axis: int) -> list[Array]:
 
 SUM = Operation(jnp.sum, jax.lax.psum)
 MAX = Operation(_largest_of, _largest_across)
-FLOAT_MAX = Operation(functools.partial(jnp.max, initial=0), _MAX_ACROSS)
 COLUMNS_IN_STEPS = Operation(_sum_of_columns_in_steps, jax.lax.psum)
 """For numbers >= 0 on a CPU; other sums as they are."""
 SUM_IN_STEPS = Operation(_in_two_steps(jnp.sum, _sum_of_some), jax.lax.psum)

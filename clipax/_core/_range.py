@@ -6,9 +6,8 @@ range is taken.
 
     order        where       sharded  form
     1            everywhere  either   one sum of moduli (a)
-    inf          CPU         no       a maximum of floats, and a sum that finds NaN (b)
-    inf          elsewhere   either   a maximum of bits (c)
-    1, inf       CPU         no       the same of what is computed to be reduced, in two steps (k)
+    inf          everywhere  either   a maximum of bits (c)
+    1, inf       CPU         no       the same in two steps (k); then a maximum of floats (b)
     2            CPU         no       one sum, and a second read if it left the range (d)
     2, little    CPU         no       one sum in float64, for each leaf by itself (j)
     2, columns   CPU         no       as (d), its first sum in two steps (l)
@@ -32,7 +31,7 @@ Each form is there because of what a test or a measurement shows:
     i  The powers of the other entries do not overflow: `test_global_norm_of_any_order_and_dtype`.
     j  A branch for each of a thousand leaves takes long to compile:
        `test_cpus_sum_little_leaves_in_doubles`.
-    k  Nothing of it is kept: `test_what_is_computed_is_reduced_in_one_read`.
+    k  What is computed to be reduced is not kept: `test_what_is_computed_is_reduced_in_one_read`.
     l  XLA takes three times as long for columns as for rows: `test_cpus_sum_columns_in_two_steps`.
 """
 
@@ -48,7 +47,6 @@ import numpy as np
 from clipax._core import _compat, _leaves
 from clipax._core._operations import (
     COLUMNS_IN_STEPS,
-    FLOAT_MAX,
     MAX,
     MAX_IN_STEPS,
     SUM,
@@ -90,8 +88,6 @@ class Ways(NamedTuple):
     """Whether some arrays have several norms."""
     little: bool = False
     """Whether no array is worth a branch of its own."""
-    computed: bool = False
-    """Whether the arrays are computed only to be reduced."""
 
 
 def p_norms(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
@@ -141,38 +137,24 @@ def by_platform(
 
 
 def _sums_of_moduli(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
-    def sums(operation: Operation, arrays: Sequence[Array]) -> list[Array]:
-        return ways.usual.roots(ways.usual.sums(arrays, operation, 1.0))
-
-    if ways.shards or not ways.computed:
-        return sums(SUM, arrays)
-    return by_platform(
-        arrays,
-        default=functools.partial(sums, SUM),
-        cpu=functools.partial(sums, SUM_IN_STEPS),
-        gpu=None,
-    )
+    sums = _in_one_read(ways, arrays, SUM, SUM_IN_STEPS)
+    return ways.usual.roots(sums)
 
 
 def _largest_entries(ways: Ways, arrays: Sequence[Array]) -> list[Array]:
-    def of_floats(arrays: Sequence[Array]) -> list[Array]:
-        sums = ways.usual.sums(_apart(arrays), SUM, 2.0)
-        rows = zip(sums, ways.usual.sums(_apart(arrays), FLOAT_MAX, 1.0), strict=True)
-        return [jnp.where(jnp.isnan(part), jnp.nan, largest) for part, largest in rows]
+    return _in_one_read(ways, arrays, MAX, MAX_IN_STEPS)
 
-    def of_integers(operation: Operation, arrays: Sequence[Array]) -> list[Array]:
+
+def _in_one_read(
+    ways: Ways, arrays: Sequence[Array], usual: Operation, in_steps: Operation
+) -> list[Array]:
+    def reduced(operation: Operation, arrays: Sequence[Array]) -> list[Array]:
         return ways.usual.sums(arrays, operation, 1.0)
 
     if ways.shards:
-        return of_integers(MAX, arrays)
-    in_steps = functools.partial(of_integers, MAX_IN_STEPS)
-    return by_platform(
-        arrays,
-        default=functools.partial(of_integers, MAX),
-        # A CPU reduces floats many times as fast as integers.
-        cpu=in_steps if ways.computed else of_floats,
-        gpu=None,
-    )
+        return reduced(usual, arrays)
+    default, cpu = (functools.partial(reduced, operation) for operation in (usual, in_steps))
+    return by_platform(arrays, default=default, cpu=cpu, gpu=None)
 
 
 def _over_the_largest(ways: Ways, arrays: Sequence[Array]) -> list[Array]:

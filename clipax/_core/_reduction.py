@@ -26,14 +26,11 @@ def total_norm(arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float)
     return norm
 
 
-@functools.partial(jax.jit, static_argnames=("layouts", "ord", "computed"), inline=True)
+@functools.partial(jax.jit, static_argnames=("layouts", "ord"), inline=True)
 def separate_norms(
-    arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float, *, computed: bool = False
+    arrays: Sequence[Array], layouts: tuple[Layout, ...], ord: float
 ) -> list[Array]:
-    """A norm for each array: a scalar over all of its axes, or with size one at summed axes.
-
-    `computed` says that the arrays are computed only to be reduced.
-    """
+    """A norm for each array: a scalar over all of its axes, or with size one at summed axes."""
     if _are_sharded(layouts):
         # They share collectives.
         together = Separate(one_by_one(layouts), ord)
@@ -41,7 +38,7 @@ def separate_norms(
 
     def each_alone(arrays: Sequence[Array]) -> list[Array]:
         rows = zip(arrays, layouts, strict=True)
-        return [_norm_alone(array, layout, ord, computed) for array, layout in rows]
+        return [_norm_alone(array, layout, ord) for array, layout in rows]
 
     stacks = stacked_alike(arrays, layouts)
     if len(stacks) == len(layouts) or ord not in (2, float("inf")):
@@ -56,12 +53,12 @@ def separate_norms(
 
 
 # A call costs a small part of its trace, which alike arrays share.
-@functools.partial(jax.jit, static_argnames=("layout", "ord", "computed"))
-def _norm_alone(array: Array, layout: Layout, ord: float, computed: bool) -> Array:
+@functools.partial(jax.jit, static_argnames=("layout", "ord"))
+def _norm_alone(array: Array, layout: Layout, ord: float) -> Array:
     alone = Separate(one_by_one((layout,)), ord)
     units = len(layout.axes) < array.ndim
     little = _leaves.has_at_most(_LARGEST_DOUBLED, array)
-    (norm,) = _range.p_norms(Ways(alone, False, units, little, computed), [array])
+    (norm,) = _range.p_norms(Ways(alone, False, units, little), [array])
     return norm
 
 

@@ -13,7 +13,7 @@ from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.norms import _of_computed
+from clipax.norms import leaf_norm
 
 
 class AcclipState(NamedTuple):
@@ -134,7 +134,7 @@ def acclip(
         before = state.momentum, state.mean_power
         # These reads are only for the norm, so that XLA keeps nothing of them for later use.
         read_before, read = jax.tree.map(_compat.optimization_barrier, (before, wide))
-        sizes = _of_computed(
+        sizes = leaf_norm(
             _kinds.map_alike(relative, *learn(read_before, read)), math.inf, axis_name=axis_name
         )
         _, clip = record.update(sizes, state.clip, norm=sizes)

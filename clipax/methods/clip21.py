@@ -10,7 +10,7 @@ from clipax._core import _checks, _choice, _kinds, _moments, _select
 from clipax._core._range import for_one_read
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.norms import _of_computed
+from clipax.norms import leaf_norm
 
 
 class Clip21State(NamedTuple):
@@ -94,7 +94,7 @@ def clip21(
         # These reads are only for the sum, so that XLA keeps nothing of them for later use.
         leaves, treedef = jax.tree.flatten((wide, state.estimate))
         read = jax.tree.unflatten(treedef, for_one_read(leaves))
-        zeros = _of_computed(_kinds.map_alike(_zero_if_finite, *read), 1, axis_name=axis_name)
+        zeros = leaf_norm(_kinds.map_alike(_zero_if_finite, *read), 1, axis_name=axis_name)
         is_finite = _moments.none_is_nan(zeros, axis_name=axis_name)
 
         def learn(estimate: Updates) -> Updates:

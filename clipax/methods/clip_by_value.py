@@ -13,7 +13,7 @@ from clipax._core._scaling import in_two
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Bound, Norms, Updates
 from clipax.coefficients import hard
-from clipax.norms import _of_computed, leaf_norm
+from clipax.norms import leaf_norm
 from clipax.thresholds._fixed import bounded
 
 
@@ -123,7 +123,7 @@ def _largest(updates: Updates, **axis_name: Any) -> Norms:
 
 def _largest_positive(updates: Updates, **axis_name: Any) -> Norms:
     parts = jax.tree.map(_positive_part, _rules.only_measured(updates))
-    return _of_computed(parts, math.inf, **axis_name)
+    return leaf_norm(parts, math.inf, **axis_name)
 
 
 def _largest_negative(updates: Updates, **axis_name: Any) -> Norms:

@@ -14,7 +14,7 @@ from clipax._core._scaling import in_two
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
 from clipax.coefficients import hard
-from clipax.norms import _of_computed
+from clipax.norms import leaf_norm
 
 
 def clippy(
@@ -64,7 +64,7 @@ def clippy(
       Tang et al., 2023, https://arxiv.org/abs/2302.09178
     """
     _checks.scalar(_checks.finite_non_negative, ratio=ratio, eps=eps)
-    largest = functools.partial(_of_computed, ord=math.inf)
+    largest = functools.partial(leaf_norm, ord=math.inf)
     record = clip_by(largest, 1.0, axis_name=axis_name)
 
     def relative(update: Any, param: Any) -> Array:

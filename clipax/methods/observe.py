@@ -15,7 +15,7 @@ from clipax._core._range import finite_or_one, in_range
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.norms import _of_computed, global_norm
+from clipax.norms import global_norm, leaf_norm
 
 
 class ObserveState(NamedTuple):
@@ -117,7 +117,7 @@ def _measured_in_both(one: Updates, other: Updates) -> Updates:
 
 def _largest_computed(updates: Updates, axis_name: AxisName) -> Array:
     # A maximum over devices has no derivative, and a unit needs none.
-    leaves = _of_computed(jax.lax.stop_gradient(updates), math.inf, axis_name=axis_name)
+    leaves = leaf_norm(jax.lax.stop_gradient(updates), math.inf, axis_name=axis_name)
     return jnp.max(jnp.stack(jax.tree.leaves(leaves)))
 
 

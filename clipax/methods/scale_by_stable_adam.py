@@ -12,7 +12,7 @@ from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Updates
-from clipax.norms import _of_computed
+from clipax.norms import _mean_modulus
 
 
 class StableAdamState(NamedTuple):
@@ -140,7 +140,7 @@ def scale_by_stable_adam(
         # These reads are only for the sum, so that XLA keeps nothing of them for later use.
         read = jax.tree.map(_compat.optimization_barrier, (wide, state.nu))
         squares = _kinds.map_alike(relative, *read)
-        means = _of_computed(squares, 1, is_mean=True, axis_name=axis_name)
+        means = _mean_modulus(squares, axis_name=axis_name)
         rms = _kinds.map_alike(_moments.root, means)
         _, clip = record.update(rms, state.clip, norm=rms)
         is_finite = _moments.none_is_nan(rms, axis_name=axis_name)

@@ -14,7 +14,7 @@ from clipax._core._scaling import in_two, scale_updates
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Coefficient, Updates
 from clipax.coefficients import tanh
-from clipax.norms import _of_computed
+from clipax.norms import leaf_norm
 from clipax.thresholds._fixed import bounded
 
 # Entries further above their bound count as this many times the bound, because their own factor
@@ -76,7 +76,7 @@ def smooth_clip_by_value(
     bound = bounded(_checks.non_negative, max_value=max_value)
     _checks.function(coefficient=coefficient)
     # This form reads once on a CPU. What it keeps is small next to the factors, which are kept.
-    largest = functools.partial(_of_computed, ord=math.inf)
+    largest = functools.partial(leaf_norm, ord=math.inf)
     whole_leaves = clip_by(largest, bound, coefficient, axis_name=axis_name)
 
     def draw(leaf: Any, top: Array) -> Array:

@@ -20,7 +20,7 @@ from clipax._core._clip_by import ClipState, clip_by
 from clipax._core._scaling import scale_updates
 from clipax._core._transformation import injectable, transformation
 from clipax._core._typing import Array, AxisName, Bound, Norms, Updates
-from clipax.norms import _of_computed
+from clipax.norms import leaf_norm
 from clipax.thresholds import Threshold
 from clipax.thresholds._fixed import bounded
 
@@ -175,7 +175,7 @@ def spam_clip(
         # These reads are only for the norm, so that XLA keeps nothing of them for later use.
         read = jax.tree.map(_compat.optimization_barrier, (wide, rms))
         quotients = _kinds.map_alike(relative, *read)
-        sizes = _of_computed(quotients, math.inf, axis_name=axis_name)
+        sizes = leaf_norm(quotients, math.inf, axis_name=axis_name)
         _, clip = record.update(sizes, state.clip, norm=sizes)
         is_finite = _moments.none_is_nan(
             _kinds.map_alike(_moments.zero_or_nan, sizes), axis_name=axis_name

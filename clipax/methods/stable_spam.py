@@ -15,7 +15,7 @@ from clipax._core._scaling import Factors, in_two, scale_updates
 from clipax._core._transformation import transformation
 from clipax._core._typing import Array, AxisName, Norms, Updates
 from clipax.coefficients import hard, normalized
-from clipax.norms import _of_computed, global_norm
+from clipax.norms import global_norm, leaf_norm
 from clipax.thresholds import Threshold, fixed, per_norm
 
 # The mean forgets a spike sooner than the root mean square does, and meanwhile the quotient is
@@ -176,7 +176,7 @@ def stable_spam(
         )
         # These reads are only for the norms, so that XLA keeps nothing of them for later use.
         read = jax.tree.map(_compat.optimization_barrier, wide)
-        largest = _of_computed(read, math.inf, axis_name=axis_name)
+        largest = leaf_norm(read, math.inf, axis_name=axis_name)
         _, clip = entries.update(largest, state.clip, norm=largest)
         bounds = clip.max_norm, *in_two(hard, clip.norm, clip.max_norm)
         clipped = _leaves.map_measured(_clip_leaf, wide, *bounds)
@@ -186,7 +186,7 @@ def stable_spam(
             ends = jax.tree.map(jnp.minimum, clip.norm, clip.max_norm)
             units = jax.tree.map(_range.finite_or_one, ends)
             squares = _leaves.map_measured(_squares, read, units, *bounds)
-            sums = _paths.flat(_of_computed(squares, 1, axis_name=axis_name))
+            sums = _paths.flat(leaf_norm(squares, 1, axis_name=axis_name))
             norms = jax.tree.map(_norm_of, units, sums)
             # The record of this half is dropped: metrics read that of the first half alone.
             _, after = leaves.update(largest, clip._replace(threshold=moments), norm=norms)
