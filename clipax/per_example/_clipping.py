@@ -48,7 +48,7 @@ def clip(call: Call, mask: Array | None, bound: Any, options: Options) -> tuple[
     widens = any(options.dtype_of(leaf).itemsize > leaf.dtype.itemsize for leaf in gradients)
     bounds = len(jax.tree.leaves(bound))
     is_twice = is_twice_for_sums(options.memory, call, known, bounds, widens=widens)
-    return clip_measured(call, measure(call, known, is_twice), mask, bound, options)
+    return clip_measured(call, measure(call, known, is_twice, mask), mask, bound, options)
 
 
 def clip_measured(

@@ -71,21 +71,24 @@ def traced(call: Call) -> Traced:
     return Traced(program, plans_of(program))
 
 
-def measure(call: Call, known: Traced | None = None, is_twice: bool = False) -> Measured:
-    """Goes from a call to norms: program, plans, factors, norms."""
-    program, plans = known or traced(call)
+def measure(call: Call, known: Traced, is_twice: bool, mask: Array | None = None) -> Measured:
+    """Goes from a program and plans to factors, then norms.
+
+    Examples that the mask leaves out are measured too, with fewer digits where products cancel.
+    """
+    program, plans = known
     scope = program.scope
     returned = [(scope.ref(each), scope.depends_on_example(each)) for each in program.returned]
     differs = dict(returned)
     leaves: list[LeafGradients] | None = None
     if is_twice:
-        values, norms = norms_in_passing(call, program, differs)
+        values, norms = norms_in_passing(call, program, differs, mask)
     else:
         for plan in plans:
             differs.update(plan.refs)
         values = values_of(call, program, differs)
         found = [leaf_gradients(plan, values, call.examples) for plan in plans]
-        leaves, norms = [leaf.kept() for leaf in found], norms_of_leaves(found)
+        leaves, norms = [leaf.kept() for leaf in found], norms_of_leaves(found, mask)
     losses, *aux = [
         values[ref]
         if flag

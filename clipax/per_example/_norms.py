@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from clipax._core import _compat, _leaves
+from clipax._core import _branches, _compat, _leaves
 from clipax._core._typing import Array
 from clipax.per_example import _grams
 from clipax.per_example._factors import Factors
@@ -15,9 +14,10 @@ from clipax.per_example._plans import Plan, Way
 from clipax.per_example._roles import rest_of, taken_apart
 
 
-def norms_of_leaves(leaves: Sequence[LeafGradients]) -> list[Array]:
-    """One norm per example, for each leaf."""
-    norms = iter(_norms_at_once([part for leaf in leaves for part in leaf.parts or (leaf,)]))
+def norms_of_leaves(leaves: Sequence[LeafGradients], mask: Array | None) -> list[Array]:
+    """One norm per example, for each leaf; where the mask is False, digits may be lost."""
+    parts = [part for leaf in leaves for part in leaf.parts or (leaf,)]
+    norms = iter(_norms_at_once(parts, mask))
     return [
         _with_rest([next(norms) for _ in leaf.parts], leaf) if leaf.parts else next(norms)
         for leaf in leaves
@@ -39,11 +39,11 @@ def beside_parts(plan: Plan, constant: Array) -> Array:
     return constant
 
 
-def _norms_at_once(leaves: Sequence[LeafGradients]) -> list[Array]:
+def _norms_at_once(leaves: Sequence[LeafGradients], mask: Array | None) -> list[Array]:
     """One norm per example, for each leaf that has no parts.
 
     Norms by Gram matrices lose their digits where products nearly cancel. If that happens to one
-    example, all of these norms are found again from gradients, made one example at a time.
+    counted example, all of these norms are found again from gradients, made one at a time.
     """
     sums = [_gram_sum(leaf) for leaf in leaves]
     norms, exact = [], []
@@ -53,7 +53,7 @@ def _norms_at_once(leaves: Sequence[LeafGradients]) -> list[Array]:
         else:
             found, is_exact = gram_sum.norms()
             norms.append(found)
-            exact.append(jnp.all(is_exact))
+            exact.append(is_exact)
     if not exact:
         return norms
 
@@ -61,7 +61,13 @@ def _norms_at_once(leaves: Sequence[LeafGradients]) -> list[Array]:
         rows = zip(norms, sums, strict=True)
         return [norm if each is None else each.norms_of_made() for norm, each in rows]
 
-    return list(jax.lax.cond(jnp.all(jnp.stack(exact)), lambda: norms, again))
+    return list(_branches.where_any(is_inexact(exact, mask), again, lambda: norms))
+
+
+def is_inexact(exact: Sequence[Array], mask: Array | None) -> Array:
+    """Which counted examples have a norm that is not exact enough."""
+    inexact = ~jnp.all(jnp.stack(exact), 0)
+    return inexact if mask is None else inexact & mask
 
 
 def norms_of(leaf: LeafGradients) -> tuple[Array, Array]:

@@ -50,7 +50,7 @@ def measure_users(
     is_counted = is_known if mask is None else is_known & mask
 
     def add(part: Call, is_counted: Array, user_ids: Array) -> Any:
-        measured = measure(part, known)
+        measured = measure(part, known, is_twice=False, mask=is_counted)
         assert measured.leaves is not None
         # Whatever is not counted goes to a row behind the last user, even if it is NaN.
         rows = jnp.where(is_counted, user_ids, users)
