@@ -13,6 +13,7 @@ from clipax._core import _branches, _compat, _leaves
 from clipax._core._typing import Array
 from clipax.per_example import _grams
 from clipax.per_example._calls import Call
+from clipax.per_example._evaluation import evaluate
 from clipax.per_example._norms import is_inexact
 from clipax.per_example._programs import Ref
 from clipax.per_example._readings import readings_of
@@ -34,7 +35,10 @@ def norms_in_passing(
     dtypes = [_leaves.wide_dtype(leaf.dtype) for leaf in jax.tree.leaves(program.gradient)]
     rows = zip(of_leaves, dtypes, strict=True)
     norms = [_joined([values[reading][0] for reading in each], dtype) for each, dtype in rows]
-    exact = [jnp.all(_rows(values[reading][1]), 1) for reading in readings]
+    each_exact = [is_exact for _, is_exact in map(values.__getitem__, readings)]
+    exact = [jnp.all(_rows(is_exact), 1) for is_exact in each_exact if is_exact is not None]
+    if not exact:
+        return values, norms
     again = functools.partial(_norms_of_made, call, program)
     is_needed = _agreed(jnp.any(is_inexact(exact, mask)), program)
     return values, list(_branches.where_any(is_needed, again, lambda: norms))
@@ -65,8 +69,8 @@ def _norms_of_made(call: Call, program: ExampleProgram) -> list[Array]:
     gradients = [program.scope.ref(variable) for variable in program.gradients]
 
     def norms_of_one(batch: Sequence[Any]) -> list[Array]:
-        one = call.with_batch(jax.tree.map(lambda leaf: leaf[None], batch))
-        values = values_of(one, program, dict.fromkeys(gradients, True))
-        return [_grams.row_norms(values[ref])[0] for ref in gradients]
+        leaves = jax.tree.leaves(call.with_batch(batch).args)
+        made = evaluate(program.closed, leaves, gradients)
+        return [_grams.row_norms(jnp.asarray(each)[None])[0] for each in made]
 
     return jax.lax.map(norms_of_one, call.batch)
