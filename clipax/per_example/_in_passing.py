@@ -50,8 +50,9 @@ def _rows(array: Array) -> Array:
 
 def _joined(norms: Sequence[Array], dtype: Any) -> Array:
     """The norm of each example's leaf from the norms of its parts."""
-    rows = jnp.concatenate([_rows(norm).astype(dtype) for norm in norms], 1)
-    return _grams.row_norms(rows).astype(dtype)
+    rows = [_rows(norm).astype(dtype) for norm in norms]
+    is_one = len(rows) == 1 and rows[0].shape[1] == 1
+    return rows[0][:, 0] if is_one else _grams.row_norms(jnp.concatenate(rows, 1))
 
 
 def _agreed(is_needed: Array, program: ExampleProgram) -> Array:
@@ -71,6 +72,6 @@ def _norms_of_made(call: Call, program: ExampleProgram) -> list[Array]:
     def norms_of_one(batch: Sequence[Any]) -> list[Array]:
         leaves = jax.tree.leaves(call.with_batch(batch).args)
         made = evaluate(program.closed, leaves, gradients)
-        return [_grams.row_norms(jnp.asarray(each)[None])[0] for each in made]
+        return [_grams.row_norms_in_two_reads(jnp.asarray(each)[None])[0] for each in made]
 
     return jax.lax.map(norms_of_one, call.batch)

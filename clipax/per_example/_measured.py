@@ -57,12 +57,17 @@ class Measured(NamedTuple):
         parts = [self.leaf_norms[place] for place in places]
         if not parts:
             return jnp.zeros(self.leaf_norms[0].shape, jnp.float32)
-        layouts = tuple(Layout((), self.shards[place]) for place in places)
-        if len(parts) == 1 and not layouts[0].shards:
+        by_shards: dict[tuple[Hashable, ...], list[Array]] = {}
+        for place, part in zip(places, parts, strict=True):
+            by_shards.setdefault(self.shards[place], []).append(part)
+        if len(parts) == 1 and () in by_shards:
             return parts[0]
-        rows = zip(parts, layouts, strict=True)
-        varying = [_compat.varying_over(part, layout.shards) for part, layout in rows]
-        return jax.vmap(functools.partial(total_norm, layouts=layouts, ord=2.0))(varying)
+        rows = [
+            _compat.varying_over(jnp.stack(alike, 1), shards)
+            for shards, alike in by_shards.items()
+        ]
+        layouts = tuple(Layout((0,), shards) for shards in by_shards)
+        return jax.vmap(functools.partial(total_norm, layouts=layouts, ord=2.0))(rows)
 
 
 def traced(call: Call) -> Traced:
