@@ -40,7 +40,7 @@ def outer_norms(parts: Factors) -> Array:
     if parts.is_one_hot:
         inside = jnp.where(parts.lhs[..., None] < parts.rows, parts.rhs, 0)
         return row_norms_in_two_reads(inside)
-    return row_norms_in_two_reads(parts.lhs) * row_norms_without_branch(parts.rhs)
+    return row_norms_in_two_reads(parts.lhs) * row_norms_in_two_reads(parts.rhs)
 
 
 @jax.jit
