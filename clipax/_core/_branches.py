@@ -1,4 +1,4 @@
-"""Branches that a program takes only where something asks for them, for a whole ensemble at once."""
+"""Branches that a whole ensemble takes together, where one of its members needs them."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,8 +1,8 @@
 """The role of each axis in a product, by which all products look alike.
 
 A product is `lhs^T rhs` in three axes, once they are grouped: `shared` counts separate matrices,
-`rows` come from `lhs` and `columns` from `rhs`. Its result in this form is a *block*. An `Assembly`
-then makes a gradient of it.
+`rows` come from `lhs` and `columns` from `rhs`. Its result in this form is a *block*, of which an
+`Assembly` makes a gradient.
 """
 
 import math
