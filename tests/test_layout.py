@@ -12,6 +12,7 @@ ROOT = pathlib.Path(clipax.__file__).parent
 FLOORS = [
     {"_core/__init__", "_core/_shown", "_core/_typing", "_spectral/__init__"},
     {
+        "_core/_branches",
         "_core/_checks",
         "_core/_choice",
         "_core/_compat",

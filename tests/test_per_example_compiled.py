@@ -150,3 +150,22 @@ def test_explain_prints_each_leaf_from_shapes_alone(capsys: pytest.CaptureFixtur
         assert f"{params[name].shape} " in line
         assert f" {way} " in line
         assert line.endswith("%")
+
+
+@pytest.mark.parametrize("memory", ["kept", "twice"])
+def test_what_alike_leaves_need_is_traced_once(memory: Any) -> None:
+    params, batch = [jnp.ones((8, 8))] * 5, jnp.ones((4, 3, 8))
+
+    def loss_fn(params: Any, x: jax.Array) -> jax.Array:
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return zoo.mean_square(x)
+
+    clip = clipax.clipped_grad(loss_fn, 1.0, memory=memory)
+    found: dict[str, list[Any]] = {}
+    for equation in jax.make_jaxpr(clip)(params, batch).jaxpr.eqns:
+        if "name" in equation.params and "jaxpr" in equation.params:
+            found.setdefault(equation.params["name"], []).append(equation.params["jaxpr"])
+    for name in ("norms_of", "weighted_sum") if memory == "kept" else ("norms_of",):
+        assert len(found[name]) == 5
+        assert len({id(program) for program in found[name]}) == 1

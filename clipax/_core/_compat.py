@@ -17,7 +17,9 @@ else:
 
     class _Core:
         def __getattr__(self, name: str) -> Any:
-            return getattr(importlib.import_module("jax.extend.core"), name)
+            found = getattr(importlib.import_module("jax.extend.core"), name)
+            setattr(self, name, found)  # The next time, Python finds it without this method.
+            return found
 
     # It is loaded on first use, because it takes a tenth of the time of `import optax`.
     core = _Core()

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 
+from clipax._core import _branches
 from clipax._core._typing import Array, Coefficient
 from clipax._spectral import _bounds, _spectral
 from clipax._spectral._matrices import MatrixView
@@ -59,26 +59,5 @@ def clip_where_needed(
     is_small = is_within(_bounds.from_frobenius(view.per_matrix(frobenius)))
     # A matrix that surely exceeds its bound needs no nearer one.
     is_open = ~is_small & is_within(lowest)
-    is_small |= is_open & _cond(is_open, is_within_by_products, lambda: is_open)
-    return _cond(~is_small, clip, lambda: (lowest, leaf))
-
-
-def _cond(where: Array, if_any: Any, if_none: Any) -> Any:
-    is_needed = _in_any(jnp.any(where))
-    if isinstance(is_needed, jax.core.Tracer):
-        return jax.lax.cond(is_needed, if_any, if_none)
-    # Outside of a program, each new condition would be compiled.
-    return (if_any if is_needed else if_none)()
-
-
-# Under `vmap`, a condition that differs between members would become a selection, and both of its
-# branches would be computed. So one answer serves all members.
-@custom_vmap
-def _in_any(is_needed: Array) -> Array:
-    return is_needed
-
-
-@_in_any.def_vmap
-def _in_any_member(axis_size: int, is_batched: Any, is_needed: Array) -> tuple[Array, bool]:
-    del axis_size, is_batched
-    return _in_any(jnp.any(is_needed, axis=0)), False
+    is_small |= is_open & _branches.where_any(is_open, is_within_by_products, lambda: is_open)
+    return _branches.where_any(~is_small, clip, lambda: (lowest, leaf))

@@ -1,5 +1,7 @@
 """A loss function with the arrays that it is called with."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipax._core import _leaves, _paths
+from clipax._core._compat import core
 from clipax._core._shown import shown
 from clipax._core._typing import Array
 from clipax.per_example import _arguments, _keys, _mapped
@@ -87,13 +90,21 @@ class Call(NamedTuple):
             return self.args[self.loss.argnums]
         return tuple(self.args[position] for position in self.loss.argnums)
 
-    def with_params(self, params: Any) -> "Call":
+    def with_params(self, params: Any) -> Call:
         """The same call with other parameters."""
         args = list(self.args)
         values = [params] if isinstance(self.loss.argnums, int) else params
         for position, value in zip(self.loss.positions, values, strict=True):
             args[position] = value
         return self._replace(args=args)
+
+    def with_program(self, program: core.ClosedJaxpr) -> Call:
+        """The same call of a loss function that is traced, without what it returns besides."""
+
+        def losses(*args: Any) -> Any:
+            return core.jaxpr_as_fun(program)(*jax.tree.leaves(args))[0]
+
+        return self._replace(loss=self.loss._replace(function=losses, has_aux=False))
 
     @property
     def losses(self) -> Array:
@@ -130,7 +141,7 @@ class Call(NamedTuple):
         rows = enumerate(self.args)
         return [holds(position) for position, arg in rows for _ in jax.tree.leaves(arg)]
 
-    def with_batch(self, batch: Sequence[Any]) -> "Call":
+    def with_batch(self, batch: Sequence[Any]) -> Call:
         """The same call with other examples."""
         args = list(self.args)
         for position, value in zip(self.loss.batch_argnums, batch, strict=True):

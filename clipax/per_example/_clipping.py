@@ -15,7 +15,7 @@ from clipax.per_example._again import Group, weighted_sums
 from clipax.per_example._calls import Call
 from clipax.per_example._info import OfExamples
 from clipax.per_example._measured import Measured, measure, traced
-from clipax.per_example._memory import Memory, is_twice_for_sums
+from clipax.per_example._memory import Memory, second_pass
 from clipax.per_example._sums import Weights, weighted_sum
 
 
@@ -47,8 +47,9 @@ def clip(call: Call, mask: Array | None, bound: Any, options: Options) -> tuple[
     gradients = jax.tree.leaves(known.program.gradient)
     widens = any(options.dtype_of(leaf).itemsize > leaf.dtype.itemsize for leaf in gradients)
     bounds = len(jax.tree.leaves(bound))
-    is_twice = is_twice_for_sums(options.memory, call, known, bounds, widens=widens)
-    return clip_measured(call, measure(call, known, is_twice), mask, bound, options)
+    again = second_pass(options.memory, call, known, bounds, widens=widens)
+    measured = measure(call, known, again is not None, mask)
+    return clip_measured(again or call, measured, mask, bound, options)
 
 
 def clip_measured(

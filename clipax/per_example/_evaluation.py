@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -80,6 +81,18 @@ class _Step(NamedTuple):
     """The positions of the outputs that are needed."""
     inside: tuple[Wanted, ...]
     """What is wanted of its body, with paths that start in the body."""
+    operands: tuple[Variable, ...] = ()
+    """The operands that are needed."""
+
+    @property
+    def made(self) -> list[Variable]:
+        """The outputs that are needed."""
+        return [self.equation.outvars[position] for position in self.positions]
+
+    @property
+    def made_inside(self) -> list[Wanted]:
+        """What is wanted of its body, by paths that start where the equation is."""
+        return [each._replace(path=(self.equation, *each.path)) for each in self.inside]
 
     def wanted_in(self, body: Body) -> list[Wanted]:
         outputs = [Ref((), body.program.outvars[position]) for position in self.positions]
@@ -103,8 +116,9 @@ def _schedule(program: Program, wanted: Sequence[Wanted]) -> tuple[list[_Step], 
         )
         within = tuple(inside.get(id(equation), ()))
         if positions or within or equation.effects:
-            steps.append(_Step(equation, positions, within))
-            needed.update(_operands(steps[-1]))
+            step = _Step(equation, positions, within)
+            steps.append(step._replace(operands=_operands(step)))
+            needed.update(steps[-1].operands)
     return steps[::-1], needed
 
 
@@ -116,15 +130,14 @@ def _read_here(wanted: Sequence[Wanted]) -> list[Wanted]:
     return found
 
 
-def _operands(step: _Step) -> list[Variable]:
-    """The operands that a step needs."""
+def _operands(step: _Step) -> tuple[Variable, ...]:
     body = body_of(step.equation)
     operands: list[Any] = list(step.equation.invars)
-    if body is not None:
+    if body is not None and not step.equation.effects:
         inner = _live_inputs(step, body)
         pairs = zip(operands, body.program.invars, strict=True)
         operands = [outer for outer, variable in pairs if variable in inner]
-    return [operand for operand in operands if is_variable(operand)]
+    return tuple(operand for operand in operands if is_variable(operand))
 
 
 def _live_inputs(step: _Step, body: Body) -> set[Variable]:
@@ -164,18 +177,13 @@ def _evaluate(
         return ready, [each.function(*map(found, each.refs)) for each in ready]
 
     values.update(zip(*read_after(values), strict=True))
-    for step in _schedule(program, wanted)[0]:
-        body = body_of(step.equation)
-        operands = [read(variable) for variable in step.equation.invars]
+    for names, steps in _runs(_schedule(program, wanted)[0], wanted, readings.awaited):
+        body = body_of(steps[0].equation) if steps[0].inside else None
         if body is None:
-            results = _bind(program, step.equation, operands)
-            outputs = [results[position] for position in step.positions]
-        elif body.is_scan:
-            outputs = _scan(step, body, operands)
+            outputs = _run(program, steps, names, values)
         else:
-            outputs = _call(step, body, operands)
-        names: list[Any] = [step.equation.outvars[position] for position in step.positions]
-        names += [each._replace(path=(step.equation, *each.path)) for each in step.inside]
+            operands = [read(variable) for variable in steps[0].equation.invars]
+            outputs = (_scan if body.is_scan else _call)(steps[0], body, operands)
         values.update(zip(names, outputs, strict=True))
         ready, made = read_after(names)
         if ready:
@@ -192,6 +200,7 @@ class _Readings:
         of_body = [each for each in wanted if isinstance(each, Reading) and not each.path]
         self._missing = {each: {_name(ref) for ref in each.refs} - {None} for each in of_body}
         self._ready = [each for each, names in self._missing.items() if not names]
+        self.awaited = {name for names in self._missing.values() for name in names}
         self._waiting: dict[Any, list[Reading]] = {}
         for each, names in self._missing.items():
             for name in names:
@@ -215,22 +224,48 @@ def _name(ref: Ref) -> Any:
     return ref.variable if is_variable(ref.variable) else None
 
 
-def _bind(program: Program, equation: Equation, operands: Sequence[Any]) -> list[Any]:
-    # As a program of one equation, because JAX's versions differ in how they bind a primitive.
-    given = {
-        variable: value
-        for variable, value in zip(equation.invars, operands, strict=True)
-        if is_variable(variable)
-    }
+def _runs(
+    steps: Sequence[_Step], wanted: Sequence[Wanted], awaited: Collection[Any]
+) -> list[tuple[list[Any], list[_Step]]]:
+    """Cuts steps into runs that are evaluated at once, with the names of what each has to give.
+
+    A step inside which something is wanted is a run of its own. Others end where they make what a
+    function waits for.
+    """
+    runs: list[list[_Step]] = []
+    is_open = False
+    for step in steps:
+        if is_open and not step.inside:
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+        is_open = not step.inside and not any(each in awaited for each in step.made)
+    read_later = {each.variable for each in _read_here(wanted) if isinstance(each, Ref)}
+    found = []
+    for run in reversed(runs):
+        names: list[Any] = [each for step in run for each in step.made if each in read_later]
+        if run[0].inside:
+            names = [*run[0].made, *run[0].made_inside]
+        found.append((names, run))
+        read_later.update(operand for step in run for operand in step.operands)
+    return found[::-1]
+
+
+def _run(
+    program: Program, steps: Sequence[_Step], names: Sequence[Variable], values: Mapping[Any, Any]
+) -> list[Any]:
+    """Evaluates steps as one program, in which JAX maps bodies that it has seen before once."""
+    equations = [step.equation for step in steps]
+    operands = filter(is_variable, (each for one in equations for each in one.invars))
+    inputs = [each for each in dict.fromkeys(operands) if values.get(each) is not None]
     replace: Callable[..., Program] = program.replace
+    effects = frozenset().union(*(one.effects for one in equations))
     alone = replace(
-        constvars=[],
-        invars=list(given),
-        outvars=list(equation.outvars),
-        eqns=[equation],
-        effects=equation.effects,
+        constvars=[], invars=inputs, outvars=list(names), eqns=equations, effects=effects
     )
-    return list(core.jaxpr_as_fun(core.ClosedJaxpr(alone, []))(*given.values()))
+    needed, is_used = _compat.without_unused(core.ClosedJaxpr(alone, []))
+    used = itertools.compress(inputs, is_used)
+    return list(core.jaxpr_as_fun(needed)(*map(values.__getitem__, used)))
 
 
 def _body_inputs(body: Body, operands: Sequence[Any]) -> dict[Variable, Any]:

@@ -9,7 +9,7 @@ import jax
 from clipax._core import _checks, _compat, _leaves
 from clipax.per_example._calls import ArgNames, ArgNums, call_of, loss_of
 from clipax.per_example._measured import traced
-from clipax.per_example._memory import Memory, check_memory, is_twice_for_sums
+from clipax.per_example._memory import Memory, check_memory, second_pass
 from clipax.per_example._plans import Plan
 
 _HEAD = ("leaf", "shape", "norm of one example", "why", "products", "kept")
@@ -81,7 +81,7 @@ def explain_clipped_grad(
         call = call._replace(args=jax.tree.map(_shape, call.args))
     known = traced(call)
     plans = known.plans
-    if is_twice_for_sums(memory, call, known):
+    if second_pass(memory, call, known) is not None:
         plans = [plan._replace(entries=0) for plan in plans]
     rows = [_HEAD, *map(_row, plans), *_total(plans)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -1,9 +1,10 @@
 """The two factors of a product, for all examples."""
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,17 @@ import numpy as np
 from clipax._core import _compat, _leaves
 from clipax._core._typing import Array
 from clipax.per_example._programs import Values
-from clipax.per_example._roles import roles
-from clipax.per_example._terms import Axis, Operand, Product
+from clipax.per_example._roles import Assembly, assembly_of, roles
+from clipax.per_example._terms import Axis, Operand, Product, mapped
 
 
-class Factors(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["lhs", "rhs"],
+    meta_fields=["rows", "is_one_hot", "precision", "assembly"],
+)
+@dataclasses.dataclass(frozen=True)
+class Factors:
     """Arrays `lhs` and `rhs`: (examples, shared, summed, rows or columns)."""
 
     lhs: Array
@@ -25,10 +32,15 @@ class Factors(NamedTuple):
     rows: int
     is_one_hot: bool
     precision: Any
+    assembly: Assembly
+    """What makes a gradient of the product."""
+
+    def with_arrays(self, lhs: Array, rhs: Array) -> "Factors":
+        return dataclasses.replace(self, lhs=lhs, rhs=rhs)
 
     def widened(self, dtype: Any) -> "Factors":
         lhs = self.lhs if self.is_one_hot else self.lhs.astype(dtype)
-        return self._replace(lhs=lhs, rhs=self.rhs.astype(dtype))
+        return self.with_arrays(lhs, self.rhs.astype(dtype))
 
 
 def factors_of(term: Product, values: Values, examples: int) -> Factors:
@@ -47,10 +59,11 @@ def factors_of(term: Product, values: Values, examples: int) -> Factors:
     columns = rhs.reshape(*lead, sizes.columns)
     if term.one_hot is not None:
         places = _arranged(term.lhs, values, examples, inner).reshape(lead)
-        return Factors(places, columns, term.one_hot.size, True, None)
+        return Factors(places, columns, term.one_hot.size, True, None, assembly_of(term))
     lhs = _arranged(term.lhs, values, examples, (*inner, *found.rows))
     columns, lhs = of_one_dtype(columns, lhs)
-    return Factors(lhs.reshape(*lead, sizes.rows), columns, sizes.rows, False, term.precision)
+    lhs = lhs.reshape(*lead, sizes.rows)
+    return Factors(lhs, columns, sizes.rows, False, term.precision, assembly_of(term))
 
 
 def _scaled_by(scale: float, array: Array) -> Array:
@@ -85,20 +98,19 @@ def _arranged(operand: Operand, values: Values, examples: int, wanted: Sequence[
         axes = [axis for axis in axes if axis in wanted]
     present = [axis for axis in wanted if axis in axes]
     order = [0, *(axes.index(axis) + 1 for axis in present)]
-    prepared = jnp.transpose(prepared, order)
     shape = [axis.size if axis in axes else 1 for axis in wanted]
-    prepared = prepared.reshape(prepared.shape[0], *shape)
-    return jnp.broadcast_to(prepared, (examples, *(axis.size for axis in wanted)))
+    prepared = jax.lax.transpose(prepared, order).reshape(prepared.shape[0], *shape)
+    whole = (examples, *(axis.size for axis in wanted))
+    return prepared if prepared.shape == whole else jnp.broadcast_to(prepared, whole)
 
 
 def _prepared(operand: Operand, values: Values) -> Array:
     """An operand with an axis of examples, which has size one if all share it."""
-    value = values[operand.ref]
-    prepared = (
-        jax.vmap(operand.prepared)(value)
-        if operand.depends
-        else operand.prepared(jnp.asarray(value))[None]
-    )
+    prepared = jnp.asarray(values[operand.ref])
+    if operand.preparations:
+        prepared = mapped(operand.prepared, operand.depends)(prepared)
+    if not operand.depends:
+        prepared = prepared[None]
     if operand.times is None:
         return prepared
     by = _prepared(operand.times.by, values)

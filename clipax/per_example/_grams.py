@@ -36,13 +36,17 @@ def with_rest(norms: Array, rest: Array | None) -> Array:
 
 def outer_norms(parts: Factors) -> Array:
     """The norms of products that sum over nothing: those of the two factors, multiplied."""
+    # They are small, and a branch would keep a copy.
     if parts.is_one_hot:
-        return _factor_norms(jnp.where(parts.lhs[..., None] < parts.rows, parts.rhs, 0))
-    return _factor_norms(parts.lhs) * _factor_norms(parts.rhs)
+        inside = jnp.where(parts.lhs[..., None] < parts.rows, parts.rhs, 0)
+        return row_norms_in_two_reads(inside)
+    return row_norms_in_two_reads(parts.lhs) * row_norms_in_two_reads(parts.rhs)
 
 
-def _factor_norms(array: Array) -> Array:
-    # This reads the array twice. A branch would read it once but keep a copy; factors are small.
+@jax.jit
+def row_norms_in_two_reads(array: Array) -> Array:
+    """The same as `row_norms` by a short program, without a branch."""
+    array = jnp.abs(array) if jnp.iscomplexobj(array) else array
     scaled, unit = _in_units(array.reshape(array.shape[0], math.prod(array.shape[1:])))
     return unit * jnp.sqrt(jnp.sum(scaled * scaled, 1))
 
@@ -78,7 +82,7 @@ def _joined(factors: Sequence[Factors]) -> list[Factors]:
     def join(parts: list[Factors]) -> Factors:
         lhs = jnp.concatenate(of_one_dtype(*(part.lhs for part in parts)), 2)
         rhs = jnp.concatenate(of_one_dtype(*(part.rhs for part in parts)), 2)
-        return parts[0]._replace(lhs=lhs, rhs=rhs)
+        return parts[0].with_arrays(lhs, rhs)
 
     return [parts[0] if len(parts) == 1 else join(parts) for parts in kinds if parts]
 
@@ -94,10 +98,11 @@ def _in_units(array: Array) -> tuple[Array, Array]:
 def _scaled(part: Factors) -> tuple[Factors, Array]:
     rhs, unit = _in_units(part.rhs)
     if part.is_one_hot:
-        return part._replace(rhs=rhs), unit
+        return part.with_arrays(part.lhs, rhs), unit
     lhs, lhs_unit = _in_units(part.lhs)
     # The product of two units can be out of range although the gradient is not.
-    return part._replace(lhs=lhs, rhs=rhs), jnp.maximum(unit * lhs_unit, np.finfo(unit.dtype).tiny)
+    product = jnp.maximum(unit * lhs_unit, np.finfo(unit.dtype).tiny)
+    return part.with_arrays(lhs, rhs), product
 
 
 _einsum: Callable[..., Array] = functools.partial(jnp.einsum, precision="highest")
@@ -142,12 +147,10 @@ def _summed(products: Array) -> tuple[Array, Array]:
 def made_norms(factors: Sequence[Factors], constant: Array | None) -> Array:
     """The same norms as `gram_norms`, from gradients that are made one example at a time."""
 
-    def norm_of_one(pairs: list[tuple[Array, Array]]) -> Array:
-        blocks = [
-            _leaves.widened(each_product(part._replace(lhs=lhs[None], rhs=rhs[None])))
-            for part, (lhs, rhs) in zip(factors, pairs, strict=True)
-        ]
+    def norm_of_one(factors: Sequence[Factors]) -> Array:
+        alone = jax.tree.map(lambda array: array[None], factors)
+        blocks = [_leaves.widened(each_product(part)) for part in alone]
         blocks += [] if constant is None else [_leaves.widened(constant)[None]]
-        return row_norms(functools.reduce(jnp.add, blocks))[0]
+        return row_norms_in_two_reads(functools.reduce(jnp.add, blocks))[0]
 
-    return jax.lax.map(norm_of_one, [(part.lhs, part.rhs) for part in factors])
+    return jax.lax.map(norm_of_one, factors)

@@ -57,12 +57,17 @@ class Measured(NamedTuple):
         parts = [self.leaf_norms[place] for place in places]
         if not parts:
             return jnp.zeros(self.leaf_norms[0].shape, jnp.float32)
-        layouts = tuple(Layout((), self.shards[place]) for place in places)
-        if len(parts) == 1 and not layouts[0].shards:
+        by_shards: dict[tuple[Hashable, ...], list[Array]] = {}
+        for place, part in zip(places, parts, strict=True):
+            by_shards.setdefault(self.shards[place], []).append(part)
+        if len(parts) == 1 and () in by_shards:
             return parts[0]
-        rows = zip(parts, layouts, strict=True)
-        varying = [_compat.varying_over(part, layout.shards) for part, layout in rows]
-        return jax.vmap(functools.partial(total_norm, layouts=layouts, ord=2.0))(varying)
+        rows = [
+            _compat.varying_over(jnp.stack(alike, 1), shards)
+            for shards, alike in by_shards.items()
+        ]
+        layouts = tuple(Layout((0,), shards) for shards in by_shards)
+        return jax.vmap(functools.partial(total_norm, layouts=layouts, ord=2.0))(rows)
 
 
 def traced(call: Call) -> Traced:
@@ -71,21 +76,24 @@ def traced(call: Call) -> Traced:
     return Traced(program, plans_of(program))
 
 
-def measure(call: Call, known: Traced | None = None, is_twice: bool = False) -> Measured:
-    """Goes from a call to norms: program, plans, factors, norms."""
-    program, plans = known or traced(call)
+def measure(call: Call, known: Traced, is_twice: bool, mask: Array | None = None) -> Measured:
+    """Goes from a program and plans to factors, then norms.
+
+    Examples that the mask leaves out are measured too, with fewer digits where products cancel.
+    """
+    program, plans = known
     scope = program.scope
     returned = [(scope.ref(each), scope.depends_on_example(each)) for each in program.returned]
     differs = dict(returned)
     leaves: list[LeafGradients] | None = None
     if is_twice:
-        values, norms = norms_in_passing(call, program, differs)
+        values, norms = norms_in_passing(call, program, differs, mask)
     else:
         for plan in plans:
             differs.update(plan.refs)
         values = values_of(call, program, differs)
         found = [leaf_gradients(plan, values, call.examples) for plan in plans]
-        leaves, norms = [leaf.kept() for leaf in found], norms_of_leaves(found)
+        leaves, norms = [leaf.kept() for leaf in found], norms_of_leaves(found, mask)
     losses, *aux = [
         values[ref]
         if flag

@@ -38,10 +38,12 @@ def is_twice(memory: Memory, call: Call, known: Traced, bounds: int = 1) -> bool
     return bounds == 1 and not is_less and _has(known.program.closed.jaxpr, REMATS)
 
 
-def is_twice_for_sums(
+def second_pass(
     memory: Memory, call: Call, known: Traced, bounds: int = 1, *, widens: bool = False
-) -> bool:
-    """The same where a sum is made from the second pass, which must be right for it.
+) -> Call | None:
+    """The call for a second pass, from which the sum is made, or None if the factors are kept.
+
+    Its loss function is traced already. The second pass must be right for the sum.
 
     Args:
       memory: The argument.
@@ -51,15 +53,17 @@ def is_twice_for_sums(
       widens: Whether a sum is wider than its parameter, in whose width the second pass adds.
     """
     if not is_twice(memory, call, known, bounds):
-        return False
-    why = None
+        return None
+    program = program_of_loss(call)
     if widens:
         why = "a second pass adds gradients in the dtypes of the parameters, and grads are wider"
-    elif _has(program_of_loss(call).jaxpr, _CUSTOM):
+    elif _has(program.jaxpr, _CUSTOM):
         why = "loss_fn has a jax.custom_vjp, whose way back may not be linear"
-    if why is not None and memory == "twice":
+    else:
+        return call.with_program(program)
+    if memory == "twice":
         raise ValueError(f"memory must be 'kept' or 'auto' here, because {why}, got 'twice'.")
-    return why is None
+    return None
 
 
 # Its name depends on the version of JAX.

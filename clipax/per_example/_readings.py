@@ -27,7 +27,7 @@ from clipax.per_example._tracing import ExampleProgram
 
 
 def readings_of(program: ExampleProgram) -> list[list[Reading]]:
-    """For each leaf, functions that return norms and whether they are exact enough.
+    """For each leaf, functions that return norms and whether they are exact enough, or None.
 
     Both are of one example, with one axis for each scan whose steps make a part of the gradient.
     A leaf that falls into parts has a function for each of them.
@@ -60,17 +60,17 @@ def _of_one(found: Plan, values: Sequence[Any]) -> dict[Ref, Array]:
     return {ref: value[None] if depends else value for (ref, depends), value in rows}
 
 
-def _norm_of_one(found: Plan, *values: Any) -> tuple[Array, Array]:
+def _norm_of_one(found: Plan, *values: Any) -> tuple[Array, Array | None]:
     norms, is_exact = norms_of(leaf_gradients(found, _of_one(found, values), 1))
-    return norms[0], is_exact[0]
+    return norms[0], None if is_exact is None else is_exact[0]
 
 
-def _norm_of_rest(found: Plan, *values: Any) -> tuple[Array, Array]:
+def _norm_of_rest(found: Plan, *values: Any) -> tuple[Array, None]:
     """The norm of what all examples share, outside the parts."""
     constant = as_made(found, _of_one(found, values), depends=False)
     assert constant is not None
-    norm = row_norms(beside_parts(found, constant)[None])[0]
-    return norm, jnp.ones((), bool)
+    boxes = [box for box, _ in found.parts]
+    return row_norms(beside_parts(boxes, constant)[None])[0], None
 
 
 # They move all entries to other places or change their signs, which keeps the norm.

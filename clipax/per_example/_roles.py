@@ -1,8 +1,8 @@
 """The role of each axis in a product, by which all products look alike.
 
 A product is `lhs^T rhs` in three axes, once they are grouped: `shared` counts separate matrices,
-`rows` come from `lhs` and `columns` from `rhs`. Its result in this form is a *block*. The moves of
-the product then make a gradient of it.
+`rows` come from `lhs` and `columns` from `rhs`. Its result in this form is a *block*, of which an
+`Assembly` makes a gradient.
 """
 
 import math
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from clipax._core import _compat
 from clipax._core._typing import Array
-from clipax.per_example._terms import Axis, Product
+from clipax.per_example._terms import Axis, Move, Product
 
 
 class Roles(NamedTuple):
@@ -82,30 +82,45 @@ def turned(term: Product) -> Product:
     return term._replace(lhs=term.rhs, rhs=term.lhs)
 
 
-def assembled(term: Product, block: Array) -> Array:
-    """Turns a block (shared, rows, columns) into a gradient."""
+class Assembly(NamedTuple):
+    """How a block becomes a gradient. Two are equal if they do the same."""
+
+    block: tuple[int, int, int]
+    """The shape of the block: shared, rows, columns."""
+    sizes: tuple[int, ...]
+    """Those of its axes before they were grouped."""
+    permutation: tuple[int, ...]
+    moves: tuple[Move, ...]
+
+    def assembled(self, block: Array) -> Array:
+        """Turns a block into a gradient."""
+        block = jax.lax.transpose(block.reshape(self.sizes), self.permutation)
+        for move in self.moves:
+            block = move(block)
+        return block
+
+    def taken_apart(self, gradient: Array) -> Array:
+        """Turns a gradient into a block."""
+        zeros = _compat.varying_like(jnp.zeros(self.block, gradient.dtype), gradient)
+        # `assembled` only moves entries, so its transpose moves them back.
+        (block,) = jax.linear_transpose(self.assembled, zeros)(gradient)
+        return block
+
+    def rest_of(self, gradient: Array, block: Array) -> Array | None:
+        """The entries of a gradient that its block lacks, or None if it lacks none."""
+        if block.size == gradient.size:
+            return None
+        # Not a difference, which would turn inf - inf into NaN.
+        return jnp.where(self.assembled(block) == gradient, 0, gradient)
+
+
+def assembly_of(term: Product) -> Assembly:
     found = roles(term)
+    sizes = found.sizes
     axes = (*found.shared, *found.rows, *found.columns, *found.others)
-    block = block.reshape([axis.size for axis in axes])
-    block = jnp.transpose(block, [axes.index(axis) for axis in term.out])
-    for move in term.moves:
-        block = move(block)
-    return block
-
-
-def taken_apart(term: Product, gradient: Array) -> Array:
-    """Turns a gradient into a block (shared, rows, columns)."""
-    sizes = roles(term).sizes
-    zeros = jnp.zeros((sizes.shared, sizes.rows, sizes.columns), gradient.dtype)
-    zeros = _compat.varying_like(zeros, gradient)
-    # `assembled` only moves entries, so its transpose moves them back.
-    (block,) = jax.linear_transpose(lambda block: assembled(term, block), zeros)(gradient)
-    return block
-
-
-def rest_of(term: Product, gradient: Array, block: Array) -> Array | None:
-    """The entries of a gradient that its block lacks, or None if it lacks none."""
-    if block.size == gradient.size:
-        return None
-    # Not a difference, which would turn inf - inf into NaN.
-    return jnp.where(assembled(term, block) == gradient, 0, gradient)
+    return Assembly(
+        (sizes.shared, sizes.rows, sizes.columns),
+        tuple(axis.size for axis in axes),
+        tuple(axes.index(axis) for axis in term.out),
+        term.moves,
+    )

@@ -11,10 +11,11 @@ from clipax._core._typing import Array
 from clipax.per_example import _arguments, _mapped
 from clipax.per_example._calls import Call
 from clipax.per_example._clipping import Options
-from clipax.per_example._gradients import LeafGradients, made
+from clipax.per_example._gradients import Kind, LeafGradients, made
 from clipax.per_example._grams import row_norms
 from clipax.per_example._measured import Measured, measure, traced
 from clipax.per_example._microbatches import in_parts
+from clipax.per_example._plans import Way
 
 
 def checked_users(user_ids: Any, examples: int, num_users: int | None) -> Array | None:
@@ -50,7 +51,7 @@ def measure_users(
     is_counted = is_known if mask is None else is_known & mask
 
     def add(part: Call, is_counted: Array, user_ids: Array) -> Any:
-        measured = measure(part, known)
+        measured = measure(part, known, is_twice=False, mask=is_counted)
         assert measured.leaves is not None
         # Whatever is not counted goes to a row behind the last user, even if it is NaN.
         rows = jnp.where(is_counted, user_ids, users)
@@ -65,7 +66,7 @@ def measure_users(
     if options.user_mean:
         gradients = [leaf / _shares(number, leaf) for leaf in gradients]
     leaves = [
-        LeafGradients(plan, users, [], None, each)
+        LeafGradients(Kind(users, plan.shape, plan.dtype, Way.EACH, ()), [], None, each)
         for plan, each in zip(known.plans, gradients, strict=True)
     ]
     norms = [row_norms(each) for each in gradients]
