@@ -64,7 +64,7 @@ def _results(equation: Any, operands: list[Any]) -> Sequence[Any]:
         inside = next(key for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in params)
         return _run(params[inside], operands)
     if name == "scan":
-        return _scan(operands, params)
+        return _scan(operands, equation)
     if name == "while":
         return _while(operands, params)
     if name == "cond":
@@ -87,8 +87,16 @@ def _results(equation: Any, operands: list[Any]) -> Sequence[Any]:
     return results
 
 
-def _scan(operands: Sequence[Any], params: Any) -> list[Any]:
-    first, middle = params["num_consts"], params["num_consts"] + params["num_carry"]
+def _scan(operands: Sequence[Any], equation: Any) -> list[Any]:
+    params, inside = equation.params, equation.params["jaxpr"]
+
+    def number_alike(outer: Any, inner: Any) -> int:
+        """How many are not stacked. Their numbers have names only before jax 0.12."""
+        rows = zip(outer, inner, strict=True)
+        return sum(one.aval.shape == other.aval.shape for one, other in rows)
+
+    middle = number_alike(equation.invars, inside.jaxpr.invars)
+    first = middle - number_alike(equation.outvars, inside.jaxpr.outvars)
     consts, carries, stacks = operands[:first], operands[first:middle], operands[middle:]
     steps = range(params["length"])
     rows: dict[int, list[Any]] = {}
