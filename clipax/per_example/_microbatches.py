@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from clipax._core import _compat
+from clipax._core._typing import Array
 from clipax.per_example._calls import Call
 
 
@@ -26,23 +27,51 @@ def in_parts(
     if examples % size:
         raise ValueError(f"microbatch_size must divide the {examples} examples, got {size}.")
 
-    def split(tree: Any) -> Any:
-        parts = examples // size  # Not -1, which is unknown for a leaf without entries.
-        return jax.tree.map(lambda leaf: leaf.reshape(parts, size, *leaf.shape[1:]), tree)
+    arrays = (call.batch, others)
+    parts, part_of = _parts(arrays, examples, size) if examples else _no_parts(arrays, size)
 
-    def run(total: Any, part: Any) -> Any:
-        batch, others = part
+    def run(total: Any, index: Any) -> Any:
+        batch, others = part_of(index)
         sums, rows = step(call.with_batch(batch), *others)
         return jax.tree.map(jnp.add, total, sums), rows
 
-    parts = (split(call.batch), split(others))
     if _compat.bound_axes():
         zeros = _varying_as_after(run, zeros, parts)
     total, rows = jax.lax.scan(run, zeros, parts)
-    # Not -1, as above.
-    return total, jax.tree.map(
-        lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), rows
-    )
+    return total, jax.tree.map(_joined, rows)
+
+
+def _parts(arrays: Any, examples: Any, size: int) -> tuple[Any, Callable[[Any], Any]]:
+    """What to scan over, and a function that makes a part of it.
+
+    A part has every n-th example, so that each device of a sharded batch has some of its own. It
+    is cut out where it is needed, because the batch would have to be copied to be in this order.
+    """
+    number = examples // size  # Not -1 below, which is unknown for a leaf without entries.
+
+    def part_of(index: Array) -> Any:
+        def cut(leaf: Any) -> Array:
+            rows = leaf.reshape(size, number, *leaf.shape[1:])
+            return jax.lax.dynamic_index_in_dim(rows, index, 1, keepdims=False)
+
+        return jax.tree.map(cut, arrays)
+
+    return jnp.arange(number), part_of
+
+
+def _no_parts(arrays: Any, size: int) -> tuple[Any, Callable[[Any], Any]]:
+    """The same where there are no examples, from which nothing can be cut out."""
+
+    def split(leaf: Any) -> Any:
+        return leaf.reshape(0, size, *leaf.shape[1:])
+
+    return jax.tree.map(split, arrays), lambda part: part
+
+
+def _joined(rows: Array) -> Array:
+    """The rows of all parts, in the order of the batch."""
+    number, size, *shape = rows.shape
+    return jnp.swapaxes(rows, 0, 1).reshape(number * size, *shape)
 
 
 def _varying_as_after(run: Callable[..., Any], zeros: Any, parts: Any) -> Any:
