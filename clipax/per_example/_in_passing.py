@@ -33,6 +33,9 @@ def norms_in_passing(
     rows = zip(of_leaves, dtypes, strict=True)
     norms = [_joined([values[reading][0] for reading in each], dtype) for each, dtype in rows]
     is_exact = jnp.all(jnp.stack([jnp.all(values[reading][1]) for reading in readings]))
+    # The norm of an unused leaf is zero everywhere, and needs the type of one that is made.
+    axes = {axis for leaf in jax.tree.leaves(call.batch) for axis in _compat.varying_axes(leaf)}
+    norms = [_compat.varying_over(norm, axes) for norm in norms]
     return values, list(
         jax.lax.cond(
             _agreed(is_exact, program), lambda: norms, lambda: _norms_of_made(call, program)
