@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from clipax._core import _compat
 from clipax._core._compat import core
@@ -18,6 +20,7 @@ from clipax.per_example._programs import (
     Ref,
     Variable,
     body_of,
+    branches_of,
     has_mutable_arrays,
     is_variable,
     scan_layout,
@@ -27,7 +30,7 @@ from clipax.per_example._programs import (
 class Reading(NamedTuple):
     """A function of some variables that is wanted in place of their values."""
 
-    path: tuple[Equation, ...]
+    path: tuple[Any, ...]
     """The path to the body that runs the function as soon as it has the variables."""
     refs: tuple[Ref, ...]
     """The variables, with paths that start in that body."""
@@ -167,7 +170,9 @@ def _evaluate(
     for step in _schedule(program, wanted)[0]:
         body = body_of(step.equation)
         operands = [read(variable) for variable in step.equation.invars]
-        if body is None:
+        if body is None and step.inside:
+            outputs = _branch(step, branches_of(step.equation), operands)
+        elif body is None:
             results = _bind(program, step.equation, operands)
             outputs = [results[position] for position in step.positions]
         elif body.is_scan:
@@ -246,6 +251,40 @@ def _call(step: _Step, body: Body, operands: list[Any]) -> list[Any]:
         for index, value in zip(present, kept, strict=True):
             operands[index] = value
     return _evaluate(body.program, _body_inputs(body, operands), step.wanted_in(body))
+
+
+def _branch(step: _Step, branches: Sequence[Body], operands: Sequence[Any]) -> list[Any]:
+    """Runs the branch that is chosen. What is wanted of the others is zero."""
+    index, *inputs = operands
+    count = len(step.positions)
+    types: dict[int, list[Any]] = {}
+
+    def of_branch(number: int, *inputs: Any) -> list[Any]:
+        body = branches[number]
+        inside = [each for each in step.inside if each.path[0] == number]
+        further = tuple(each._replace(path=each.path[1:]) for each in inside)
+        wanted = step._replace(inside=further).wanted_in(body)
+        found = _evaluate(body.program, _body_inputs(body, inputs), wanted)
+        types[number] = [jax.typeof(value) for value in found[count:]]
+        return found
+
+    def run(number: int, *inputs: Any) -> list[Any]:
+        found = of_branch(number, *inputs)
+        of_branches: dict[int, Iterator[Any]] = {
+            other: map(_zeros, of_types) for other, of_types in types.items()
+        }
+        of_branches[number] = iter(found[count:])
+        return found[:count] + [next(of_branches[each.path[0]]) for each in step.inside]
+
+    runs = [functools.partial(run, number) for number in range(len(branches))]
+    for number in range(len(branches)):
+        jax.eval_shape(functools.partial(of_branch, number), *inputs)
+    return list(jax.lax.switch(index, runs, *inputs))
+
+
+def _zeros(of_type: Any) -> Array:
+    zeros = jnp.zeros(of_type.shape, of_type.dtype)
+    return _compat.varying_over(zeros, _compat.varying_axes_of(of_type))
 
 
 def _scan(step: _Step, body: Body, operands: Sequence[Any]) -> list[Any]:

@@ -58,8 +58,10 @@ def _norms_at_once(leaves: Sequence[LeafGradients]) -> list[Array]:
         return norms
 
     def again() -> list[Array]:
+        of_sums = [(each.factors, each.block) for each in sums if each is not None]
+        made = iter(_grams.made_norms(of_sums))
         rows = zip(norms, sums, strict=True)
-        return [norm if each is None else each.norms_of_made() for norm, each in rows]
+        return [norm if each is None else each.completed(next(made)) for norm, each in rows]
 
     return list(jax.lax.cond(jnp.all(jnp.stack(exact)), lambda: norms, again))
 
@@ -95,12 +97,10 @@ class _GramSum(NamedTuple):
     def norms(self) -> tuple[Array, Array]:
         """The norms, and which of them are exact enough."""
         norms, is_exact = _grams.gram_norms(self.factors, self.block)
-        return self._complete(norms), is_exact
+        return self.completed(norms), is_exact
 
-    def norms_of_made(self) -> Array:
-        return self._complete(_grams.made_norms(self.factors, self.block))
-
-    def _complete(self, norms: Array) -> Array:
+    def completed(self, norms: Array) -> Array:
+        """Adds what is beside the block."""
         return _grams.with_rest(norms, self.rest).astype(self.dtype)
 
 
@@ -112,7 +112,7 @@ def _gram_sum(leaf: LeafGradients) -> _GramSum | None:
     if leaf.constant is None:
         return _GramSum(factors, None, None, _leaves.wide_dtype(dtype))
     width = _leaves.wide_dtype(dtype, *(part.rhs.dtype for part in factors))
-    constant = leaf.constant.astype(width)
+    constant = _leaves.widened(leaf.constant, width)
     term = leaf.products[0][0]
     block = taken_apart(term, constant)
     return _GramSum(factors, block, rest_of(term, constant, block), _leaves.wide_dtype(dtype))
