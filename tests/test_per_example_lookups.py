@@ -36,6 +36,13 @@ def in_steps(w: jax.Array, p: jax.Array) -> jax.Array:
     return zoo.mean_square(lax.scan(step, jnp.ones(4), p)[0])
 
 
+def one_entry_in_steps(w: jax.Array, p: jax.Array) -> jax.Array:
+    def step(x: jax.Array, pair: jax.Array) -> Any:
+        return jnp.tanh(x + w[pair[0], pair[1]]), None
+
+    return lax.scan(step, jnp.ones((), w.dtype), p)[0] ** 2
+
+
 def stretches_in_steps(w: jax.Array, starts: jax.Array) -> jax.Array:
     def step(x: jax.Array, start: jax.Array) -> Any:
         return jnp.tanh(x + lax.dynamic_slice_in_dim(w, start, 3)), None
@@ -143,16 +150,35 @@ CASES: dict[str, tuple[Callable[..., jax.Array], tuple[int, ...], jax.Array, str
         lambda w, p: size(w[p[0, 0], p[0, 1]][None]),
         (6, 7, 4),
         PAIRS,
-        "made for each example",
+        "norms of two vectors",
     ),
+    "one entry": (lambda w, p: jnp.tanh(w[p[0, 0], p[1, 1]]), (6, 7), PAIRS, "two vectors"),
+    "one entry of a cube": (
+        lambda w, p: jnp.tanh(w[p[0, 0], p[1, 0], p[2, 0]]) ** 2,
+        (6, 9, 7),
+        PAIRS,
+        "norms of two vectors",
+    ),
+    "two entries": (
+        lambda w, p: jnp.tanh(w[p[0, 0], p[0, 1]] * w[p[1, 0], p[1, 1]]),
+        (16, 17),
+        PAIRS,
+        "2 x 2",
+    ),
+    "one entry in each step": (one_entry_in_steps, (31, 30), PAIRS, "5 x 5"),
     "a block": (
         lambda w, starts: size(lax.dynamic_slice(w, (starts[0], starts[1]), (3, 2))),
         (20, 8),
         STARTS,
-        "made for each example",
+        "norms of two vectors",
     ),
 }
-COMMON = {"two indices", "mapped tables, two rows of each", "rows in succession"}
+COMMON = {
+    "two indices",
+    "one row at two places",
+    "mapped tables, two rows of each",
+    "rows in succession",
+}
 
 
 def arguments(name: str) -> Any:
@@ -185,8 +211,9 @@ def test_the_way_of_tables_is_printed(name: str) -> None:
     assert wanted in zoo.explanation(loss_fn, jnp.zeros(shape), batch)
 
 
-def test_no_table_with_two_indices_is_made_for_each_example() -> None:
+@pytest.mark.parametrize("name", ["two indices", "one row at two places"])
+def test_no_table_with_two_indices_is_made_for_each_example(name: str) -> None:
     table = jnp.zeros((50, 40, 8))
-    compiled = jax.jit(clipax.clipped_grad(CASES["two indices"][0], 1.0))
+    compiled = jax.jit(clipax.clipped_grad(CASES[name][0], 1.0))
     size_of_temporaries = compiled.lower(table, PAIRS).compile().memory_analysis()
     assert size_of_temporaries.temp_size_in_bytes < 3 * table.nbytes

@@ -24,6 +24,7 @@ They use
     `_keys`                    one random key for each example
     `_mapped`                  which mapped axes shard a gradient, and what is refused there
     `_programs`, `_scopes`     how to read a program of JAX
+    `_dependence`              which of its values differ between examples
     `_evaluation`, `_values`   how to run the parts of it that are needed
     `_terms`, `_preparations`  what a gradient is a sum of
     `_boxes`, `_placing`       terms that fill only a part of a gradient
@@ -33,8 +34,8 @@ They use
     `_readings`                norms of leaves, each found where its factors are made
 
 and around them are `_microbatches` (some examples after others), `_users` (the gradients of each
-user's examples added up), `_meshes` (explicit mesh axes) and `_info` (`PerExampleInfo`). Each
-public function has a module of its name.
+user's examples added up), `_meshes` (explicit mesh axes), `_overlooked` (products that a plan
+does not use) and `_info` (`PerExampleInfo`). Each public function has a module of its name.
 """
 
 from clipax.per_example._clipped_grad import clipped_grad as clipped_grad

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from clipax._core import _compat
 from clipax._core._compat import core
@@ -14,28 +16,23 @@ from clipax._core._typing import Array
 from clipax.per_example._programs import (
     REMATS,
     Body,
-    Equation,
     Program,
     Ref,
     Variable,
     body_of,
+    branches_of,
     has_mutable_arrays,
     is_variable,
     scan_layout,
 )
-
-
-class Reading(NamedTuple):
-    """A function of some variables that is wanted in place of their values."""
-
-    path: tuple[Equation, ...]
-    """The path to the body that runs the function as soon as it has the variables."""
-    refs: tuple[Ref, ...]
-    """The variables, with paths that start in that body."""
-    function: Callable[..., Any]
-
-
-Wanted: TypeAlias = Ref | Reading
+from clipax.per_example._schedules import (
+    Reading,
+    Step,
+    Wanted,
+    live_carries,
+    read_here,
+    schedule,
+)
 
 
 def evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Wanted]) -> list[Any]:
@@ -73,93 +70,6 @@ def _evaluate_in_one(
     return list(map(found, wanted))
 
 
-class _Step(NamedTuple):
-    """An equation to evaluate."""
-
-    equation: Equation
-    positions: tuple[int, ...]
-    """The positions of the outputs that are needed."""
-    inside: tuple[Wanted, ...]
-    """What is wanted of its body, with paths that start in the body."""
-    operands: tuple[Variable, ...] = ()
-    """The operands that are needed."""
-
-    @property
-    def made(self) -> list[Variable]:
-        """The outputs that are needed."""
-        return [self.equation.outvars[position] for position in self.positions]
-
-    @property
-    def made_inside(self) -> list[Wanted]:
-        """What is wanted of its body, by paths that start where the equation is."""
-        return [each._replace(path=(self.equation, *each.path)) for each in self.inside]
-
-    def wanted_in(self, body: Body) -> list[Wanted]:
-        outputs = [Ref((), body.program.outvars[position]) for position in self.positions]
-        return [*outputs, *self.inside]
-
-
-def _schedule(program: Program, wanted: Sequence[Wanted]) -> tuple[list[_Step], set[Variable]]:
-    """The steps that lead to what is wanted, in order, with all variables they need."""
-    needed: set[Variable] = set()
-    inside: dict[int, dict[Wanted, None]] = {}
-    for each in _read_here(wanted):
-        if each.path:
-            further = each._replace(path=each.path[1:])
-            inside.setdefault(id(each.path[0]), {})[further] = None
-        elif isinstance(each, Ref) and is_variable(each.variable):
-            needed.add(each.variable)
-    steps = []
-    for equation in reversed(program.eqns):
-        positions = tuple(
-            index for index, variable in enumerate(equation.outvars) if variable in needed
-        )
-        within = tuple(inside.get(id(equation), ()))
-        if positions or within or equation.effects:
-            step = _Step(equation, positions, within)
-            steps.append(step._replace(operands=_operands(step)))
-            needed.update(steps[-1].operands)
-    return steps[::-1], needed
-
-
-def _read_here(wanted: Sequence[Wanted]) -> list[Wanted]:
-    """What is wanted, with the variables of functions that run in this body in their place."""
-    found: list[Wanted] = []
-    for each in wanted:
-        found += each.refs if isinstance(each, Reading) and not each.path else [each]
-    return found
-
-
-def _operands(step: _Step) -> tuple[Variable, ...]:
-    body = body_of(step.equation)
-    operands: list[Any] = list(step.equation.invars)
-    if body is not None and not step.equation.effects:
-        inner = _live_inputs(step, body)
-        pairs = zip(operands, body.program.invars, strict=True)
-        operands = [outer for outer, variable in pairs if variable in inner]
-    return tuple(operand for operand in operands if is_variable(operand))
-
-
-def _live_inputs(step: _Step, body: Body) -> set[Variable]:
-    live = _live_carries(step, body) if body.is_scan else []
-    carried = [Ref((), body.program.outvars[index]) for index in live]
-    return _schedule(body.program, [*carried, *step.wanted_in(body)])[1]
-
-
-def _live_carries(step: _Step, body: Body) -> list[int]:
-    """The carries of a scan that its wanted outputs depend on."""
-    layout = scan_layout(step.equation, body)
-    live = {position for position in step.positions if position < layout.carries}
-    while True:
-        carried = [Ref((), body.program.outvars[position]) for position in sorted(live)]
-        _, needed = _schedule(body.program, [*step.wanted_in(body), *carried])
-        carries = body.program.invars[layout.consts : layout.first_scanned]
-        found = live | {index for index, variable in enumerate(carries) if variable in needed}
-        if found == live:
-            return sorted(live)
-        live = found
-
-
 def _evaluate(
     program: Program, inputs: Mapping[Variable, Any], wanted: Sequence[Wanted]
 ) -> list[Any]:
@@ -177,13 +87,12 @@ def _evaluate(
         return ready, [each.function(*map(found, each.refs)) for each in ready]
 
     values.update(zip(*read_after(values), strict=True))
-    for names, steps in _runs(_schedule(program, wanted)[0], wanted, readings.awaited):
-        body = body_of(steps[0].equation) if steps[0].inside else None
-        if body is None:
-            outputs = _run(program, steps, names, values)
-        else:
+    for names, steps in _runs(schedule(program, wanted)[0], wanted, readings.awaited):
+        if steps[0].inside:
             operands = [read(variable) for variable in steps[0].equation.invars]
-            outputs = (_scan if body.is_scan else _call)(steps[0], body, operands)
+            outputs = _run_inside(steps[0], operands)
+        else:
+            outputs = _run(program, steps, names, values)
         values.update(zip(names, outputs, strict=True))
         ready, made = read_after(names)
         if ready:
@@ -225,14 +134,14 @@ def _name(ref: Ref) -> Any:
 
 
 def _runs(
-    steps: Sequence[_Step], wanted: Sequence[Wanted], awaited: Collection[Any]
-) -> list[tuple[list[Any], list[_Step]]]:
+    steps: Sequence[Step], wanted: Sequence[Wanted], awaited: Collection[Any]
+) -> list[tuple[list[Any], list[Step]]]:
     """Cuts steps into runs that are evaluated at once, with the names of what each has to give.
 
     A step inside which something is wanted is a run of its own. Others end where they make what a
     function waits for.
     """
-    runs: list[list[_Step]] = []
+    runs: list[list[Step]] = []
     is_open = False
     for step in steps:
         if is_open and not step.inside:
@@ -240,7 +149,7 @@ def _runs(
         else:
             runs.append([step])
         is_open = not step.inside and not any(each in awaited for each in step.made)
-    read_later = {each.variable for each in _read_here(wanted) if isinstance(each, Ref)}
+    read_later = {each.variable for each in read_here(wanted) if isinstance(each, Ref)}
     found = []
     for run in reversed(runs):
         names: list[Any] = [each for step in run for each in step.made if each in read_later]
@@ -252,7 +161,7 @@ def _runs(
 
 
 def _run(
-    program: Program, steps: Sequence[_Step], names: Sequence[Variable], values: Mapping[Any, Any]
+    program: Program, steps: Sequence[Step], names: Sequence[Variable], values: Mapping[Any, Any]
 ) -> list[Any]:
     """Evaluates steps as one program, in which JAX maps bodies that it has seen before once."""
     equations = [step.equation for step in steps]
@@ -268,12 +177,20 @@ def _run(
     return list(core.jaxpr_as_fun(needed)(*map(values.__getitem__, used)))
 
 
+def _run_inside(step: Step, operands: list[Any]) -> list[Any]:
+    """Evaluates the bodies of a step, inside which something is wanted."""
+    body = body_of(step.equation)
+    if body is None:
+        return _branch(step, branches_of(step.equation), operands)
+    return (_scan if body.is_scan else _call)(step, body, operands)
+
+
 def _body_inputs(body: Body, operands: Sequence[Any]) -> dict[Variable, Any]:
     consts = dict(zip(body.program.constvars, body.consts, strict=True))
     return consts | dict(zip(body.program.invars, operands, strict=True))
 
 
-def _call(step: _Step, body: Body, operands: list[Any]) -> list[Any]:
+def _call(step: Step, body: Body, operands: list[Any]) -> list[Any]:
     if step.equation.primitive.name in REMATS and step.equation.params["prevent_cse"]:
         # Without a barrier, the compiler would store values that are meant to be recomputed.
         present = [index for index, operand in enumerate(operands) if operand is not None]
@@ -283,10 +200,44 @@ def _call(step: _Step, body: Body, operands: list[Any]) -> list[Any]:
     return _evaluate(body.program, _body_inputs(body, operands), step.wanted_in(body))
 
 
-def _scan(step: _Step, body: Body, operands: Sequence[Any]) -> list[Any]:
+def _branch(step: Step, branches: Sequence[Body], operands: Sequence[Any]) -> list[Any]:
+    """Runs the branch that is chosen. What is wanted of the others is zero."""
+    index, *inputs = operands
+    count = len(step.positions)
+    types: dict[int, list[Any]] = {}
+
+    def of_branch(number: int, *inputs: Any) -> list[Any]:
+        body = branches[number]
+        inside = [each for each in step.inside if each.path[0] == number]
+        further = tuple(each._replace(path=each.path[1:]) for each in inside)
+        wanted = step._replace(inside=further).wanted_in(body)
+        found = _evaluate(body.program, _body_inputs(body, inputs), wanted)
+        types[number] = [jax.typeof(value) for value in found[count:]]
+        return found
+
+    def run(number: int, *inputs: Any) -> list[Any]:
+        found = of_branch(number, *inputs)
+        of_branches: dict[int, Iterator[Any]] = {
+            other: map(_zeros, of_types) for other, of_types in types.items()
+        }
+        of_branches[number] = iter(found[count:])
+        return found[:count] + [next(of_branches[each.path[0]]) for each in step.inside]
+
+    runs = [functools.partial(run, number) for number in range(len(branches))]
+    for number in range(len(branches)):
+        jax.eval_shape(functools.partial(of_branch, number), *inputs)
+    return list(jax.lax.switch(index, runs, *inputs))
+
+
+def _zeros(of_type: Any) -> Array:
+    zeros = jnp.zeros(of_type.shape, of_type.dtype)
+    return _compat.varying_over(zeros, _compat.varying_axes_of(of_type))
+
+
+def _scan(step: Step, body: Body, operands: Sequence[Any]) -> list[Any]:
     """Scans over the live carries alone. Accumulators that nothing reads are left out."""
     layout = scan_layout(step.equation, body)
-    live = _live_carries(step, body)
+    live = live_carries(step, body)
     consts = list(operands[: layout.consts])
     carries = [operands[layout.consts + index] for index in live]
     stacked = [position for position in step.positions if position >= layout.carries]

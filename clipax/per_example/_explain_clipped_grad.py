@@ -8,9 +8,10 @@ import jax
 
 from clipax._core import _checks, _compat, _leaves
 from clipax.per_example._calls import ArgNames, ArgNums, call_of, loss_of
-from clipax.per_example._measured import traced
+from clipax.per_example._measured import Traced, traced
 from clipax.per_example._memory import Memory, check_memory, second_pass
-from clipax.per_example._plans import Plan
+from clipax.per_example._overlooked import overlooked
+from clipax.per_example._plans import DO_NOT_COMPARE, MUTABLE, Plan
 
 _HEAD = ("leaf", "shape", "norm of one example", "why", "products", "kept")
 _NUMBERS = {"products", "kept"}
@@ -43,7 +44,9 @@ def explain_clipped_grad(
 
     The last columns are the number of multiplications for the norm, and how many numbers are
     kept for the sum, as a share of the leaf's size. With "twice", none are kept. If the examples
-    together keep more numbers than there are parameters, the last line says what keeps fewer.
+    together keep more numbers than there are parameters, a line says what keeps fewer.
+    Another says what would help a leaf that is made for each example although its factors are
+    smaller.
 
     Raises:
       ValueError: As `clipped_grad`.
@@ -93,7 +96,7 @@ def explain_clipped_grad(
                 for name, text, width in cells
             ).rstrip()
         )
-    for line in _advice(plans, call.examples):
+    for line in [*_advice(plans, call.examples), *_help(known)]:
         print(line)  # noqa: T201
 
 
@@ -128,3 +131,22 @@ def _advice(plans: Sequence[Plan], examples: Any) -> list[str]:
         " those of a few examples,",
         'memory="twice" none.',
     ]
+
+
+_HELP = {
+    DO_NOT_COMPARE: "it has products that do not compare. Use it in one shape, or in parts that"
+    " do not overlap.",
+    f"comes from {MUTABLE}": f"it comes from {MUTABLE}. Use others.",
+}
+
+
+def _help(known: Traced) -> list[str]:
+    """Says what would give factors to leaves that have none although they would be smaller."""
+    found = []
+    for plan, variable in zip(known.plans, known.program.gradients, strict=True):
+        entries = overlooked(plan, known.program.scope, variable)
+        if entries is not None:
+            why = f"it {plan.why}. Do that to activations instead, where it gives the same."
+            why = _HELP.get(plan.why, why)
+            found.append(f"No factors for {plan.name} ({entries:,} numbers): {why}")
+    return found

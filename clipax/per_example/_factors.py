@@ -39,8 +39,8 @@ class Factors:
         return dataclasses.replace(self, lhs=lhs, rhs=rhs)
 
     def widened(self, dtype: Any) -> "Factors":
-        lhs = self.lhs if self.is_one_hot else self.lhs.astype(dtype)
-        return self.with_arrays(lhs, self.rhs.astype(dtype))
+        lhs = self.lhs if self.is_one_hot else _leaves.widened(self.lhs, dtype)
+        return self.with_arrays(lhs, _leaves.widened(self.rhs, dtype))
 
 
 def factors_of(term: Product, values: Values, examples: int) -> Factors:
@@ -81,7 +81,7 @@ def of_one_dtype(*arrays: Array) -> list[Array]:
     dtypes = {array.dtype for array in arrays}
     if len(dtypes) == 1:
         return list(arrays)
-    wide = _leaves.wide_dtype(*dtypes)
+    wide = np.result_type(*(_leaves.widened_dtype(dtype, *dtypes) for dtype in dtypes))
     return [array.astype(wide) for array in arrays]
 
 
@@ -123,7 +123,7 @@ def _prepared(operand: Operand, values: Values) -> Array:
     ]
     prepared, by = of_one_dtype(prepared, by)
     # What a narrow type holds of the whole product need not fit it here.
-    wide = _leaves.wide_dtype(prepared.dtype)
+    wide = _leaves.widened_dtype(prepared.dtype)
     return jnp.einsum(
         prepared, subscripts[0], by, subscripts[1], subscripts[2], preferred_element_type=wide
     )
@@ -141,7 +141,7 @@ def weighted_product(parts: Factors, weights: Sequence[Array]) -> Array:
 
     Each weight is the product of several numbers, because one float cannot hold a very small one.
     """
-    wide = _leaves.wide_dtype(parts.rhs.dtype)
+    wide = _leaves.widened_dtype(parts.rhs.dtype)
     # bfloat16 has the range of float32, and its products are fast.
     narrow = parts.rhs.dtype if parts.rhs.dtype == jnp.bfloat16 else wide
     rhs = parts.rhs.astype(wide)

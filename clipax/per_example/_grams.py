@@ -1,7 +1,7 @@
 """Norms of products for all examples, from their factors.
 
-For `g = lhs^T rhs`, summed over t, `|g|^2 = sum((lhs lhs^T) * (rhs rhs^T))`: the Gram matrices of
-the factors are t x t, however large g is.
+For `g = lhs^T rhs`, summed over t, `|g|^2 = sum((lhs lhs^H) * (rhs rhs^H))`: the Gram matrices of
+the factors are t x t, however large g is. `^H` also conjugates, where numbers are complex.
 """
 
 import functools
@@ -48,7 +48,7 @@ def row_norms_in_two_reads(array: Array) -> Array:
     """The same as `row_norms` by a short program, without a branch."""
     array = jnp.abs(array) if jnp.iscomplexobj(array) else array
     scaled, unit = _in_units(array.reshape(array.shape[0], math.prod(array.shape[1:])))
-    return unit * jnp.sqrt(jnp.sum(scaled * scaled, 1))
+    return unit * jnp.sqrt(jnp.sum(_leaves.squared_modulus(scaled), 1))
 
 
 # A sum that is smaller than this share of its parts has lost too many digits.
@@ -89,10 +89,14 @@ def _joined(factors: Sequence[Factors]) -> list[Factors]:
 
 def _in_units(array: Array) -> tuple[Array, Array]:
     """Divides each example's array by its largest entry, in the width of norms."""
-    wide = array.astype(_leaves.wide_dtype(array.dtype))
+    wide = _leaves.widened(array)
     largest = jnp.max(jnp.abs(wide), tuple(range(1, array.ndim)), initial=0)
     unit = _range.finite_or_one(largest)
-    return wide / unit.reshape(-1, *[1] * (array.ndim - 1)), unit
+    by = unit.reshape(-1, *[1] * (array.ndim - 1))
+    if jnp.iscomplexobj(wide):
+        # A quotient of complex numbers can leave the range of floats on its way.
+        return jax.lax.complex(wide.real / by, wide.imag / by), unit
+    return wide / by, unit
 
 
 def _scaled(part: Factors) -> tuple[Factors, Array]:
@@ -112,7 +116,7 @@ def _inner(one: Any, other: Any) -> tuple[Array, Array]:
     """The inner product of two gradients for each example, with the sum of its parts' moduli."""
     if not isinstance(other, Factors):
         return _inner_with_constant(one, other)
-    between_columns = _einsum("bnto,bnso->bnts", one.rhs, other.rhs)
+    between_columns = _einsum("bnto,bnso->bnts", one.rhs, jnp.conj(other.rhs))
     if one.is_one_hot and other.is_one_hot:
         is_same = one.lhs[..., :, None] == other.lhs[..., None, :]
         is_inside = one.lhs[..., :, None] < one.rows
@@ -121,15 +125,16 @@ def _inner(one: Any, other: Any) -> tuple[Array, Array]:
         # Looks up (examples, shared, s, rows) at the rows of each t.
         places = jnp.minimum(one.lhs, one.rows - 1)[..., None]
         looked_up = jnp.take_along_axis(jnp.swapaxes(other.lhs, 2, 3), places, 2)
-        between_rows = jnp.where(one.lhs[..., None] < one.rows, looked_up, 0)
+        between_rows = jnp.where(one.lhs[..., None] < one.rows, jnp.conj(looked_up), 0)
     else:
-        between_rows = _einsum("bnti,bnsi->bnts", one.lhs, other.lhs)
+        between_rows = _einsum("bnti,bnsi->bnts", one.lhs, jnp.conj(other.lhs))
     return _summed(between_rows * between_columns)
 
 
 def _inner_with_constant(one: Any, constant: Array) -> tuple[Array, Array]:
     if not isinstance(one, Factors):
-        return _summed((one * constant)[None])
+        return _summed(_leaves.squared_modulus(constant)[None])
+    constant = jnp.conj(constant)
     if one.is_one_hot:
         places = jnp.minimum(one.lhs, one.rows - 1)
         rows = jax.vmap(jax.vmap(lambda block, index: block[index]), (None, 0))(constant, places)
@@ -140,17 +145,27 @@ def _inner_with_constant(one: Any, constant: Array) -> tuple[Array, Array]:
 
 
 def _summed(products: Array) -> tuple[Array, Array]:
+    products = jnp.real(products)  # Each is added to its conjugate.
     axes = tuple(range(1, products.ndim))
     return jnp.sum(products, axes), jnp.sum(jnp.abs(products), axes)
 
 
-def made_norms(factors: Sequence[Factors], constant: Array | None) -> Array:
-    """The same norms as `gram_norms`, from gradients that are made one example at a time."""
+def made_norms(sums: Sequence[tuple[Sequence[Factors], Array | None]]) -> list[Array]:
+    """The same norms as `gram_norms` for several sums, from gradients of one example at a time.
 
-    def norm_of_one(factors: Sequence[Factors]) -> Array:
-        alone = jax.tree.map(lambda array: array[None], factors)
-        blocks = [_leaves.widened(each_product(part)) for part in alone]
-        blocks += [] if constant is None else [_leaves.widened(constant)[None]]
-        return row_norms_in_two_reads(functools.reduce(jnp.add, blocks))[0]
+    They are made in one loop, because each loop takes a compiler long.
+    """
+    constants = [constant for _, constant in sums]
 
-    return jax.lax.map(norm_of_one, factors)
+    def norms_of_one(example: Any) -> list[Array]:
+        return [_made_norm(*each) for each in zip(example, constants, strict=True)]
+
+    return list(jax.lax.map(norms_of_one, [list(factors) for factors, _ in sums]))
+
+
+@jax.jit
+def _made_norm(factors: Sequence[Factors], constant: Array | None) -> Array:
+    alone = jax.tree.map(lambda array: array[None], factors)
+    blocks = [_leaves.widened(each_product(part)) for part in alone]
+    blocks += [] if constant is None else [_leaves.widened(constant)[None]]
+    return row_norms_in_two_reads(functools.reduce(jnp.add, blocks))[0]

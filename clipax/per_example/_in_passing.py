@@ -35,6 +35,9 @@ def norms_in_passing(
     dtypes = [_leaves.wide_dtype(leaf.dtype) for leaf in jax.tree.leaves(program.gradient)]
     rows = zip(of_leaves, dtypes, strict=True)
     norms = [_joined([values[reading][0] for reading in each], dtype) for each, dtype in rows]
+    # The norm of an unused leaf is zero everywhere, and needs the type of one that is made.
+    axes = {axis for leaf in jax.tree.leaves(call.batch) for axis in _compat.varying_axes(leaf)}
+    norms = [_compat.varying_over(norm, axes) for norm in norms]
     each_exact = [is_exact for _, is_exact in map(values.__getitem__, readings)]
     exact = [jnp.all(_rows(is_exact), 1) for is_exact in each_exact if is_exact is not None]
     if not exact:

@@ -51,8 +51,9 @@ def _norms_at_once(leaves: Sequence[LeafGradients], mask: Array | None) -> list[
         return norms
 
     def again() -> list[Array]:
-        pairs = zip(leaves, rows, strict=True)
-        return [norm if each is None else _norms_of_made(leaf) for leaf, (norm, each) in pairs]
+        sums = [leaf for leaf, (_, each) in zip(leaves, rows, strict=True) if each is not None]
+        made = iter(_norms_of_made(sums))
+        return [norm if each is None else next(made) for norm, each in rows]
 
     return list(_branches.where_any(is_inexact(exact, mask), again, lambda: norms))
 
@@ -81,11 +82,14 @@ def norms_of(leaf: LeafGradients) -> tuple[Array, Array | None]:
     return jnp.zeros((leaf.kind.examples,), dtype), None
 
 
-@jax.jit
-def _norms_of_made(leaf: LeafGradients) -> Array:
-    block, rest = _block_and_rest(leaf)
-    norms = _grams.made_norms(leaf.products, block)
-    return _grams.with_rest(norms, rest).astype(_leaves.wide_dtype(leaf.kind.dtype))
+def _norms_of_made(leaves: Sequence[LeafGradients]) -> list[Array]:
+    constants = [_block_and_rest(leaf) for leaf in leaves]
+    sums = [(leaf.products, block) for leaf, (block, _) in zip(leaves, constants, strict=True)]
+    rows = zip(leaves, _grams.made_norms(sums), constants, strict=True)
+    return [
+        _grams.with_rest(norm, rest).astype(_leaves.wide_dtype(leaf.kind.dtype))
+        for leaf, norm, (_, rest) in rows
+    ]
 
 
 def _block_and_rest(leaf: LeafGradients) -> tuple[Array | None, Array | None]:
@@ -93,7 +97,7 @@ def _block_and_rest(leaf: LeafGradients) -> tuple[Array | None, Array | None]:
     if leaf.constant is None:
         return None, None
     dtypes = [part.rhs.dtype for part in leaf.products]
-    constant = leaf.constant.astype(_leaves.wide_dtype(leaf.kind.dtype, *dtypes))
+    constant = _leaves.widened(leaf.constant, _leaves.wide_dtype(leaf.kind.dtype, *dtypes))
     assembly = leaf.products[0].assembly
     block = assembly.taken_apart(constant)
     return block, assembly.rest_of(constant, block)

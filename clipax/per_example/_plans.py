@@ -23,6 +23,13 @@ from clipax.per_example._walk import terms_of
 _PASSES_OF_A_SCATTER = 4
 
 
+# Reasons why a gradient is made for each example.
+CHEAPER = "cheaper than its factors"
+DO_NOT_COMPARE = "products that do not compare"
+MUTABLE = "a program with mutable arrays"
+PASSED = "an input of a scan"
+
+
 class Way(enum.Enum):
     """How the norm of a leaf's gradient is found."""
 
@@ -111,10 +118,10 @@ def plan(name: str, leaf: Any, scope: Scope, variable: Any) -> Plan:
 
 def _terms(scope: Scope, variable: Any) -> tuple[Placed, ...]:
     if scope.is_mutable:
-        return scope.whole(variable, "a program with mutable arrays")
+        return scope.whole(variable, MUTABLE)
     terms = terms_of(scope, variable)
     found = tuple(term for term in terms if not isinstance(term, Passed))
-    return found if len(found) == len(terms) else scope.whole(variable, "an input of a scan")
+    return found if len(found) == len(terms) else scope.whole(variable, PASSED)
 
 
 def _counted(parts: int) -> str:
@@ -143,14 +150,13 @@ def _cheapest(
         return Plan(*facts, tuple(terms), Way.EACH, f"comes from {'; '.join(reasons)}", size, size)
     aligned = _aligned(products)
     if aligned is None:
-        why = "products that do not compare"
-        made = tuple(terms) if of_program is None else of_program(why)
-        return Plan(*facts, made, Way.EACH, why, size, size)
+        made = tuple(terms) if of_program is None else of_program(DO_NOT_COMPARE)
+        return Plan(*facts, made, Way.EACH, DO_NOT_COMPARE, size, size)
 
     found: tuple[Placed, ...] = (*aligned, *whole)
     sizes = [roles(term).sizes for term in aligned]
     summed = sum(each.summed for each in sizes)
-    kept = sum(map(_entries, aligned))
+    kept = sum(map(entries_of, aligned))
     if len(aligned) == 1 and not whole and _has_one_term_each(aligned[0]):
         return Plan(*facts, found, Way.OUTER, "a product that sums over nothing", kept, kept)
     by_gram = summed * kept
@@ -160,7 +166,7 @@ def _cheapest(
     if of_program is not None and size <= kept and not any(map(_is_costly, aligned)):
         # The program's own gradient does not repeat an operand that all examples share.
         found = of_program("")
-    return Plan(*facts, found, Way.EACH, "cheaper than its factors", by_each, min(size, kept))
+    return Plan(*facts, found, Way.EACH, CHEAPER, by_each, min(size, kept))
 
 
 def _has_one_term_each(term: Product) -> bool:
@@ -181,7 +187,8 @@ def _is_costly(term: Placed) -> bool:
     return has_windows or term.lhs.times is not None or term.rhs.times is not None
 
 
-def _entries(term: Product) -> int:
+def entries_of(term: Product) -> int:
+    """How many numbers the factors of a product have."""
     sizes = roles(term).sizes
     rows = 1 if term.one_hot is not None else sizes.rows
     return sizes.shared * sizes.summed * (rows + sizes.columns)

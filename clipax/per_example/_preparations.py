@@ -5,7 +5,7 @@ They are classes because two of them must be equal if they do the same: see `_ru
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,25 @@ class Stretch(NamedTuple):
 
     def __call__(self, first: Array) -> Array:
         return first[..., None] + jnp.arange(self.size, dtype=first.dtype)
+
+
+class Ones(NamedTuple):
+    """Turns each position into zeros with a one there."""
+
+    size: int
+    dtype: Any
+
+    def __call__(self, places: Array) -> Array:
+        return jax.nn.one_hot(places, self.size, dtype=self.dtype)
+
+
+class Multiplied(NamedTuple):
+    """Multiplies by a number, which is complex."""
+
+    number: complex
+
+    def __call__(self, value: Array) -> Array:
+        return value * jnp.asarray(self.number, value.dtype)
 
 
 class Squeezed(NamedTuple):

@@ -33,8 +33,9 @@ _PASSING = {
 class Ref(NamedTuple):
     """A variable of a program, or of the body of one of its equations."""
 
-    path: tuple[Equation, ...]
-    """The equations whose bodies enclose the variable, from the outermost."""
+    path: tuple[Any, ...]
+    """The equations whose bodies enclose the variable, from the outermost. After a `cond` comes
+    the number of the branch."""
     variable: Any
 
 
@@ -111,6 +112,15 @@ def body_of(equation: Equation) -> Body | None:
     if isinstance(inside, core.ClosedJaxpr):
         return Body(inside.jaxpr, tuple(inside.consts), name == "scan")
     return Body(inside, (), name == "scan")
+
+
+def branches_of(equation: Equation) -> list[Body]:
+    """The programs of which a `cond` runs one; none for other equations."""
+    # A platform, unlike an example, chooses before anything runs.
+    if equation.primitive.name != "cond" or equation.params.get("branches_platforms"):
+        return []
+    closed = equation.params["branches"]
+    return [Body(each.jaxpr, tuple(each.consts), False) for each in closed]
 
 
 def bodies(equation: Equation) -> Iterator[Program]:

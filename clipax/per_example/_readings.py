@@ -16,12 +16,12 @@ import numpy as np
 from clipax._core import _compat, _paths
 from clipax._core._typing import Array
 from clipax.per_example import _programs
-from clipax.per_example._evaluation import Reading
 from clipax.per_example._gradients import as_made, leaf_gradients
 from clipax.per_example._grams import row_norms
 from clipax.per_example._norms import beside_parts, norms_of
 from clipax.per_example._plans import Plan, plan
 from clipax.per_example._programs import Ref, is_variable, shape_of
+from clipax.per_example._schedules import Reading
 from clipax.per_example._scopes import Origin, Scope
 from clipax.per_example._tracing import ExampleProgram
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from clipax.per_example import _programs
-from clipax.per_example._programs import Body, Equation, Program, Ref, is_variable
+from clipax.per_example._dependence import depending, inputs_of_body
+from clipax.per_example._programs import Body, Equation, Program, Ref, is_variable, shape_of
 from clipax.per_example._terms import Axis, Operand, Terms, Whole
 
 
@@ -16,36 +18,41 @@ class Scope:
     def __init__(
         self,
         program: Program,
-        depends: Sequence[bool],
-        path: tuple[Equation, ...] = (),
+        depends: Sequence[bool] | None,
+        path: tuple[Any, ...] = (),
         outer: Scope | None = None,
+        *,
         is_step: bool = False,
+        is_branch: bool = False,
     ):
-        self.program, self.path, self.outer, self.is_step = program, path, outer, is_step
+        """Reads the program.
+
+        Args:
+          program: The program.
+          depends: Which of its inputs depend on the example; None if every variable does.
+          path: As that of a `Ref`.
+          outer: The enclosing scope.
+          is_step: Whether the program is the body of a scan.
+          is_branch: Whether it is a branch, whose values are zero where it is not chosen.
+        """
+        self.program, self.path, self.outer = program, path, outer
+        self.is_step, self.is_branch = is_step, is_branch
+        self.is_in_steps: bool = is_step or (outer is not None and outer.is_in_steps)
         self.inputs = {variable: index for index, variable in enumerate(program.invars)}
         self.made_by: dict[Any, tuple[Equation, int]] = {}
         self.terms: dict[Any, Terms] = {}
         """The terms of the variables that the walk has visited."""
-        self._bodies: dict[int, Scope] = {}
+        self._bodies: dict[Any, Scope] = {}
         self._origins: dict[Any, Origin] = {}
         self._numbers: dict[Any, Origin] = {}
         for equation in program.eqns:
             for position, variable in enumerate(equation.outvars):
                 self.made_by[variable] = (equation, position)
         self.is_mutable = outer is None and _programs.has_mutable_arrays(program)
-        self.depending = self._depending(depends)
-
-    def _depending(self, depends: Sequence[bool]) -> set[Any]:
-        if self.is_mutable:
-            # An example can write to a mutable array at one place and read it at any other.
-            return {*self.inputs, *self.made_by}
-        found = {
-            variable for variable, flag in zip(self.program.invars, depends, strict=True) if flag
-        }
-        for equation in self.program.eqns:
-            if any(is_variable(operand) and operand in found for operand in equation.invars):
-                found.update(equation.outvars)
-        return found
+        # An example can write to a mutable array at one place and read it at any other.
+        self.is_all_depending = self.is_mutable or depends is None
+        everything = {*program.constvars, *self.inputs, *self.made_by}
+        self.depending = everything if self.is_all_depending else depending(program, depends or ())
 
     def maker(self, atom: Any) -> tuple[Equation | None, int]:
         """The equation that makes a variable, with the position among its outputs."""
@@ -53,7 +60,8 @@ class Scope:
 
     def caller(self, atom: Any) -> Origin | None:
         """The operand of a call that is an input of its body; None for other variables."""
-        if self.outer is None or self.is_step or atom not in self.inputs:
+        is_call = self.outer is not None and not self.is_step and not self.is_branch
+        if self.outer is None or not is_call or atom not in self.inputs:
             return None
         return self.outer, self.path[-1].invars[self.inputs[atom]]
 
@@ -66,19 +74,41 @@ class Scope:
         place = _followed((self, atom), _repeated, lambda scope: scope._numbers)
         return None if place[1].aval.ndim else place
 
+    def vector(self, atom: Any, shape: tuple[int, ...]) -> tuple[Origin, int] | None:
+        """The vector that is repeated to make an array of a shape, with its axis there."""
+        scope, atom = self.origin(atom)
+        places = list(range(len(shape_of(atom))))
+        equation, _ = scope.maker(atom)
+        while equation is not None and equation.primitive.name == "broadcast_in_dim":
+            places = [places[axis] for axis in equation.params["broadcast_dimensions"]]
+            scope, atom = scope.origin(equation.invars[0])
+            equation, _ = scope.maker(atom)
+        longer = [place for place, size in zip(places, shape_of(atom), strict=True) if size != 1]
+        is_vector = len(longer) == 1 and math.prod(shape_of(atom)) < math.prod(shape)
+        return ((scope, atom), longer[0]) if is_vector else None
+
     def depends_on_example(self, variable: Any) -> bool:
         return is_variable(variable) and variable in self.depending
 
     def inside(self, equation: Equation, body: Body) -> Scope:
         if id(equation) not in self._bodies:
-            # What one step of a scan makes of an example reaches all later steps.
-            anything = any(map(self.depends_on_example, equation.invars))
-            each = [self.depends_on_example(operand) for operand in equation.invars]
-            depends = [anything] * len(each) if body.is_scan else each
+            flags = list(map(self.depends_on_example, equation.invars))
+            depends = None if self.is_all_depending else inputs_of_body(equation, body, flags)
             path = (*self.path, equation)
-            inside = Scope(body.program, depends, path, self, body.is_scan)
+            inside = Scope(body.program, depends, path, self, is_step=body.is_scan)
             self._bodies[id(equation)] = inside
         return self._bodies[id(equation)]
+
+    def branch(self, equation: Equation, number: int, body: Body) -> Scope:
+        """One branch of a `cond`."""
+        key = id(equation), number
+        if key not in self._bodies:
+            index, *operands = map(self.depends_on_example, equation.invars)
+            # An example that chooses another branch has zeros here.
+            depends = None if index else operands
+            path = (*self.path, equation, number)
+            self._bodies[key] = Scope(body.program, depends, path, self, is_branch=True)
+        return self._bodies[key]
 
     def whole(self, variable: Any, why: str) -> tuple[Whole]:
         return (Whole(self.ref(variable), self.depends_on_example(variable), why),)

@@ -79,7 +79,10 @@ class Product(NamedTuple):
     def operands(self) -> list[Operand]:
         """All operands, with those inside others."""
         found = [self.lhs, self.rhs, *self.scalars]
-        return found + [each.times.by for each in found if each.times is not None]
+        for each in found:
+            # The list grows while it is read.
+            found += [] if each.times is None else [each.times.by]
+        return found
 
 
 class Whole(NamedTuple):

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from clipax.per_example._calls import Call
-from clipax.per_example._evaluation import Wanted, evaluate
+from clipax.per_example._evaluation import evaluate
+from clipax.per_example._schedules import Wanted
 from clipax.per_example._tracing import ExampleProgram
 
 

@@ -77,3 +77,18 @@ def assert_the_same(loss_fn: Any, w: jax.Array, batch: jax.Array, **options: Any
     wanted = norms(each)
     zoo.assert_near(found, wanted, 1e-6)
     zoo.assert_near(grads, weighted_sum(each, hard(wanted, float(bound))), 1e-6)
+
+
+def assert_leaves_the_same(loss_fn: Any, params: Any, batch: Any, **options: Any) -> None:
+    """The same for several parameters, and the norms leaf by leaf."""
+
+    def run(params: Any, batch: Any) -> Any:
+        each = jax.vmap(jax.grad(loss_fn), (None, 0))(params, batch)
+        clip = clipax.clipped_grad(loss_fn, BOUND, mean=False, **options)
+        by_leaf = clipax.per_example_norms(loss_fn, per_leaf=True, **options)
+        return each, by_leaf(params, batch), clip(params, batch)[0]
+
+    each, found, grads = trees.quick_jit(run)(params, batch)
+    each = jax.tree.map(np.asarray, each)
+    zoo.assert_near(found, norms_of_leaves(each), 1e-6)
+    zoo.assert_near(grads, weighted_sum(each, hard(norms(each), BOUND)), 1e-6)

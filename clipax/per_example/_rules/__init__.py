@@ -11,13 +11,17 @@ the operands to walk on to, and a function that makes the terms of this equation
 | `_moves` | move all entries: `transpose`, `reshape`, `rev`, `squeeze`, `broadcast_in_dim` |
 | `_parts` | move some entries: `slice`, `split`, `pad`, `concatenate`, `stack` |
 | `_scales` | scale entries: `mul`, `div`, `neg`, `convert_element_type` |
+| `_complex` | take complex numbers apart: `real`, `imag`, `conj` |
 | `_scans` | repeat a body: `scan` |
+| `_branches` | choose a body: `cond` |
 
 To add a primitive, write its rule in the module of its subject and enter it by
 `@rule("its name")`. A primitive without a rule is no error: the gradient is then made there
 for each example.
 """
 
+from clipax.per_example._rules import _branches as _branches
+from clipax.per_example._rules import _complex as _complex
 from clipax.per_example._rules import _lookups as _lookups
 from clipax.per_example._rules import _moves as _moves
 from clipax.per_example._rules import _parts as _parts

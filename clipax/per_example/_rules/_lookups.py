@@ -4,17 +4,19 @@ They are products too: of updates with the rows of a matrix of zeros and ones.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from clipax.per_example._preparations import Place, Places, Squeezed, Stretch
+from clipax._core import _leaves
+from clipax.per_example._preparations import Ones, Place, Places, Squeezed, Stretch
 from clipax.per_example._programs import shape_of
-from clipax.per_example._rules._products import axes_of, product
+from clipax.per_example._rules._products import axes_of, multiplied, product
 from clipax.per_example._rules._recipes import Recipe, Site, rule
 from clipax.per_example._rules._sums import total
-from clipax.per_example._terms import Axis, Move
+from clipax.per_example._terms import Axis, Move, Operand
 
 
 class _Table(NamedTuple):
@@ -65,9 +67,9 @@ def _scatter_add(site: Site) -> Recipe | None:
         back = tuple(int(axis) for axis in np.argsort(order))
         moves = Move("transpose", (back,)).after(moves)
         axes = [place, *(out[axis] for axis in beside)]
-        new = product(rows, values, axes, one_hot=place, moves=moves)
+        new = product(site, rows, values, axes, one_hot=place, moves=moves)
     else:
-        new = product(rows, values, out, one_hot=place)
+        new = product(site, rows, values, out, one_hot=place)
     if new is None:
         return None
     return Recipe([site.origin(0)], lambda terms: total(site, [(terms, 1.0), (new, 1.0)]))
@@ -103,26 +105,32 @@ def _table(site: Site, is_inside: bool) -> _Table | None:
 
 @rule("dynamic_update_slice")
 def _dynamic_update_slice(site: Site) -> Recipe | None:
-    """The transpose of a look-up of rows in succession, from a place that is not known yet."""
+    """The transpose of a look-up of a block, from a place that is not known yet."""
     operand, update, *starts = site.operands
     out, update_axes = axes_of(operand), axes_of(update)
-    smaller = [
-        index
-        for index, (one, other) in enumerate(zip(out, update_axes, strict=True))
-        if one.size != other.size
-    ]
-    if len(smaller) != 1:
+    smaller = [index for index, axis in enumerate(out) if update_axes[index].size != axis.size]
+    if not smaller or not (len(smaller) == 1 or all(_leaves.is_known(axis.size) for axis in out)):
         return None
-    (place,) = smaller
-    rows = update_axes[place]
-    axes = [rows if index == place else axis for index, axis in enumerate(out)]
-    first = Place(out[place].size - rows.size + 1, is_clipped=True)
-    new = product(
-        site.scope.operand(starts[place], [rows], first, Stretch(rows.size)),
-        site.scope.operand(update, axes),
-        out,
-        one_hot=out[place],
-        distinct=rows,
-    )
+
+    def places(index: int, axes: Sequence[Axis], *preparations: Any) -> Operand:
+        size = update_axes[index].size
+        first = Place(out[index].size - size + 1, is_clipped=True)
+        return site.scope.operand(starts[index], axes, first, Stretch(size), *preparations)
+
+    # The rows are along the longest axis. Along the others, the update is moved to its place.
+    row = max(smaller, key=lambda index: out[index].size)
+    axes = [update_axes[index] if index in smaller else axis for index, axis in enumerate(out)]
+    moving: Operand | None = None
+    for index in smaller:
+        if index != row:
+            pair = update_axes[index], out[index]
+            ones = places(index, pair, Ones(out[index].size, update.aval.dtype))
+            moving = ones if moving is None else multiplied(ones, moving, (*pair, *moving.axes))
+    values = site.scope.operand(update, axes)
+    if moving is not None:
+        after = [axes[row] if index == row else axis for index, axis in enumerate(out)]
+        values = multiplied(values, moving, after)
+    rows = axes[row]
+    new = product(site, places(row, [rows]), values, out, one_hot=out[row], distinct=rows)
     # The rows replace other entries. That is a sum only if those are zero.
     return Recipe([site.origin(0)], lambda terms: None if terms else new)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from clipax.per_example._preparations import Grouped, Windows
@@ -38,28 +37,28 @@ def _dot_general(site: Site) -> Recipe | None:
     ]
     one, other = site.scope.operand(lhs, lhs_axes), site.scope.operand(rhs, rhs_axes)
     out = (*batch, *free)
-    found = product(one, other, out, precision=site.params["precision"])
+    found = product(site, one, other, out, precision=site.params["precision"])
     if found is None or (one.depends and other.depends):
         return finished(found)
     # It can be the gradient of a low-rank factor of a weight, from the gradient of the weight.
     index, axes, factor = (0, lhs_axes, other) if one.depends else (1, rhs_axes, one)
 
     def combine(terms: Terms) -> Terms | None:
-        return changed(terms, lambda term: _times(term, axes, factor, out)) or found
+        return changed(terms, lambda term: contracted(term, axes, factor, out)) or found
 
     return Recipe([site.origin(index)], combine)
 
 
-def _times(
+def contracted(
     term: Product, axes: Sequence[Axis], factor: Operand, out: Sequence[Axis]
 ) -> Product | None:
-    """A product times a matrix, which multiplies one of its operands; None where that is no gain.
+    """Contracts a product with an array by one of its operands; None where that is no gain.
 
     Args:
       term: The product.
       axes: The axes by which the multiplication names those of the product.
-      factor: The matrix.
-      out: The axes of the result.
+      factor: The array.
+      out: The axes of the result, which is summed over the others.
     """
     if term.moves or term.box is not None or term.one_hot is not None:
         return None
@@ -69,31 +68,33 @@ def _times(
     if sizes.shared * sizes.summed * (sizes.rows + sizes.columns) >= sizes.result:
         return None
     own = dict(zip(axes, term.out, strict=True))
-    both = [axis for axis in axes if axis in factor.axes]
-    if len(both) != 1 or both[0] in out:
-        return None
-    summed = own[both[0]]
-    is_of_lhs = summed in term.lhs.all_axes
-    before = term.lhs if is_of_lhs else term.rhs
-    if summed in roles(term).shared or summed not in before.axes or before.times is not None:
+    gone = [own[axis] for axis in axes if axis not in out]
+    for before, other in ((term.lhs, term.rhs), (term.rhs, term.lhs)):
+        dropped = [axis for axis in gone if axis in before.axes and axis not in other.all_axes]
+        if dropped and before.times is None:
+            break
+    else:
         return None
     factor = factor._replace(axes=tuple(own.get(axis, axis) for axis in factor.axes))
-    after = tuple(axis for axis in (*before.axes, *factor.axes) if axis is not summed)
-    operand = before._replace(axes=after, times=Times(before.axes, factor))
+    more = (axis for axis in factor.axes if axis not in before.all_axes)
+    after = (*(axis for axis in before.axes if axis not in dropped), *more)
+    operand = multiplied(before, factor, after)
     term = term._replace(out=tuple(own.get(axis, axis) for axis in out))
-    return term._replace(lhs=operand) if is_of_lhs else term._replace(rhs=operand)
+    return term._replace(lhs=operand) if before is term.lhs else term._replace(rhs=operand)
 
 
-def product(lhs: Operand, rhs: Operand, out: Sequence[Axis], **options: Any) -> Terms | None:
+def multiplied(operand: Operand, by: Operand, axes: Sequence[Axis]) -> Operand:
+    """An operand that has no factor yet, with one that makes these axes."""
+    return operand._replace(axes=tuple(axes), times=Times(operand.axes, by))
+
+
+def product(
+    site: Site, lhs: Operand, rhs: Operand, out: Sequence[Axis], **options: Any
+) -> Terms | None:
     """A product of two operands, or None if there is no cheap way to its norm."""
-    # A product of values that all examples share is made once. Norms of complex products would
-    # need conjugates.
-    depends = lhs.depends or rhs.depends
-    is_real = not any(
-        jnp.issubdtype(operand.ref.variable.aval.dtype, np.complexfloating)
-        for operand in (lhs, rhs)
-    )
-    return (Product(lhs, rhs, tuple(out), **options),) if depends and is_real else None
+    # A product of values that all examples share is made once, but for each step of a scan.
+    depends = lhs.depends or rhs.depends or site.scope.is_in_steps
+    return (Product(lhs, rhs, tuple(out), **options),) if depends else None
 
 
 def axes_of(variable: Any) -> list[Axis]:
@@ -143,6 +144,7 @@ def _conv(site: Site) -> Recipe | None:
         Move("transpose", (tuple(order[int(axis)] for axis in np.argsort(numbers.out_spec)),)),
     )
     found = product(
+        site,
         site.scope.operand(lhs, [feature, *places, *window, group, row], windows),
         site.scope.operand(rhs, [group, column, feature, *places], grouped),
         out,

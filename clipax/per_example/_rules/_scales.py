@@ -1,25 +1,30 @@
 """Rules of primitives that scale entries, or change their type."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 
-from clipax.per_example._programs import is_variable
+from clipax.per_example._preparations import Multiplied
+from clipax.per_example._programs import is_variable, shape_of
+from clipax.per_example._rules._complex import real_part
+from clipax.per_example._rules._products import multiplied
 from clipax.per_example._rules._recipes import Recipe, Site, changed, rule, term_by_term
 from clipax.per_example._scopes import Origin
-from clipax.per_example._terms import Terms
+from clipax.per_example._terms import Axis, Operand, Product, Terms
+
+_Scaling: TypeAlias = Callable[[Terms], Terms | None]
 
 
 @rule("mul")
-def _mul(site: Site) -> Recipe | None:
-    pairs = [(site.origin(index), site.scope.number(site.operands[1 - index])) for index in (0, 1)]
-    scaled = [(place, number) for place, number in pairs if number is not None]
+def _mul(site: Site) -> Recipe:
+    pairs = [(site.origin(index), _scaling(site, 1 - index)) for index in (0, 1)]
+    scaled = [(place, scaling) for place, scaling in pairs if scaling is not None]
 
     def combine(*found: Terms) -> Terms | None:
-        products = (
-            _scaled(terms, number) for terms, (_, number) in zip(found, scaled, strict=True)
-        )
+        rows = zip(found, scaled, strict=True)
+        products = (scaling(terms) for terms, (_, scaling) in rows)
         return next((terms for terms in products if terms is not None), None)
 
     return Recipe([place for place, _ in scaled], combine)
@@ -27,15 +32,26 @@ def _mul(site: Site) -> Recipe | None:
 
 @rule("div")
 def _div(site: Site) -> Recipe | None:
-    number = site.scope.number(site.operands[1])
-    if number is None:
-        return None
-    return Recipe([site.origin(0)], lambda terms: _scaled(terms, number, jnp.reciprocal))
+    scaling = _scaling(site, 1, jnp.reciprocal)
+    return None if scaling is None else Recipe([site.origin(0)], scaling)
+
+
+def _scaling(site: Site, index: int, *preparations: Any) -> _Scaling | None:
+    """What multiplies terms by an operand: a number, or a vector along one axis."""
+    if shape_of(site.operands[1 - index]) != shape_of(site.variable):
+        return None  # No term can be repeated.
+    number = site.scope.number(site.operands[index])
+    if number is not None:
+        return lambda terms: _scaled(terms, number, *preparations)
+    vector = site.scope.vector(site.operands[index], shape_of(site.variable))
+    return None if vector is None else lambda terms: _along(terms, *vector, *preparations)
 
 
 def _scaled(terms: Terms, number: Origin, *preparations: Any) -> Terms | None:
     """Multiplies terms by a number."""
     scale = _constant(number[1], *preparations)
+    if isinstance(scale, complex):
+        return changed(terms, lambda term: _times_complex(term, scale))
     if scale is not None:
         return changed(terms, lambda term: term._replace(scale=term.scale * scale))
     if not terms:
@@ -46,14 +62,48 @@ def _scaled(terms: Terms, number: Origin, *preparations: Any) -> Terms | None:
     return changed(terms, lambda term: term._replace(scalars=(*term.scalars, scalar)))
 
 
-def _constant(atom: Any, *preparations: Any) -> float | None:
+def _constant(atom: Any, *preparations: Any) -> float | complex | None:
     """The value of a number, or of its reciprocal, if it is a literal of the program."""
-    is_real = jnp.issubdtype(atom.aval.dtype, np.floating)
-    if is_variable(atom) or not is_real or not np.isfinite(value := float(atom.val)):
+    if is_variable(atom) or not jnp.issubdtype(atom.aval.dtype, np.inexact):
+        return None
+    value = complex(atom.val)
+    number = value if value.imag else value.real
+    if not np.isfinite(number):
         return None
     if not preparations:
-        return value
-    return 1 / value if value else None
+        return number
+    return 1 / number if number else None
+
+
+def _times_complex(term: Product, number: complex) -> Product:
+    preparation: Any = Multiplied(number)
+    rhs = term.rhs._replace(preparations=(*term.rhs.preparations, preparation))
+    return term._replace(rhs=rhs)
+
+
+def _along(terms: Terms, vector: Origin, axis: int, *preparations: Any) -> Terms | None:
+    """Multiplies terms by a vector along an axis."""
+    if not terms:
+        return None
+    scope, atom = vector
+
+    def change(term: Product) -> Product | None:
+        if term.moves or term.box is not None or not (term.lhs.depends and term.rhs.depends):
+            return None
+        own = term.out[axis]
+        names = [own if size != 1 else Axis(1) for size in shape_of(atom)]
+        factor = scope.operand(atom, names, *preparations)
+
+        def can_take(operand: Operand) -> bool:
+            return own in operand.axes and operand.times is None
+
+        if can_take(term.rhs):
+            return term._replace(rhs=multiplied(term.rhs, factor, term.rhs.axes))
+        if can_take(term.lhs) and term.one_hot is None:
+            return term._replace(lhs=multiplied(term.lhs, factor, term.lhs.axes))
+        return None
+
+    return changed(terms, change)
 
 
 @rule("neg")
@@ -63,8 +113,14 @@ def _neg(site: Site) -> Recipe:
 
 @rule("convert_element_type")
 def _cast(site: Site) -> Recipe | None:
-    # A norm is taken before rounding, and the sum is cast at the end.
-    is_float = jnp.issubdtype(site.params["new_dtype"], np.floating)
-    return (
-        term_by_term(site.origin(0), lambda term: term, moves_entries=True) if is_float else None
+    before, after = site.operands[0].aval.dtype, site.params["new_dtype"]
+    was_complex, is_complex = (
+        jnp.issubdtype(dtype, np.complexfloating) for dtype in (before, after)
     )
+    if was_complex and not is_complex:
+        return real_part(site)
+    # The operands of complex products are complex.
+    if was_complex != is_complex or not jnp.issubdtype(after, np.inexact):
+        return None
+    # A norm is taken before rounding, and the sum is cast at the end.
+    return term_by_term(site.origin(0), lambda term: term, moves_entries=True)

@@ -3,7 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-from clipax.per_example._rules._recipes import Recipe, Site, rule, term_by_term
+from clipax.per_example._programs import shape_of
+from clipax.per_example._rules._products import axes_of, contracted
+from clipax.per_example._rules._recipes import Recipe, Site, changed, rule, term_by_term
 from clipax.per_example._scopes import Origin
 from clipax.per_example._terms import Axis, Operand, Product, Term, Terms, Whole
 
@@ -18,12 +20,34 @@ def _reduce_sum(site: Site) -> Recipe:
         kept = [axis for index, axis in enumerate(term.out) if index not in summed]
         return term._replace(out=tuple(kept), box=term.box and term.box.without(summed))
 
-    return term_by_term(site.origin(0), change)
+    scope, atom = site.origin(0)
+    equation, _ = scope.maker(atom)
+    operands = equation.invars if equation and equation.primitive.name == "mul" else []
+    flags = list(map(scope.depends_on_example, operands))
+    if sum(flags) != 1 or len(set(map(shape_of, operands))) != 1:
+        return term_by_term(site.origin(0), change)
+    # It can be the gradient of what scales the rows of a weight, from that of the weight.
+    index = flags.index(True)
+    one, other = operands[index], operands[1 - index]
+    axes = axes_of(one)
+    factor = scope.operand(other, axes)
+    out = [axis for place, axis in enumerate(axes) if place not in summed]
+
+    def combine(terms: Terms, inside: Terms) -> Terms | None:
+        found = changed(terms, change)
+        if found is not None:
+            return found
+        return changed(inside, lambda term: contracted(term, axes, factor, out))
+
+    return Recipe([site.origin(0), scope.origin(one)], combine)
 
 
 @rule("add", "add_any")
-def _add(site: Site) -> Recipe:
-    times = _summands((site.scope, site.variable))
+def _add(site: Site) -> Recipe | None:
+    origin = (site.scope, site.variable)
+    if not _parts(origin):
+        return None
+    times = _summands(origin)
 
     def combine(*terms: Terms) -> Terms:
         return total(site, zip(terms, times.values(), strict=True))
@@ -57,6 +81,8 @@ def _parts(origin: Origin) -> list[Origin]:
     equation, _ = scope.maker(atom)
     if equation is None or equation.primitive.name not in ("add", "add_any"):
         return []
+    if any(shape_of(operand) != shape_of(atom) for operand in equation.invars):
+        return []  # No term can be repeated.
     return [scope.origin(operand) for operand in equation.invars]
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from per_example_zoo.models import EACH, GRAM, OUTER, Source, mean_square, model
+from per_example_zoo.models import GRAM, OUTER, Source, mean_square, model
 
 
 @model(w0=GRAM, w1=GRAM)
@@ -86,7 +86,7 @@ def nested_jit(source: Source) -> Any:
     return loss_fn, params, source.batch(24)
 
 
-@model(is_rare=True, w=OUTER, inside=EACH)
+@model(is_rare=True, w=OUTER, inside=GRAM)
 def branches(source: Source) -> Any:
     params = {"w": source.weight(12, 12), "inside": source.weight(12, 12)}
 

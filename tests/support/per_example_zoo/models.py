@@ -83,11 +83,14 @@ def explanation(loss_fn: Any, *args: Any) -> str:
     return printed.getvalue()
 
 
+_AFTER = ("total ", "All ", "No factors for ")
+
+
 def lines_of_leaves(text: str) -> list[str]:
     """The lines of `explain_clipped_grad` that are about leaves."""
     head, *lines = text.splitlines()
     assert head.startswith("leaf ")
-    ends = [row for row, line in enumerate(lines) if line.startswith(("total ", "All "))]
+    ends = [row for row, line in enumerate(lines) if line.startswith(_AFTER)]
     return lines[: min(ends, default=len(lines))]
 
 
