@@ -52,6 +52,15 @@ def test_a_method_without_a_picture_would_end_the_build() -> None:
     assert pictures.undrawn(["zclip", "no_such_method"]) == ["no_such_method"]
 
 
+def test_the_cost_of_every_method_is_shown() -> None:
+    costs = module_from(ROOT / "docs" / "hooks" / "costs.py")
+    names = module_from(ROOT / "docs" / "hooks" / "public.py").methods()
+    assert [name for name in names if not costs.section(name)] == []
+    # Matrices whose singular values are needed have a tree of their own.
+    shown = re.findall(r"^\| \[`(\w+)`\]", costs.table(names), re.MULTILINE)
+    assert shown == [name for name in names if name != "clip_by_spectral_norm"]
+
+
 def test_a_badge_is_text_on_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mkdocs")
     monkeypatch.syspath_prepend(ROOT / "docs" / "hooks")

@@ -6,12 +6,12 @@ changelog, CONTRIBUTING and the notebooks from where they lie. The build ends wi
 undocumented public name, and at a method without a picture.
 """
 
-import json
 import pathlib
 import posixpath
 import re
 from typing import Any
 
+import costs
 import docstrings
 import frameworks
 import pictures
@@ -117,6 +117,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         relative = posixpath.relpath(there, posixpath.dirname(place) or ".")
         return f"{kind}[{text}]({relative}{'#' * bool(anchor)}{anchor})"
 
+    markdown = markdown.replace("<!-- costs -->", costs.table(public.methods()))
     parts = _FENCE.split(markdown)
     for index in range(0, len(parts), 2):
         parts[index] = _LINK.sub(lead, parts[index])
@@ -162,7 +163,7 @@ def _method_page(name: str, caption: str) -> str:
             f"![The norm before and after {name}, step by step]({name}.png)",
             f"*{caption} {STREAM} [All methods](index.md)*",
             f"::: clipax.{name}",
-            _cost(name),
+            costs.section(name),
             _lowered(background.read_text()) if background.exists() else "",
         ]
     )
@@ -182,34 +183,6 @@ def _lowered(text: str) -> str:
     """Background on a method as a section of its page."""
     text = re.sub(r"\A# .*\n", "", text)
     return "## Background\n\n" + re.sub(r"^##", "###", text, flags=re.MULTILINE)
-
-
-def _cost(name: str) -> str:
-    """What a step of Adam costs with a method, as it was measured."""
-    document = json.loads((ROOT / "benchmarks" / "results" / "cpu_step.json").read_text())
-    tree = "GPT-2 small, float32"
-    rows = [
-        (float(row["median_s"]) / float(table["rows"][0]["median_s"]))
-        for table in document["step"]
-        if table["title"].startswith("Step of adam") and tree in table["title"]
-        for row in table["rows"]
-        if re.match(rf"{name}\b", row["name"]) and "metrics" not in row["name"]
-    ]
-    limit = next(
-        row["ratio"]
-        for table in document["step"]
-        if table["title"].startswith(f"Step of adam, global: {tree}")
-        for row in table["rows"]
-        if row["name"] == "limit: alone, and one read"
-    )
-    if not rows:
-        return ""
-    return (
-        f"## Cost\n\nA step of Adam with this method takes **{rows[0]:.2f}** times a step of Adam "
-        f"alone, on the tree of GPT-2 small in float32 and two cores of a CPU. Adam and one read "
-        f"of the gradients, the limit of a global norm, take {limit:.2f}. "
-        "[Benchmarks](../benchmarks.md)"
-    )
 
 
 def _overview(names: list[str]) -> str:
