@@ -21,9 +21,10 @@ def _doubles() -> Iterator[None]:
 
 
 def check(seed: int) -> None:
-    """One loss, with one bound or with one for each leaf."""
+    """One loss in one kind of memory, with one bound or with one for each leaf."""
     drawn = random_losses.loss(seed)
-    clip = functools.partial(exact.clip, drawn.loss_fn, is_tree=seed % 2 > 0)
+    memories = [exact.BOTH[seed // 2 % 2]]
+    clip = functools.partial(exact.clip, drawn.loss_fn, is_tree=seed % 2 > 0, memories=memories)
     try:
         arrays = random_losses.params(seed), random_losses.batch(seed, EXAMPLES)
         exact.assert_exact(one_by_one.run(clip, *arrays))
