@@ -75,7 +75,6 @@ def smooth_clip_by_value(
     """
     bound = bounded(_checks.non_negative, max_value=max_value)
     _checks.function(coefficient=coefficient)
-    # This form reads once on a CPU. What it keeps is small next to the factors, which are kept.
     largest = functools.partial(leaf_norm, ord=math.inf)
     whole_leaves = clip_by(largest, bound, coefficient, axis_name=axis_name)
 

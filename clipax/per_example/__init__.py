@@ -25,7 +25,8 @@ They use
     `_mapped`                  which mapped axes shard a gradient, and what is refused there
     `_programs`, `_scopes`     how to read a program of JAX
     `_dependence`              which of its values differ between examples
-    `_evaluation`, `_values`   how to run the parts of it that are needed
+    `_schedules`               which parts of it are needed, in order
+    `_evaluation`, `_values`   how to run them
     `_terms`, `_preparations`  what a gradient is a sum of
     `_boxes`, `_placing`       terms that fill only a part of a gradient
     `_pieces`                  the parts that do not overlap

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipax._core import _leaves, _range, _reduction
+from clipax._core import _leaves, _moments, _range, _reduction
 from clipax._core._typing import Array
 from clipax.per_example._factors import Factors, each_product, of_one_dtype
 
@@ -92,11 +92,7 @@ def _in_units(array: Array) -> tuple[Array, Array]:
     wide = _leaves.widened(array)
     largest = jnp.max(jnp.abs(wide), tuple(range(1, array.ndim)), initial=0)
     unit = _range.finite_or_one(largest)
-    by = unit.reshape(-1, *[1] * (array.ndim - 1))
-    if jnp.iscomplexobj(wide):
-        # A quotient of complex numbers can leave the range of floats on its way.
-        return jax.lax.complex(wide.real / by, wide.imag / by), unit
-    return wide / by, unit
+    return _moments.divided(wide, unit.reshape(-1, *[1] * (array.ndim - 1))), unit
 
 
 def _scaled(part: Factors) -> tuple[Factors, Array]:

@@ -38,10 +38,7 @@ def section(name: str) -> str:
                 [
                     f"| gradients | over {costs[0].optimizer} alone | over the limit |",
                     "|---|---:|---:|",
-                    *(
-                        f"| {TREES[cost.tree]} | {cost.ratio:.2f} | {cost.over_limit:.2f} |"
-                        for cost in costs
-                    ),
+                    *(f"| {TREES[cost.tree]} | {_cells(cost)} |" for cost in costs),
                 ]
             ),
         ]
@@ -58,13 +55,14 @@ def table(names: list[str]) -> str:
         by_tree = {cost.tree: cost for cost in _of(name)}
         if by_tree.keys() & {"one leaf", "GPT-2 small"}:
             first = next(iter(by_tree.values()))
-            cells = [
-                f"{number:.2f}" if cost else ""
-                for cost in map(by_tree.get, ("one leaf", "GPT-2 small"))
-                for number in ((cost.ratio, cost.over_limit) if cost else (0, 0))
-            ]
+            cells = [_cells(by_tree.get(tree)) for tree in ("one leaf", "GPT-2 small")]
             lines.append(f"| [`{name}`](methods/{name}.md) | {first.more} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cells(cost: Cost | None) -> str:
+    """Over the optimizer alone, and over the limit."""
+    return " | " if cost is None else f"{cost.ratio:.2f} | {cost.over_limit:.2f}"
 
 
 def _of(name: str) -> list[Cost]:
