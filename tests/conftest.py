@@ -1,11 +1,14 @@
 """Strict JAX for every test: no silent promotion, eight CPU devices, warnings are errors.
 
-Two variables of the environment are for `benchmarks/on_gpu.sh`: CLIPAX_TEST_PLATFORM is where
-the tests run, and CLIPAX_TEST_SHARE, such as 2/4, which of them, where pytest-xdist is missing.
+Two variables of the environment: CLIPAX_TEST_PLATFORM is where the tests run, and
+CLIPAX_TEST_SHARE, such as 2/4, which of them.
 """
 
+import gc
 import importlib.util
 import os
+import time
+import zlib
 from collections.abc import Iterator
 
 import jax
@@ -16,6 +19,8 @@ if importlib.util.find_spec("hypothesis") is None:
 
     no_hypothesis.install()
 
+# By default, a tenth of the time goes into looking for garbage.
+gc.set_threshold(100_000, 20, 100)
 jax.config.update("jax_platforms", os.environ.get("CLIPAX_TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -26,10 +31,28 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     number, shares = map(int, os.environ.get("CLIPAX_TEST_SHARE", "1/1").split("/"))
-    left_out = [item for place, item in enumerate(items) if place % shares != number - 1]
+
+    def is_left_out(item: pytest.Item) -> bool:
+        # By its name, because places go with parameters.
+        return zlib.crc32(item.nodeid.encode()) % shares != number - 1
+
+    left_out = [item for item in items if is_left_out(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = items[number - 1 :: shares]
+        items[:] = [item for item in items if not is_left_out(item)]
+
+
+@pytest.fixture(autouse=True)
+def _programs_are_forgotten() -> Iterator[None]:
+    """Lowering takes three times as long once JAX remembers two thousand programs."""
+    global _forgotten_at
+    yield
+    if time.monotonic() - _forgotten_at > 120:
+        jax.clear_caches()
+        _forgotten_at = time.monotonic()
+
+
+_forgotten_at = time.monotonic()
 
 
 @pytest.fixture
