@@ -15,7 +15,7 @@ from jax import lax
 from per_example_programs import CHAIN_BATCH, Seen, normal, watch
 
 import clipax
-from clipax.per_example import _plans
+from clipax.per_example import _plans, _programs
 from clipax.per_example._rules import _recipes
 
 
@@ -169,3 +169,35 @@ def test_scales_out_of_range_can_come_back_into_it(times: int) -> None:
     norms = zoo.wide(clipax.per_example_norms(loss_fn)(w, x)) * float(size) ** -2 / 2.0**times
     each = np.einsum("bti,o->bio", zoo.wide(CHAIN_BATCH[0]), np.ones(8)).reshape(4, -1)
     zoo.assert_near(norms, np.linalg.norm(each, axis=1))
+
+
+def equations_once(function: Callable[..., Any], *args: Any) -> int:
+    """The equations of a program, those of a body that it calls more than once counted once."""
+    seen: dict[int, Any] = {}
+    pending = [jax.make_jaxpr(function)(*args).jaxpr]
+    while pending:
+        program = pending.pop()
+        if id(program) not in seen:
+            seen[id(program)] = program
+            pending += [body for each in program.eqns for body in _programs.bodies(each)]
+    return sum(len(program.eqns) for program in seen.values())
+
+
+# JAX itself writes the way forward out for each layer, and "twice" goes it three times.
+@pytest.mark.parametrize(("memory", "ways"), [("kept", 1), ("twice", 3)])
+def test_gradients_of_layers_of_one_function_are_traced_once(memory: Any, ways: int) -> None:
+    w, x = normal(32, 32), normal(4, 3, 32)
+
+    def another(length: int) -> int:
+        @jax.checkpoint
+        def layer(x: jax.Array, w: jax.Array) -> jax.Array:
+            return functools.reduce(lambda x, _: jnp.sin(x), range(length), x) @ w
+
+        def loss_fn(stack: Any, x: jax.Array) -> jax.Array:
+            return zoo.mean_square(functools.reduce(layer, stack, x))
+
+        clip = clipax.clipped_grad(loss_fn, 1.0, memory=memory)
+        few, many = (equations_once(clip, [w] * count, x) for count in (3, 4))
+        return many - few
+
+    assert another(length=20) - another(length=2) <= 18 * ways

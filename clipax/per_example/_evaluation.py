@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +39,8 @@ def evaluate(closed: core.ClosedJaxpr, args: Sequence[Any], wanted: Sequence[Wan
     """The values of variables, or of functions. Those inside a scan are stacked over its steps."""
     if has_mutable_arrays(closed.jaxpr):
         return _evaluate_in_one(closed, args, wanted)
-    inputs = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    return _evaluate(
-        closed.jaxpr, inputs | dict(zip(closed.jaxpr.invars, args, strict=True)), wanted
-    )
+    whole = Body(closed.jaxpr, tuple(closed.consts), False)
+    return _evaluate(whole, args, wanted, {})
 
 
 def _evaluate_in_one(
@@ -70,10 +68,16 @@ def _evaluate_in_one(
     return list(map(found, wanted))
 
 
+_Calls: TypeAlias = dict[Any, Callable[..., list[Any]]]
+"""How to run the bodies of calls that are known, which a program often calls more than once."""
+
+
 def _evaluate(
-    program: Program, inputs: Mapping[Variable, Any], wanted: Sequence[Wanted]
+    body: Body, args: Sequence[Any], wanted: Sequence[Wanted], calls: _Calls
 ) -> list[Any]:
-    values: dict[Any, Any] = dict(inputs)
+    program = body.program
+    values: dict[Any, Any] = dict(zip(program.constvars, body.consts, strict=True))
+    values.update(zip(program.invars, args, strict=True))
     readings = _Readings(wanted)
 
     def read(variable: Any) -> Any:
@@ -90,7 +94,7 @@ def _evaluate(
     for names, steps in _runs(schedule(program, wanted)[0], wanted, readings.awaited):
         if steps[0].inside:
             operands = [read(variable) for variable in steps[0].equation.invars]
-            outputs = _run_inside(steps[0], operands)
+            outputs = _run_inside(steps[0], operands, calls)
         else:
             outputs = _run(program, steps, names, values)
         values.update(zip(names, outputs, strict=True))
@@ -177,30 +181,33 @@ def _run(
     return list(core.jaxpr_as_fun(needed)(*map(values.__getitem__, used)))
 
 
-def _run_inside(step: Step, operands: list[Any]) -> list[Any]:
+def _run_inside(step: Step, operands: list[Any], calls: _Calls) -> list[Any]:
     """Evaluates the bodies of a step, inside which something is wanted."""
     body = body_of(step.equation)
     if body is None:
-        return _branch(step, branches_of(step.equation), operands)
-    return (_scan if body.is_scan else _call)(step, body, operands)
+        return _branch(step, branches_of(step.equation), operands, calls)
+    return (_scan if body.is_scan else _call)(step, body, operands, calls)
 
 
-def _body_inputs(body: Body, operands: Sequence[Any]) -> dict[Variable, Any]:
-    consts = dict(zip(body.program.constvars, body.consts, strict=True))
-    return consts | dict(zip(body.program.invars, operands, strict=True))
-
-
-def _call(step: Step, body: Body, operands: list[Any]) -> list[Any]:
+def _call(step: Step, body: Body, operands: list[Any], calls: _Calls) -> list[Any]:
     if step.equation.primitive.name in REMATS and step.equation.params["prevent_cse"]:
         # Without a barrier, the compiler would store values that are meant to be recomputed.
         present = [index for index, operand in enumerate(operands) if operand is not None]
         kept = _compat.optimization_barrier([operands[index] for index in present])
         for index, value in zip(present, kept, strict=True):
             operands[index] = value
-    return _evaluate(body.program, _body_inputs(body, operands), step.wanted_in(body))
+    wanted = tuple(step.wanted_in(body))
+    key = id(body.program), tuple(map(id, body.consts)), wanted
+
+    def run(*operands: Any) -> list[Any]:
+        return _evaluate(body, operands, wanted, calls)
+
+    return calls.setdefault(key, jax.jit(run))(*operands)
 
 
-def _branch(step: Step, branches: Sequence[Body], operands: Sequence[Any]) -> list[Any]:
+def _branch(
+    step: Step, branches: Sequence[Body], operands: Sequence[Any], calls: _Calls
+) -> list[Any]:
     """Runs the branch that is chosen. What is wanted of the others is zero."""
     index, *inputs = operands
     count = len(step.positions)
@@ -211,7 +218,7 @@ def _branch(step: Step, branches: Sequence[Body], operands: Sequence[Any]) -> li
         inside = [each for each in step.inside if each.path[0] == number]
         further = tuple(each._replace(path=each.path[1:]) for each in inside)
         wanted = step._replace(inside=further).wanted_in(body)
-        found = _evaluate(body.program, _body_inputs(body, inputs), wanted)
+        found = _evaluate(body, inputs, wanted, calls)
         types[number] = [jax.typeof(value) for value in found[count:]]
         return found
 
@@ -234,7 +241,7 @@ def _zeros(of_type: Any) -> Array:
     return _compat.varying_over(zeros, _compat.varying_axes_of(of_type))
 
 
-def _scan(step: Step, body: Body, operands: Sequence[Any]) -> list[Any]:
+def _scan(step: Step, body: Body, operands: Sequence[Any], calls: _Calls) -> list[Any]:
     """Scans over the live carries alone. Accumulators that nothing reads are left out."""
     layout = scan_layout(step.equation, body)
     live = live_carries(step, body)
@@ -247,8 +254,8 @@ def _scan(step: Step, body: Body, operands: Sequence[Any]) -> list[Any]:
         all_carries: list[Any] = [None] * layout.carries
         for index, value in zip(live, carried, strict=True):
             all_carries[index] = value
-        inputs = _body_inputs(body, [*consts, *all_carries, *scanned])
-        results = _evaluate(body.program, inputs, [*wanted, *step.inside])
+        inputs = [*consts, *all_carries, *scanned]
+        results = _evaluate(body, inputs, [*wanted, *step.inside], calls)
         return results[: len(live)], results[len(live) :]
 
     params = step.equation.params

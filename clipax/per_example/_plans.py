@@ -1,6 +1,7 @@
 """The plan for each leaf: the cheapest exact way to the norms of its gradients."""
 
 import enum
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from clipax.per_example._preparations import Windows
 from clipax.per_example._programs import Ref
 from clipax.per_example._roles import layout, roles, turned
 from clipax.per_example._scopes import Scope
-from clipax.per_example._terms import Passed, Placed, Product, Whole
+from clipax.per_example._terms import Axis, Passed, Placed, Product, Whole
 from clipax.per_example._tracing import ExampleProgram
 from clipax.per_example._walk import terms_of
 
@@ -72,6 +73,29 @@ class Plan(NamedTuple):
             else:
                 found += [(operand.ref, operand.depends) for operand in term.operands]
         return found
+
+
+def numbered(plan: Plan) -> Plan:
+    """The plan with numbers for names, which is equal for plans that do the same."""
+    numbers: dict[Any, int] = {}
+
+    def replaced(each: Any) -> Any:
+        if isinstance(each, Ref):
+            return Ref((), numbers.setdefault(each, len(numbers)))
+        if isinstance(each, Axis):
+            return _axis(each.size, numbers.setdefault(each, len(numbers)))
+        if isinstance(each, tuple):
+            entries = map(replaced, each)
+            return type(each)(*entries) if hasattr(each, "_fields") else tuple(entries)
+        return each
+
+    return replaced(plan._replace(name=""))
+
+
+@functools.cache
+def _axis(size: int, number: int) -> Axis:
+    del number
+    return Axis(size)
 
 
 def plans_of(program: ExampleProgram) -> list[Plan]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,7 +20,7 @@ from clipax.per_example import _programs
 from clipax.per_example._gradients import as_made, leaf_gradients
 from clipax.per_example._grams import row_norms
 from clipax.per_example._norms import beside_parts, norms_of
-from clipax.per_example._plans import Plan, plan
+from clipax.per_example._plans import Plan, numbered, plan
 from clipax.per_example._programs import Ref, is_variable, shape_of
 from clipax.per_example._schedules import Reading
 from clipax.per_example._scopes import Origin, Scope
@@ -47,7 +48,7 @@ def _readings(name: str, scope: Scope, variable: Any) -> list[Reading]:
 
     def reading(plan: Plan, function: Callable[..., Any]) -> Reading:
         refs = tuple(inside(ref) for ref, _ in plan.refs_of_terms)
-        return Reading(path, refs, functools.partial(function, plan))
+        return Reading(path, refs, functools.partial(function, numbered(plan)))
 
     if not found.parts:
         return [reading(found, _norm_of_one)]
@@ -55,16 +56,21 @@ def _readings(name: str, scope: Scope, variable: Any) -> list[Reading]:
     return [*(reading(part, _norm_of_one) for _, part in found.parts), *rest]
 
 
+_for_alike_plans = functools.partial(jax.jit, static_argnums=0)
+
+
 def _of_one(found: Plan, values: Sequence[Any]) -> dict[Ref, Array]:
     rows = zip(found.refs_of_terms, values, strict=True)
     return {ref: value[None] if depends else value for (ref, depends), value in rows}
 
 
+@_for_alike_plans
 def _norm_of_one(found: Plan, *values: Any) -> tuple[Array, Array | None]:
     norms, is_exact = norms_of(leaf_gradients(found, _of_one(found, values), 1))
     return norms[0], None if is_exact is None else is_exact[0]
 
 
+@_for_alike_plans
 def _norm_of_rest(found: Plan, *values: Any) -> tuple[Array, None]:
     """The norm of what all examples share, outside the parts."""
     constant = as_made(found, _of_one(found, values), depends=False)
