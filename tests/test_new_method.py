@@ -42,7 +42,7 @@ def run(root: pathlib.Path, *arguments: str) -> str:
         capture_output=True,
         text=True,
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(root), "CLIPAX_TEST_SHARE": "1/1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
