@@ -285,6 +285,7 @@ def stacked(*values: Traced) -> Traced:
 ONE, ROWS = traced_values(3), stacked(*map(traced_values, (4, 3, 5)))
 
 
+@pytest.mark.slow_but(6)
 @pytest.mark.parametrize(
     "run",
     [

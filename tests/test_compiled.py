@@ -225,6 +225,7 @@ def test_the_clip_of_many_leaves_compiles_to_less_than_optax_makes_of_it() -> No
     assert size(clipax.clip_by_global_norm(1.0)) < size(optax.clip_by_global_norm(1.0))
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize(
     "method",
     [clipax.clip_by(clipax.leaf_norm, optax.ema(0.9)), clipax.stable_spam()],

@@ -118,6 +118,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_tuple_in_the_place_of_a_tuple_is_not_read_in_silence(rule: str) -> None:
     updates = [(jnp.ones((2, 3)), 2 * jnp.ones((3, 2)))]

@@ -30,6 +30,7 @@ def test_one_artefact_for_all_platforms_steps_with_every_method() -> None:
     assert sorted(stepped) == sorted(trees.public_factories())
 
 
+@pytest.mark.slow_but(3)
 @pytest.mark.parametrize("name", trees.mostly_slow(trees.public_factories()))
 def test_leaves_may_have_a_symbolic_size(name: str) -> None:
     method = trees.build(name)
@@ -58,6 +59,7 @@ def test_a_sum_in_steps_may_have_a_symbolic_size() -> None:
 EXPORTED = [name for name in zoo.ZOO if "conv" not in name]  # JAX exports no such convolutions
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize(
     ("name", "memory"),
     [

@@ -178,6 +178,7 @@ def unboxed(opt_state: Any) -> Any:
     )
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("name", trees.mostly_slow(METHODS, ("adagc", "clip_by_value")))
 def test_nnx_optimizers_train_sharded_parameters(name: str) -> None:
     params, sequence = plain()

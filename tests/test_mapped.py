@@ -30,6 +30,7 @@ def mapped(
     return jax.jit(program)({"sharded": SHARDED, "replicated": REPLICATED})
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize("ord", [1, 2, 3, math.inf])
 def test_replicated_leaves_count_once(ord: float) -> None:
     expected = p_norm(np.concatenate([SHARDED.ravel(), REPLICATED]), ord)
@@ -39,6 +40,7 @@ def test_replicated_leaves_count_once(ord: float) -> None:
     np.testing.assert_allclose(leaves["replicated"], p_norm(REPLICATED, ord), rtol=2e-6)
 
 
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize("ord", [0.5, 1, 2, 3, math.inf])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_nan_on_one_of_many_devices_is_seen(kind: AxisType, ord: float) -> None:

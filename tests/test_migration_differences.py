@@ -285,6 +285,7 @@ def _bitsandbytes_bounds(norms: np.ndarray, rank: int) -> np.ndarray:
     return np.array(bounds)
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("rank", [1, 5, 98])
 def test_autoclip_of_each_leaf_is_bitsandbytes_percentile_clipping_once_its_slots_are_full(rank):
     sizes = np.exp(np.random.default_rng(0).normal(size=(2, 250))).astype(np.float32)

@@ -35,6 +35,7 @@ def flat(tree: Any) -> np.ndarray:
     )
 
 
+@pytest.mark.slow_but(10)
 @pytest.mark.parametrize("ord", ORDERS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
 def test_global_norm_of_any_order_and_dtype(ord: float, dtype: str) -> None:

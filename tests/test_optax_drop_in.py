@@ -110,6 +110,7 @@ _AGC_SHAPES = {
 _HAS_AXIS = "axis" in inspect.signature(optax.adaptive_grad_clip).parameters
 
 
+@pytest.mark.slow
 def test_agc_has_optaxs_units_for_every_rank_and_every_axis_of_one():
     shapes = {
         # optax before 0.2.6 ends at rank 4.
@@ -123,6 +124,7 @@ def test_agc_has_optaxs_units_for_every_rank_and_every_axis_of_one():
         _assert_close(ours(ratio, updates, params), theirs(ratio, updates, params))
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.skipif(not _HAS_AXIS, reason="this optax has no axis argument")
 @pytest.mark.parametrize("axis", [0, (0, 2), -1])
 def test_optaxs_agc_axis_is_a_leaf_norm_over_those_axes_against_the_params(axis):
@@ -151,6 +153,7 @@ def _clipper(make: Callable[..., optax.GradientTransformation]) -> Callable[...,
 _PER_EXAMPLE = {"w": (6, 3, 4), "b": (6, 4)}
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("max_norm", [0.0, 3.5, jnp.inf])
 def test_per_example_global_clipping_is_a_vmap_of_clip_tree_and_a_sum(max_norm):
     gradients = list(_random(4, _PER_EXAMPLE).values())

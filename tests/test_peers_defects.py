@@ -44,6 +44,7 @@ def _size(tree: Any) -> float:
 # -- Width -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_but(3)
 @_BOTH
 @pytest.mark.parametrize("entries", [1, 4, 200])
 def test_float16_entries_of_300_are_clipped_to_one(wrap, entries):
@@ -64,6 +65,7 @@ def test_two_thousand_bfloat16_leaves_of_sixteen_ones_have_the_norm_178_9():
     np.testing.assert_allclose(_size(clipped), 1.0, rtol=2.0**-8)
 
 
+@pytest.mark.slow
 def test_the_291_bfloat16_leaves_of_a_transformer_are_measured_to_float32():
     """optax: 2 % too small for these, 3 % for those of a real one."""
     rng = np.random.default_rng(0)
@@ -163,6 +165,7 @@ def test_a_traced_negative_bound_counts_as_zero(method):
 # -- Types -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_but(7)
 @_every_method
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_an_array_or_injected_bound_leaves_the_dtype_as_it_is(method, dtype):

@@ -49,6 +49,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("memory", WAYS)
 def test_only_counted_examples_are_measured_again(memory: Any, counted: list[str]) -> None:
     norms_of(memory, APART)

@@ -165,6 +165,7 @@ PARAMS = {
 }
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize("name", trees.mostly_slow(CASES, COMMON))
 @pytest.mark.parametrize("memory", ["kept", "twice"])
 def test_gradients_inside_of_branches_equal_those_made_one_by_one(name: str, memory: Any) -> None:
@@ -183,6 +184,7 @@ def test_branches_have_factors(name: str) -> None:
     assert all(zoo.GRAM in line or zoo.ZERO in line for line in lines), text
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("name", ["experts", "one predicate", "nested"])
 def test_branches_take_the_memory_of_the_gradient_of_the_batch(name: str) -> None:
     loss_fn = CASES[name]

@@ -107,6 +107,7 @@ AS_IT_IS: dict[str, tuple[Callable[..., Any], Any, float]] = {
 }
 
 
+@pytest.mark.slow_but(15)
 @pytest.mark.parametrize("name", AS_IT_IS)
 @pytest.mark.parametrize("is_keyword", [False, True])
 def test_arguments_that_are_no_arrays_reach_the_loss_as_is(name: str, is_keyword: bool) -> None:
@@ -197,6 +198,7 @@ def square_error(w: Any, x: Any, y: Any) -> Any:
     return jnp.mean((x @ w - y) ** 2)
 
 
+@pytest.mark.slow
 def test_rows_that_every_example_gets_are_warned_of() -> None:
     w, x, y = jnp.ones(3), jnp.ones((4, 3)), jnp.arange(4.0)
     clip = clipax.clipped_grad(square_error, 1.0)

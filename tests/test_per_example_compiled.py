@@ -32,6 +32,7 @@ def test_a_training_step_can_donate_its_parameters() -> None:
     zoo.assert_near(losses, np.array([3 * 0.7 + 4 * 0.35, 0.5 * 0.35]))
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_sharded_batch_gives_the_same_result(kind: AxisType) -> None:
     loss_fn, params, batch = every_way()
@@ -99,6 +100,7 @@ def put(mesh: Any, value: jax.Array, spec: PartitionSpec) -> jax.Array:
     return jax.device_put(value, NamedSharding(mesh, spec))
 
 
+@pytest.mark.slow
 def test_the_memory_is_that_of_one_gradient() -> None:
     sizes, examples = (256, 512, 512, 10), 64
 

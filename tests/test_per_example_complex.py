@@ -102,6 +102,7 @@ def arguments(dtype: Any) -> Any:
     return jax.tree.map(cast, params), X.astype(dtype)
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize("name", trees.mostly_slow(CASES, COMMON))
 @pytest.mark.parametrize("memory", ["kept", "twice"])
 def test_complex_gradients_equal_those_made_one_by_one(name: str, memory: Any) -> None:

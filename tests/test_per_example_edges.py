@@ -53,6 +53,7 @@ def test_examples_under_the_bound_are_not_changed(bound: float, memory: str) -> 
     )
 
 
+@pytest.mark.slow_but(5)
 @pytest.mark.parametrize("name", COEFFICIENTS)
 @in_both_ways
 def test_every_coefficient_weights_the_gradients(name: str, memory: str) -> None:
@@ -106,6 +107,7 @@ def test_nan_and_inf_make_the_gradients_nan(bad: str, memory: str) -> None:
     assert np.any(np.isnan(grads["gram"]))
 
 
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize("bad", BAD)
 @in_both_ways
 def test_skipped_examples_count_as_if_they_were_not_there(bad: str, memory: str) -> None:
@@ -165,6 +167,7 @@ def test_masked_examples_count_as_if_they_were_not_there(padding: float, memory:
     assert info.is_counted.tolist() == is_kept.tolist()
 
 
+@pytest.mark.slow_but(3)
 @pytest.mark.parametrize("options", [{}, {"mean": False}, {"skip_nonfinite": True}])
 @in_both_ways
 def test_the_sum_of_no_examples_is_zero(options: Any, memory: str) -> None:
@@ -197,6 +200,7 @@ def normalize_products(memory: Any) -> Any:
     return trees.quick_jit(clipax.clipped_grad(product, 1.0, coefficient=rule, memory=memory))
 
 
+@pytest.mark.slow_but(20)
 @pytest.mark.parametrize("rows", [(), (2,)])
 @pytest.mark.parametrize("size", [1e25, 1e12, 1.0, 1e-12, 1e-25])
 @pytest.mark.parametrize("left", [1.0, 1e6, 1e-6])

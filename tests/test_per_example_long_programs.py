@@ -77,6 +77,7 @@ def test_a_long_chain_is_walked_once(name: str, length: int, seen: Seen) -> None
     assert plan.way is wanted
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("name", trees.mostly_slow(LINKS, QUICK))
 def test_a_long_chain_is_clipped(name: str) -> None:
     # A sum that is cast often is rounded often by `grad`, and not by clipax.
@@ -99,6 +100,7 @@ def test_a_long_sum_is_walked_once(length: int, seen: Seen) -> None:
     assert len(seen.recipes) <= 2 * equations(loss_fn, normal(8, 8), CHAIN_BATCH[0])
 
 
+@pytest.mark.slow
 def test_a_very_long_sum_is_not_moved_term_by_term(seen: Seen) -> None:
     def loss_fn(w: jax.Array, x: jax.Array) -> jax.Array:
         return sums(w.T, x, _recipes.MOST_CHANGED + 1)
@@ -137,11 +139,13 @@ def test_a_sum_of_itself_is_walked_once(name: str, seen: Seen) -> None:
 
 
 # XLA itself takes time without end for a sum of itself that is flipped forty times.
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize(("name", "times"), [("itself", 40), *((name, 6) for name in DOUBLINGS)])
 def test_a_sum_of_itself_is_clipped(name: str, times: int) -> None:
     oracle.assert_clipped(doubled(name, times), normal(8, 8), CHAIN_BATCH[0])
 
 
+@pytest.mark.slow
 def test_a_sum_can_have_more_parts_than_floats_can_count(seen: Seen) -> None:
     # Of 2 ** 2000 times a number, JAX makes infinity, and of as many zeros zero.
     def loss_fn(w: jax.Array, x: jax.Array) -> jax.Array:

@@ -186,6 +186,7 @@ def arguments(name: str) -> Any:
     return normal(*CASES[name][1]).astype(jnp.float64), CASES[name][2]
 
 
+@pytest.mark.slow_but(3)
 @pytest.mark.parametrize("name", trees.mostly_slow(CASES, COMMON))
 def test_gradients_of_tables_equal_those_made_one_by_one(name: str) -> None:
     with trees.double_precision(True):
@@ -198,6 +199,7 @@ def test_so_do_those_whose_factors_are_made_twice(name: str) -> None:
         oracle.assert_the_same(CASES[name][0], *arguments(name), memory="twice")
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize("name", sorted(COMMON))
 def test_so_do_those_of_some_examples_after_others(name: str) -> None:
     with trees.double_precision(True):

@@ -92,6 +92,7 @@ CASES: dict[str, Callable[..., jax.Array]] = {
 COMMON = {"merged", "layers", "heads"}
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize("name", trees.mostly_slow(CASES, COMMON))
 @pytest.mark.parametrize("memory", ["kept", "twice"])
 def test_gradients_of_factors_equal_those_made_one_by_one(name: str, memory: Any) -> None:
@@ -100,6 +101,7 @@ def test_gradients_of_factors_equal_those_made_one_by_one(name: str, memory: Any
         oracle.assert_leaves_the_same(CASES[name], params, batch, memory=memory)
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize("rank", [1, 8])
 @pytest.mark.parametrize("name", ["merged", "scaled", "loop", "layers", "frozen layers"])
 def test_no_weight_is_made_for_the_gradients_of_its_factors(name: str, rank: int) -> None:

@@ -59,6 +59,7 @@ def assert_same(found: Any, wanted: Any) -> None:
     trees.assert_same_type(info, of_wanted)
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize(
     ("loss_fn", "options"),
     [
@@ -75,10 +76,12 @@ def test_factors_made_twice_give_the_same(loss_fn: Any, options: Any) -> None:
     assert_same(found, wanted)
 
 
+@pytest.mark.slow
 def test_one_example_can_be_clipped_by_factors_made_twice() -> None:
     assert_same(clip("twice")(PARAMS, BATCH[:1]), clip("kept")(PARAMS, BATCH[:1]))
 
 
+@pytest.mark.slow
 def test_examples_left_out_do_not_reach_the_second_pass() -> None:
     batch = BATCH.at[3].set(jnp.nan).at[5].set(jnp.inf)
     mask = np.arange(EXAMPLES) != 1
@@ -89,6 +92,7 @@ def test_examples_left_out_do_not_reach_the_second_pass() -> None:
     assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_an_ensemble_can_be_trained_by_factors_made_twice() -> None:
     params = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), PARAMS)
 
@@ -283,6 +287,7 @@ def test_rematerialized_factors_are_made_twice(capsys: pytest.CaptureFixture[str
     zoo.assert_near(twice, kept)
 
 
+@pytest.mark.slow
 def test_sums_wider_than_the_parameters_are_not_made_twice() -> None:
     params, batch = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (PARAMS, BATCH))
     message = "memory must be 'kept' or 'auto' here, because a second pass adds gradients in"

@@ -42,6 +42,7 @@ def arguments(shape: tuple[int, ...] = (), kind: AxisType = AxisType.Auto) -> An
     return jax.device_put(params, whole), *jax.device_put((rows, keys), split)
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize(
     ("shape", "kind"),
     [

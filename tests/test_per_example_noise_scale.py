@@ -25,6 +25,7 @@ def wanted(each: Any, weights: np.ndarray, is_counted: np.ndarray) -> np.ndarray
     return np.array([variance / square_norm, variance, square_norm])
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("bound", [math.inf, 0.05])
 def test_it_equals_numpy_with_a_mask(bound: float) -> None:
     loss_fn, params, batch = every_way()
@@ -47,6 +48,7 @@ def test_it_equals_numpy_with_a_mask(bound: float) -> None:
     np.testing.assert_allclose(run(params, batch), expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_equals_numpy_in_float64_with_bounds_of_leaves_and_a_nan() -> None:
     with trees.double_precision(True):
         source = zoo.Source(3)

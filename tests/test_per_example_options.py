@@ -102,6 +102,7 @@ def test_aux_is_stacked() -> None:
     assert norms.tolist() == [5.0, 0.5]
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
 def test_each_example_can_have_its_own_key(make: Any) -> None:
     source = zoo.Source(2)
@@ -123,6 +124,7 @@ def test_each_example_can_have_its_own_key(make: Any) -> None:
     zoo.assert_near(norm_fn(*args[:2], args[2][0]), norms)
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize(("size", "mean"), [(1, True), (2, False), (EXAMPLES, True)])
 def test_microbatches_give_the_same_result(size: int, mean: bool) -> None:
     params = every_way()[1]

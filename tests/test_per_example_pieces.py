@@ -210,6 +210,7 @@ def arguments(name: str) -> Any:
     return 0.5 * normal(*shape).astype(jnp.float64), batch
 
 
+@pytest.mark.slow_but(3)
 @pytest.mark.parametrize("name", trees.mostly_slow(CASES, COMMON))
 def test_gradients_in_parts_equal_those_made_one_by_one(name: str) -> None:
     with trees.double_precision(True):
@@ -222,12 +223,14 @@ def test_so_do_those_whose_factors_are_made_twice(name: str) -> None:
         oracle.assert_the_same(CASES[name][0], *arguments(name), memory="twice")
 
 
+@pytest.mark.slow_but(2)
 @in_common_cases
 def test_so_do_those_of_some_examples_after_others(name: str) -> None:
     with trees.double_precision(True):
         oracle.assert_the_same(CASES[name][0], *arguments(name), microbatch_size=2)
 
 
+@pytest.mark.slow_but(2)
 @in_common_cases
 def test_so_does_that_of_one_example(name: str) -> None:
     with trees.double_precision(True):

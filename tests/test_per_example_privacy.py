@@ -90,6 +90,7 @@ def wide_model(name: str) -> tuple[Any, Any, Any]:
     return loss_fn, *jax.tree.map(widened, (params, batch))
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("name", trees.mostly_slow(MODELS, ["mlp", "dense_over_time"]))
 def test_every_option_equals_numpy(name: str) -> None:
     # Some models hold a constant in float32.
@@ -119,6 +120,7 @@ def test_every_option_equals_numpy(name: str) -> None:
             trees.assert_same_type(grads, params)
 
 
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize("case", CASES)
 def test_an_ensemble_is_clipped_member_by_member(case: str) -> None:
     options, at_call = CASES[case]
@@ -216,6 +218,7 @@ def key_loss(w: jax.Array, x: jax.Array, keys: Any) -> jax.Array:
     return zoo.mean_square(jnp.where(is_kept, 2 * x, 0.0) @ w)
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
 @pytest.mark.parametrize("size", [None, 1])
 def test_a_key_is_split_for_the_examples(make: Any, size: int | None) -> None:
@@ -283,6 +286,7 @@ NO_EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize("name", NO_EXAMPLES)
 @pytest.mark.parametrize("way", ["eager", "jit"])
 def test_the_sum_of_an_empty_batch_is_zero(name: str, way: str) -> None:
@@ -350,6 +354,7 @@ def neighbours(coefficient: str) -> tuple[Any, Any, Any]:
     return large, np.arange(EXAMPLES) < EXAMPLES - 1, opposite
 
 
+@pytest.mark.slow_but(10)
 @pytest.mark.parametrize("split", ["one", "equal", "by size"])
 @pytest.mark.parametrize("name", sorted(set(COEFFICIENTS) - {"unclipped", "of one's own"}))
 def test_one_example_moves_the_gradients_by_the_sensitivity(name: str, split: str) -> None:
@@ -459,6 +464,7 @@ def test_a_constant_may_be_traced() -> None:
 # Bounds of leaves, as others split them.
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("uniform", [True, False])
 def test_bounds_of_leaves_are_those_of_optax(uniform: bool) -> None:
     loss_fn, params, batch = every_way()

@@ -85,6 +85,7 @@ PARAMS = {
 }
 
 
+@pytest.mark.slow_but(3)
 @pytest.mark.parametrize("name", trees.mostly_slow(CASES, COMMON))
 @pytest.mark.parametrize("memory", ["kept", "twice"])
 def test_gradients_of_scaled_weights_equal_those_made_one_by_one(name: str, memory: Any) -> None:

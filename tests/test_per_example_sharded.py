@@ -128,6 +128,7 @@ DATA_PARALLEL: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
+@pytest.mark.slow_but(2)
 @in_every_mapping
 @pytest.mark.parametrize("name", trees.mostly_slow(DATA_PARALLEL, ["one bound"]))
 @of_every_size
@@ -170,6 +171,7 @@ def test_each_example_can_have_its_key_on_several_devices(kind: str) -> None:
     zoo.assert_near(joined(info.norms), of_wanted.norms)
 
 
+@pytest.mark.slow_but(4)
 @in_every_mapping
 @pytest.mark.parametrize("per_leaf", [False, True])
 @of_every_size
@@ -198,6 +200,7 @@ def test_explain_works_in_a_mapped_program(kind: str, capsys: pytest.CaptureFixt
     assert zoo.lines_of_leaves(text) == alone
 
 
+@pytest.mark.slow_but(4)
 @in_every_mapping
 @pytest.mark.parametrize("is_shared", [False, True])
 @of_every_size
@@ -241,6 +244,7 @@ def test_parameters_that_do_not_vary_as_the_examples_do_are_refused() -> None:
             jax.eval_shape(mapped, params, batch)
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize("other", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("size", [None, 1])
 def test_other_mesh_axes_can_shard_the_model(other: AxisType, size: int | None) -> None:
@@ -293,6 +297,7 @@ def model_of_layers() -> Any:
     }
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize(
     ("sizes", "options", "is_tree"),
     [
@@ -422,6 +427,7 @@ CROSSING: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+@pytest.mark.slow_but(26)
 @in_every_mapping
 @pytest.mark.parametrize("name", CROSSING)
 def test_a_loss_that_mixes_examples_of_several_devices_is_refused(kind: str, name: str) -> None:

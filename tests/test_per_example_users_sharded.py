@@ -33,6 +33,7 @@ def mesh_of(kind: AxisType) -> Any:
     return jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,))
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_users_of_a_sharded_batch_are_clipped_as_on_one_device(kind: AxisType, name: str) -> None:
@@ -61,6 +62,7 @@ def of_devices(grad_of: Any, *split: Any) -> Any:
     return trees.quick_jit(mapped)(every_way()[1], *split)
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("size", [None, 1])
 def test_users_of_one_device_each_are_clipped_in_a_mapped_program(size: int | None) -> None:
     loss_fn, params, batch = every_way()

@@ -56,6 +56,7 @@ DECAY: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize(
     ("name", "decay"),
     [

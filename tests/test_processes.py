@@ -68,6 +68,7 @@ def assert_clipped_the_spikes(name: str, steps: list[dict[str, float]]) -> None:
     assert (len(bounds) == 1) == (name == "clip_by_global_norm"), (name, bounds)
 
 
+@pytest.mark.slow
 def test_a_training_process_that_dies_ends_the_other(tmp_path: pathlib.Path) -> None:
     """The other waits for it in a collective."""
     with reserved_port() as port:

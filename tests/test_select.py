@@ -313,6 +313,7 @@ IN_PLACE: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow_but(4)
 @promotes
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_a_guarded_step_of_training_holds_no_state_twice(name: str) -> None:

@@ -196,6 +196,7 @@ def assert_survived(run: Run) -> None:
 EACH = trees.mostly_slow(RECOVERY, ("adagc", "clip_by_quantile", "stable_spam", "u_clip"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_half_of_a_usual_norm_passes_within_the_steps_of_the_docstring(name: str) -> None:
     text, before = RECOVERY[name], longest(name)

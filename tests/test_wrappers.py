@@ -233,6 +233,7 @@ def test_static_numbers_in_a_state_stay_numbers_of_python(name: str, leaf: Any) 
         assert repr(state.inner_state["leaf"]) == repr(leaf)
 
 
+@pytest.mark.slow_but(4)
 @wrappers
 @good_and_bad
 def test_small_integers_are_chosen_as_others_are(name: str, x: Any) -> None:

@@ -68,6 +68,7 @@ def assert_near(got: np.ndarray, expected: np.ndarray, size: np.ndarray) -> None
     assert (error <= bound).all(), np.max(error / bound)
 
 
+@pytest.mark.slow_but(3)
 @pytest.mark.parametrize(
     ("decay", "decay_bound", "ord", "eps"),
     [

@@ -49,6 +49,7 @@ def assert_equals_numpy(
 
 
 # The norms of the other conventions are those of `clip_by_unit_norm`, and tested there.
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("convention", [None, "output_first"])
 def test_equals_numpy_over_ranks_0_to_6(convention: str | None) -> None:
     unit_axis = None if convention is None else getattr(clipax.units, convention)

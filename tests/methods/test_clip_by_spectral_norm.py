@@ -127,6 +127,7 @@ def assert_equals_numpy(method: Any, formula: Any, bounds: Any, error: float = 3
     assert np.mean(np.concatenate(factors) < 1) > 0.05
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("coefficient", trees.mostly_slow(FORMULAS, [hard, square_root]))
 def test_equals_numpy_over_a_long_run(coefficient: Any) -> None:
     method = clipax.clip_by_spectral_norm(
@@ -316,6 +317,7 @@ def test_bounds_the_spectral_norm_and_turns_with_the_matrix(
 # Every row of the table of edge cases.
 
 
+@pytest.mark.slow_but(6)
 @either_way
 @pytest.mark.parametrize(
     "dtype",
@@ -405,6 +407,7 @@ def test_edge_complex_entries_change_their_phase_as_real_ones_their_sign(
     np.testing.assert_allclose(clipped, 0.1 * phases * rotation, atol=1e-6)
 
 
+@pytest.mark.slow_but(9)
 @either_way
 @pytest.mark.parametrize("coefficient", trees.mostly_slow([hard, square_root], [hard]))
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -550,6 +553,7 @@ def test_an_axis_that_is_both_stacked_and_a_column_is_refused() -> None:
         clipped_by(1.0, jnp.ones((2, 3, 4)), stack_axis=2)
 
 
+@pytest.mark.slow_but(3)
 @pytest.mark.parametrize("size", [8e37, 1e38, 3e38])
 @pytest.mark.parametrize("iterations", [None, 10])
 def test_the_largest_floats_are_clipped(size: float, iterations: int | None) -> None:

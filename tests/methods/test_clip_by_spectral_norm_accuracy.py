@@ -78,6 +78,7 @@ def test_a_spike_of_any_size_is_bounded(coefficient: Any, iterations: int | None
     assert spectral_norm(clipped) <= 1 + 1e-5
 
 
+@pytest.mark.slow
 def test_what_lies_beside_a_bad_matrix_is_decomposed_alone() -> None:
     """NumPy raises for the stack; nothing of the NaN may reach the other layers."""
     updates = np.random.default_rng(6).normal(size=(3, 4, 4)).astype(np.float32)
@@ -143,6 +144,7 @@ def test_how_many_iterations_are_enough() -> None:
     assert unconverged(1e-3, 8) > 0.1
 
 
+@pytest.mark.slow_but(3)
 @pytest.mark.parametrize("iterations", trees.mostly_slow([1, 2, 4, 7], [1, 7]))
 @pytest.mark.parametrize("largest", [1.5, 10.0, 1e2, 1e4])
 def test_with_too_few_iterations(iterations: int, largest: float) -> None:

@@ -40,6 +40,7 @@ def as_leaf(x: np.ndarray) -> Any:
     return jnp.asarray(x, jnp.complex64 if np.iscomplexobj(x) else jnp.float32)
 
 
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize("x", MATRICES, ids=range(len(MATRICES)))
 def test_each_bound_is_on_its_side_of_the_largest_singular_value(x: np.ndarray) -> None:
     leaf = as_leaf(x)
@@ -73,6 +74,7 @@ def test_a_norm_out_of_the_usual_range_is_no_bound(size: float) -> None:
     assert math.isnan(_bounds.from_frobenius(jnp.float32(size)))
 
 
+@pytest.mark.slow_but(2)
 @either_way
 @pytest.mark.parametrize(
     "over",
@@ -147,6 +149,7 @@ def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return calls
 
 
+@pytest.mark.slow_but(3)
 @pytest.mark.parametrize(
     ("over", "times"), [(100.0, 0), (1.5, 0), (0.9, 1), (0.01, 1), (math.inf, 1)]
 )
@@ -160,6 +163,7 @@ def test_a_matrix_within_its_bound_is_not_decomposed(
     assert len(decomposed) == times
 
 
+@pytest.mark.slow
 def test_a_soft_coefficient_decomposes_what_it_changes(decomposed: list[bool]) -> None:
     x = jnp.asarray(SHAPES[0])
     for over, times in ((2.0, 1), (1e6, 0)):

@@ -35,6 +35,7 @@ def assert_equals_numpy(
     sequences.assert_clips(method, sequence, norms, bounds)
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize("convention", ["output_last", "output_first", "nfnets", "whole_leaf"])
 def test_equals_numpy_over_ranks_0_to_6(convention: str) -> None:
     method = clipax.clip_by_unit_norm(2.0, unit_axis=getattr(clipax.units, convention))

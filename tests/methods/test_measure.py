@@ -55,6 +55,7 @@ NORMS = {
 }
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize(
     ("name", "window_size", "bad_steps"),
     [

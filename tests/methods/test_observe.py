@@ -64,6 +64,7 @@ def test_large_leaves_whose_size_changes_far(
     np.testing.assert_allclose(state.cosine, cosine(updates, out), rtol=1e-6)
 
 
+@pytest.mark.slow_but(1)
 @pytest.mark.parametrize("shape", [(3,), *LARGE])
 def test_the_derivative_of_the_cosine(shape: tuple[int, ...]) -> None:
     observed = clipax.observe(clipax.clip_by_value(1.0))

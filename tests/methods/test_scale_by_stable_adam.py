@@ -66,6 +66,7 @@ def assert_near(got: np.ndarray, expected: np.ndarray, size: np.ndarray) -> None
     assert (error <= bound).all(), np.max(error / bound)
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize(
     ("b1", "b2", "eps"),
     [(0.9, 0.99, 1e-6), (0.9, 0.999, 1e-8), (0.0, 0.95, 1e-3), (0.5, 0.0, 1e-6)],

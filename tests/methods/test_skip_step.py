@@ -185,6 +185,7 @@ def test_steps_that_are_taken_are_those_of_the_inner_one(name: str, compiled: bo
             trees.assert_bitwise(*results)
 
 
+@pytest.mark.slow_but(18)
 @promotes
 @every_optimizer
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e4])

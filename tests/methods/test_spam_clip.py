@@ -72,6 +72,7 @@ def assert_equals_numpy(method: Any, reference: Reference, seed: int = 0) -> Non
     assert 0.005 < shares.mean() < 0.95, "the sequence tries only one side"
 
 
+@pytest.mark.slow_but(3)
 @pytest.mark.parametrize(
     ("ratio", "decay", "warmup", "reset"),
     [

@@ -85,6 +85,7 @@ def rows(stacked: Any, steps: range) -> list[Any]:
     return [jax.tree.map(lambda leaf, step=step: leaf[step], stacked) for step in steps]
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.parametrize(
     "inner",
     [
