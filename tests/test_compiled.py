@@ -76,6 +76,7 @@ EIGHTH = 0.13
 HALF = pytest.param(jnp.bfloat16, marks=OLD_XLA)
 
 
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize("dtype", [jnp.float32, HALF])
 @pytest.mark.parametrize(
     "make",
@@ -109,6 +110,7 @@ def test_what_is_computed_is_reduced_in_one_read(ord: float) -> None:
     assert made.memory_analysis().temp_size_in_bytes / updates.nbytes < EIGHTH
 
 
+@pytest.mark.slow_but(2)
 @OLD_XLA
 @pytest.mark.parametrize(
     ("method", "optimizer"),
@@ -124,6 +126,7 @@ def test_a_memory_of_each_entry_is_learned_in_place(method: Any, optimizer: Any)
     assert share_of_temporaries(optax.chain(method, optimizer), updates) < EIGHTH
 
 
+@pytest.mark.slow_but(3)
 @OLD_XLA
 @pytest.mark.parametrize(
     "method",

@@ -91,6 +91,7 @@ def as_modules(tree: Any) -> Any:
 CONTAINERS = {"fields": as_fields, "boxes": as_boxes, "modules": as_modules}
 
 
+@pytest.mark.slow_but(14)
 @some_methods
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_what_contains_the_leaves_makes_no_difference(name: str, kind: str) -> None:
@@ -105,6 +106,7 @@ def test_what_contains_the_leaves_makes_no_difference(name: str, kind: str) -> N
     )
 
 
+@pytest.mark.slow_but(15)
 @methods
 def test_a_state_of_boxed_parameters_takes_bare_updates(name: str) -> None:
     """As under `nnx.Optimizer`, whose `init` sees variables and whose `update` does not."""
@@ -314,6 +316,7 @@ GLOBAL = {
 }
 
 
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize("name", GLOBAL)
 def test_masked_leaves_stay_out_of_the_global_norm_and_pass(name: str) -> None:
     params, sequence = plain()

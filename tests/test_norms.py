@@ -45,6 +45,7 @@ def test_global_norm_of_any_order_and_dtype(ord: float, dtype: str) -> None:
     np.testing.assert_allclose(norm, p_norm(flat(updates), ord), rtol=3e-6)
 
 
+@pytest.mark.slow_but(70)
 @pytest.mark.parametrize("ord", ORDERS)
 @pytest.mark.parametrize("size", [1e-30, 1.2e-38, 1e-12, 1.0, 1e12, 1e20, 1e37])
 @pytest.mark.parametrize("jit", ["eager", "jit", "constant", "vmap"])
@@ -288,6 +289,7 @@ _WAYS = [
 ]
 
 
+@pytest.mark.slow_but(17)
 @pytest.mark.parametrize("way", _WAYS)
 @pytest.mark.parametrize(
     "entries",
@@ -454,6 +456,7 @@ def test_derivatives_where_entries_are_zero(p: float) -> None:
     np.testing.assert_allclose(jax.jvp(norm, (x,), (direction,))[1], slope @ direction, rtol=1e-6)
 
 
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize("size", [1e20, 1e25, 1e-25, 1.0])
 @pytest.mark.parametrize("length", [2, 20_000])
 def test_second_derivatives_far_from_one(size: float, length: int) -> None:

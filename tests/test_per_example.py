@@ -24,6 +24,7 @@ REFUSED = {
 FIRST = {"mlp", "layers_under_scan", "tied_embedding"}
 
 
+@pytest.mark.slow_but(14)
 @pytest.mark.parametrize(
     ("name", "memory"),
     [
@@ -73,6 +74,7 @@ def test_clipped_gradients_equal_those_made_one_by_one(name: str, memory: Any) -
     trees.assert_same_type(grads, params)
 
 
+@pytest.mark.slow_but(33)
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_norms_are_found_the_cheapest_way(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     loss_fn, params, batch = zoo.ZOO[name].build()

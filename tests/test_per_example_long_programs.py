@@ -130,6 +130,7 @@ def doubled(name: str, times: int) -> Any:
     return loss_fn
 
 
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize("name", DOUBLINGS)
 def test_a_sum_of_itself_is_walked_once(name: str, seen: Seen) -> None:
     loss_fn, w, x = doubled(name, 40), normal(8, 8), CHAIN_BATCH[0]

@@ -277,6 +277,7 @@ def test_no_layer_of_a_stack_is_made_for_each_example() -> None:
 SHAPES = [(24,), (4, 6), (6, 4), (2, 3, 4), (4, 1, 6), (1, 24), (2, 12, 1), (3, 2, 2, 2)]
 
 
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_box_is_found_again_in_another_shape(shape: tuple[int, ...]) -> None:
     array = np.arange(24).reshape(shape)

@@ -33,6 +33,7 @@ def check(seed: int) -> None:
         raise
 
 
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize("seed", range(8))
 def test_random_losses_are_clipped_as_they_are_differentiated(seed: int) -> None:
     check(seed)

@@ -156,6 +156,7 @@ def test_each_device_clips_its_own_examples(
             zoo.assert_near(one[is_finite], other[is_finite])
 
 
+@pytest.mark.slow_but(2)
 @in_every_mapping
 def test_each_example_can_have_its_key_on_several_devices(kind: str) -> None:
     def loss_fn(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
@@ -171,6 +172,7 @@ def test_each_example_can_have_its_key_on_several_devices(kind: str) -> None:
     zoo.assert_near(joined(info.norms), of_wanted.norms)
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.slow_but(4)
 @in_every_mapping
 @pytest.mark.parametrize("per_leaf", [False, True])
@@ -200,6 +202,7 @@ def test_explain_works_in_a_mapped_program(kind: str, capsys: pytest.CaptureFixt
     assert zoo.lines_of_leaves(text) == alone
 
 
+@pytest.mark.slow_but(2)
 @pytest.mark.slow_but(4)
 @in_every_mapping
 @pytest.mark.parametrize("is_shared", [False, True])
@@ -427,6 +430,7 @@ CROSSING: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+@pytest.mark.slow_but(13)
 @pytest.mark.slow_but(26)
 @in_every_mapping
 @pytest.mark.parametrize("name", CROSSING)

@@ -225,6 +225,7 @@ def step_of(inner: Any) -> Any:
     return step
 
 
+@pytest.mark.slow_but(11)
 @promotes
 @pytest.mark.parametrize("name", INNER)
 def test_a_step_is_taken_as_a_whole_or_leaves_no_trace(name: str, choices: list[int]) -> None:

@@ -259,6 +259,7 @@ def test_small_integers_are_chosen_as_others_are(name: str, x: Any) -> None:
         trees.assert_bitwise(state.inner_state[kind], leaf if is_kept else flipped(leaf))
 
 
+@pytest.mark.slow_but(5)
 @wrappers
 @good_and_bad
 def test_keys_in_a_state_are_chosen(name: str, x: Any) -> None:

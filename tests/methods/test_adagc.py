@@ -64,6 +64,7 @@ def build(setting: dict[str, Any], **more: Any) -> Any:
     return clipax.adagc(**{names.get(key, key): v for key, v in setting.items()}, **more)
 
 
+@pytest.mark.slow_but(3)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("seed", trees.mostly_slow([0, 1, 2], [0]))
 def test_equals_the_oracle(setting: dict[str, Any], seed: int) -> None:

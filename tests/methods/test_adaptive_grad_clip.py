@@ -221,6 +221,7 @@ def test_bad_ratios_are_refused(bad: Any) -> None:
         clipax.adaptive_grad_clip({"w": bad})
 
 
+@pytest.mark.slow_but(6)
 @pytest.mark.parametrize("bad", [-1e-9, -math.inf, *refusals.NO_NUMBERS])
 def test_a_bad_eps_is_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match=r"^eps must be a number >= 0, got "):

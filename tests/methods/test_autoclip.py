@@ -179,6 +179,7 @@ def test_bad_flags_are_refused(bad: Any) -> None:
         clipax.autoclip(count_current=bad)
 
 
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize("size", [5000, 100_000])
 @pytest.mark.parametrize("q", [0.5, 0.9, 0.99, 0.999])
 def test_ranks_in_long_windows_are_exact(size: int, q: float) -> None:

@@ -333,6 +333,7 @@ def test_edge_within_the_bound(max_norm: float, dtype: str, iterations: int | No
     trees.assert_bitwise(soft, updates)
 
 
+@pytest.mark.slow_but(2)
 @either_way
 @pytest.mark.parametrize("coefficient", trees.mostly_slow([hard, square_root], [hard]))
 @pytest.mark.parametrize("max_norm", [0.0, 1.0])
@@ -465,6 +466,7 @@ def test_edge_a_leaf_that_is_frozen_after_init() -> None:
     trees.assert_same_type(new_state, state)
 
 
+@pytest.mark.slow_but(3)
 @either_way
 @sequences.far_out
 def test_squares_out_of_range_are_measured_right(

@@ -185,6 +185,7 @@ def test_steps_that_are_taken_are_those_of_the_inner_one(name: str, compiled: bo
             trees.assert_bitwise(*results)
 
 
+@pytest.mark.slow_but(9)
 @pytest.mark.slow_but(18)
 @promotes
 @every_optimizer
@@ -283,6 +284,7 @@ def test_edge_not_skipped() -> None:
         trees.assert_bitwise(out[name], leaves[name])
 
 
+@pytest.mark.slow_but(4)
 @pytest.mark.parametrize(
     "dtype",
     ["float16", "bfloat16", "float32", "complex64", "float8_e4m3fn", "int32", "uint8", "bool"],

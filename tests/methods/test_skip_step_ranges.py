@@ -14,6 +14,7 @@ from skipping import GRADS, losses_of_a_run, once, promotes, run_losses
 import clipax
 
 
+@pytest.mark.slow_but(6)
 @pytest.mark.parametrize(
     ("ranges", "skipped"),
     [

@@ -33,6 +33,7 @@ def ramp(count: Any) -> Any:
     return 0.25 + 0.0625 * jnp.asarray(count, jnp.float32)
 
 
+@pytest.mark.slow_but(6)
 @every
 @pytest.mark.parametrize("max_norm", [0.3, 1.0, 4, ramp])
 def test_equals_numpy_over_a_long_run(coefficient: Any, max_norm: Any) -> None:

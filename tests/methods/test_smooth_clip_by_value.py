@@ -47,6 +47,7 @@ def assert_equals_numpy(method: Any, sequence: Any, coefficient: Any, bounds: An
         np.testing.assert_allclose(states.coefficient[name], factor.min(1), rtol=2e-6)
 
 
+@pytest.mark.slow_but(6)
 @every
 @pytest.mark.parametrize("max_value", [0.1, 1.0, 3, ramp])
 def test_equals_numpy_over_a_long_run(coefficient: Any, max_value: Any) -> None:
@@ -92,6 +93,7 @@ def test_hard_makes_it_clip_by_value() -> None:
     trees.assert_close((clipped, state), expected, rtol=1e-7)
 
 
+@pytest.mark.slow_but(3)
 @every
 @pytest.mark.parametrize("size", [0.0, 1e-30])
 def test_the_derivative_at_zero_is_the_identity(coefficient: Any, size: float) -> None:

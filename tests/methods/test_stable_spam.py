@@ -369,6 +369,7 @@ def test_edge_finite_entries_whose_norm_overflows() -> None:
     trees.assert_bitwise(after.moments, state.moments)
 
 
+@pytest.mark.slow_but(9)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("halves", [(True, True), (True, False), (False, True)])

@@ -97,6 +97,7 @@ def build(setting: dict[str, Any], **more: Any) -> Any:
     return clipax.zclip(**given, **more)
 
 
+@pytest.mark.slow_but(5)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("seed", trees.mostly_slow([0, 1], [0]))
 def test_equals_the_oracle_globally(setting: dict[str, Any], seed: int) -> None:
@@ -148,6 +149,7 @@ def test_eps_decides_what_a_spike_is_unless_the_limit_bounds_it(
     np.testing.assert_allclose(states.max_norm[2], expected[2], rtol=1e-5)
 
 
+@pytest.mark.slow_but(5)
 @pytest.mark.parametrize("mode", SHRINK)
 @pytest.mark.parametrize("warmup", [1, 2, 3])
 def test_the_shortest_warm_ups_equal_the_oracle(mode: str, warmup: int) -> None:
