@@ -65,6 +65,8 @@ ALL = {
     "bs": normal(3, 2, 16, seed=4),
     "c": normal(2, 2, seed=5),
     "ws": normal(3, 16, 16, seed=6),
+    "g": normal(16, seed=7),
+    "d": normal(2, seed=8),
 }
 CASES: dict[str, Callable[..., jax.Array]] = {
     "merged": merged(lambda p: p["w"] + p["a"] @ p["b"]),
@@ -86,6 +88,14 @@ CASES: dict[str, Callable[..., jax.Array]] = {
     "recurrent": recurrent,
     "loop": loop,
     "heads": heads,
+    "in scaled columns": merged(lambda p: p["w"] + (p["a"] @ p["b"]) * p["g"][None]),
+    # Random factors that are frozen, between scales that are learned.
+    "between scales": merged(
+        lambda p: p["w"] + (lax.stop_gradient(p["a"]) * p["d"][None]) @ p["b"] * p["g"][None]
+    ),
+    "in scaled rows and columns, a square": merged(
+        lambda p: p["g"][:, None] * (p["a"] @ p["a"].T) * p["g"][None]
+    ),
     "in another shape": merged(lambda p: (p["a"] @ p["b"]).reshape(2, 8, 16).reshape(16, 16)),
     "a part": merged(lambda p: p["w"][:, :9] + (p["a"] @ p["b"])[:, :9]),
 }

@@ -36,6 +36,14 @@ def layers(params: Params, x: jax.Array) -> jax.Array:
     return zoo.mean_square(lax.scan(layer, x, stack)[0])
 
 
+def layers_twice(params: Params, x: jax.Array) -> jax.Array:
+    def layer(x: jax.Array, each: Params) -> Any:
+        return jnp.tanh(x @ (each["w"] * each["g"][:, None] * params["h"][None])), None
+
+    stack = {"w": params["stack"] * params["g"][None, None], "g": params["gs"]}
+    return zoo.mean_square(lax.scan(layer, x, stack)[0])
+
+
 def look_ups(params: Params, x: jax.Array) -> jax.Array:
     tokens = jnp.asarray([3, 1, -2], jnp.int32) + jnp.int32(x[0, 0] > 0)
     return zoo.mean_square(jnp.tanh(x + (params["w"] * params["g"][None])[tokens]))
@@ -58,6 +66,13 @@ CASES: dict[str, Callable[..., jax.Array]] = {
     "by the example": lambda p, x: dense(lambda p: p["w"] * x[1][:, None])(p, x),
     "divided by the example": lambda p, x: dense(lambda p: p["w"] / jnp.exp(x[1])[None])(p, x),
     "by a number": dense(lambda p: p["w"] * p["s"]),
+    "rows, columns and rows": dense(
+        lambda p: p["w"] * p["g"][:, None] * p["h"][None] * jnp.cos(p["g"])[:, None]
+    ),
+    "columns, transposed, columns": dense(
+        lambda p: (p["w"] * p["g"][None]).T * p["h"][None] / jnp.exp(p["g"])[:, None]
+    ),
+    "columns of a stack, in layers": layers_twice,
     "by a row of one": dense(lambda p: p["w"] * p["g"][None, :1]),
     "rows and columns": dense(lambda p: p["w"] * p["g"][:, None] * p["h"][None]),
     "normalized": dense(
@@ -94,13 +109,13 @@ def test_gradients_of_scaled_weights_equal_those_made_one_by_one(name: str, memo
         oracle.assert_leaves_the_same(CASES[name], params, batch, memory=memory)
 
 
-@pytest.mark.parametrize("name", ["rows", "columns", "by constants", "layers"])
+@pytest.mark.parametrize("name", ["rows", "columns", "rows and columns", "by constants", "layers"])
 def test_no_scaled_weight_is_made_for_each_example(name: str) -> None:
     def shaped(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     width = 16 if name == "by constants" else 128
-    params = {"w": shaped(width, 128), "g": shaped(128), "stack": shaped(1, 128, 128)}
+    params = {"w": shaped(width, 128), "g": shaped(128), "h": shaped(128), "stack": shaped(1, 128, 128)}
     params["gs"] = shaped(1, 128)
     batch = shaped(64, 1, width)
     compiled = jax.jit(clipax.clipped_grad(CASES[name], 1.0)).lower(params, batch).compile()

@@ -111,21 +111,28 @@ def _prepared(operand: Operand, values: Values) -> Array:
         prepared = mapped(operand.prepared, operand.depends)(prepared)
     if not operand.depends:
         prepared = prepared[None]
-    if operand.times is None:
-        return prepared
-    by = _prepared(operand.times.by, values)
-    of_value = (*operand.stacked, *operand.times.axes)
-    names = {axis: place for place, axis in enumerate({*of_value, *operand.times.by.all_axes})}
+    axes_after = [*(factor.axes for factor in operand.times), operand.axes][1:]
+    for factor, after in zip(operand.times, axes_after, strict=True):
+        prepared = _multiplied(
+            *(prepared, (*operand.stacked, *factor.axes)),
+            *(_prepared(factor.by, values), factor.by.all_axes),
+            (*operand.stacked, *after),
+        )
+    return prepared
+
+
+def _multiplied(
+    one: Array, axes: Sequence[Axis], other: Array, other_axes: Sequence[Axis], out: Sequence[Axis]
+) -> Array:
+    """The product of arrays whose axes are named after the first one, that of examples."""
+    names = {axis: place for place, axis in enumerate({*axes, *other_axes})}
     examples = len(names)
-    subscripts = [
-        [examples, *map(names.__getitem__, axes)]
-        for axes in (of_value, operand.times.by.all_axes, operand.all_axes)
-    ]
-    prepared, by = of_one_dtype(prepared, by)
+    subscripts = [[examples, *map(names.__getitem__, each)] for each in (axes, other_axes, out)]
+    one, other = of_one_dtype(one, other)
     # What a narrow type holds of the whole product need not fit it here.
-    wide = _leaves.widened_dtype(prepared.dtype)
+    wide = _leaves.widened_dtype(one.dtype)
     return jnp.einsum(
-        prepared, subscripts[0], by, subscripts[1], subscripts[2], preferred_element_type=wide
+        one, subscripts[0], other, subscripts[1], subscripts[2], preferred_element_type=wide
     )
 
 

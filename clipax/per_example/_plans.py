@@ -208,7 +208,7 @@ def _is_costly(term: Placed) -> bool:
     # Its own program of a convolution is slow for a batch of kernels, and that of a product with
     # a factor can make a larger array first.
     has_windows = any(isinstance(each, Windows) for each in term.lhs.preparations)
-    return has_windows or term.lhs.times is not None or term.rhs.times is not None
+    return has_windows or bool(term.lhs.times or term.rhs.times)
 
 
 def entries_of(term: Product) -> int:

@@ -35,8 +35,8 @@ class Operand(NamedTuple):
     """The other axes, after the preparations."""
     preparations: tuple[Callable[[Array], Array], ...] = ()
     """Functions of the value without its stacked axes, in order."""
-    times: "Times | None" = None
-    """If given, the prepared value is multiplied by another one, which makes the axes."""
+    times: tuple["Times", ...] = ()
+    """What the prepared value is multiplied by, in order. The last one makes the axes."""
 
     @property
     def all_axes(self) -> tuple[Axis, ...]:
@@ -81,7 +81,7 @@ class Product(NamedTuple):
         found = [self.lhs, self.rhs, *self.scalars]
         for each in found:
             # The list grows while it is read.
-            found += [] if each.times is None else [each.times.by]
+            found += [factor.by for factor in each.times]
         return found
 
 

@@ -49,7 +49,7 @@ def _can_prepare(term: Product) -> bool:
         jnp.issubdtype(scalar.ref.variable.aval.dtype, np.complexfloating)
         for scalar in term.scalars
     )
-    return is_real and term.lhs.times is None and term.rhs.times is None
+    return is_real and not term.lhs.times and not term.rhs.times
 
 
 def _prepared(term: Product, of_lhs: Any, of_rhs: Any, scale: float) -> Product:

@@ -71,7 +71,7 @@ def contracted(
     gone = [own[axis] for axis in axes if axis not in out]
     for before, other in ((term.lhs, term.rhs), (term.rhs, term.lhs)):
         dropped = [axis for axis in gone if axis in before.axes and axis not in other.all_axes]
-        if dropped and before.times is None:
+        if dropped:
             break
     else:
         return None
@@ -84,8 +84,8 @@ def contracted(
 
 
 def multiplied(operand: Operand, by: Operand, axes: Sequence[Axis]) -> Operand:
-    """An operand that has no factor yet, with one that makes these axes."""
-    return operand._replace(axes=tuple(axes), times=Times(operand.axes, by))
+    """An operand with one factor more, which makes these axes."""
+    return operand._replace(axes=tuple(axes), times=(*operand.times, Times(operand.axes, by)))
 
 
 def product(

@@ -12,7 +12,7 @@ from clipax.per_example._rules._complex import real_part
 from clipax.per_example._rules._products import multiplied
 from clipax.per_example._rules._recipes import Recipe, Site, changed, rule, term_by_term
 from clipax.per_example._scopes import Origin
-from clipax.per_example._terms import Axis, Operand, Product, Terms
+from clipax.per_example._terms import Axis, Product, Terms
 
 _Scaling: TypeAlias = Callable[[Terms], Terms | None]
 
@@ -94,12 +94,9 @@ def _along(terms: Terms, vector: Origin, axis: int, *preparations: Any) -> Terms
         names = [own if size != 1 else Axis(1) for size in shape_of(atom)]
         factor = scope.operand(atom, names, *preparations)
 
-        def can_take(operand: Operand) -> bool:
-            return own in operand.axes and operand.times is None
-
-        if can_take(term.rhs):
+        if own in term.rhs.axes:
             return term._replace(rhs=multiplied(term.rhs, factor, term.rhs.axes))
-        if can_take(term.lhs) and term.one_hot is None:
+        if own in term.lhs.axes and term.one_hot is None:
             return term._replace(lhs=multiplied(term.lhs, factor, term.lhs.axes))
         return None
 

@@ -56,9 +56,8 @@ def _lifted(
 
     def lift(operand: Operand) -> Operand:
         lifted = lift_value(operand)
-        if lifted.times is None:
-            return lifted
-        return lifted._replace(times=lifted.times._replace(by=lift(lifted.times.by)))
+        times = (factor._replace(by=lift(factor.by)) for factor in lifted.times)
+        return lifted._replace(times=tuple(times))
 
     def lift_value(operand: Operand) -> Operand:
         path, variable = operand.ref
@@ -79,7 +78,7 @@ def _lifted(
 
 def _differs_in_steps(operand: Operand) -> bool:
     """Whether a factor of an operand has steps that the operand itself lacks."""
-    return operand.times is not None and not {*operand.times.by.stacked} <= {*operand.stacked}
+    return any(not {*factor.by.stacked} <= {*operand.stacked} for factor in operand.times)
 
 
 def _with_operands(term: Product, change: Callable[[Operand], Operand]) -> Product:

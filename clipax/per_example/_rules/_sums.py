@@ -125,7 +125,7 @@ def _kind(term: Product) -> Any:
 
     def named(operand: Operand) -> Any:
         axes = placed(operand.stacked), placed(operand.axes)
-        times = operand.times and (placed(operand.times.axes), named(operand.times.by))
+        times = tuple((placed(factor.axes), named(factor.by)) for factor in operand.times)
         return (operand.ref, operand.preparations, *axes, times)
 
     operands = tuple(map(named, (term.lhs, term.rhs, *term.scalars)))
