@@ -1,4 +1,4 @@
-"""One cache of compiled programs for a run, and names that the examples in docstrings use."""
+"""How all tests compile their programs, and names that the examples in docstrings use."""
 
 import atexit
 import os
@@ -19,6 +19,13 @@ import pytest
 
 import clipax
 from clipax import coefficients, norms, states, thresholds, units
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # What they compute matters, and not how fast. Later versions compile no sooner this way.
+    if config.option.markexpr == "not slow" and jax.__version_info__ < (0, 11):
+        flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        os.environ.setdefault("XLA_FLAGS", flags)
 
 
 @pytest.fixture(autouse=True)

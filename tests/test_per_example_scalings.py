@@ -115,8 +115,8 @@ def test_no_scaled_weight_is_made_for_each_example(name: str) -> None:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     width = 16 if name == "by constants" else 128
-    params = {"w": shaped(width, 128), "g": shaped(128), "h": shaped(128), "stack": shaped(1, 128, 128)}
-    params["gs"] = shaped(1, 128)
+    params = dict.fromkeys(("g", "h"), shaped(128)) | {"w": shaped(width, 128)}
+    params |= {"stack": shaped(1, 128, 128), "gs": shaped(1, 128)}
     batch = shaped(64, 1, width)
     compiled = jax.jit(clipax.clipped_grad(CASES[name], 1.0)).lower(params, batch).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * width * 128 * 64 / 2

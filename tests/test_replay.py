@@ -121,7 +121,8 @@ ONE_NORM: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", trees.mostly_slow(ONE_NORM, {"fixed", "autoclip", "zclip"}))
+# To the bit, most agree only where XLA optimizes, which it does in the slow group.
+@pytest.mark.parametrize("name", trees.mostly_slow(ONE_NORM, {"fixed", "autoclip"}))
 def test_replay_equals_the_run_that_logged_the_norms_bit_for_bit(name: str) -> None:
     log = train(ONE_NORM[name](), batches(bad=(5, 40, 41)))
     steps = clipax.replay(ONE_NORM[name](), log["norm"])
@@ -132,7 +133,8 @@ def test_replay_equals_the_run_that_logged_the_norms_bit_for_bit(name: str) -> N
     assert name == "recorder" or 0.05 < shares <= 1
 
 
-@pytest.mark.parametrize("name", trees.mostly_slow(LEAF_BY_LEAF, {"fixed", "adagc"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEAF_BY_LEAF)
 def test_replay_of_each_leaf_equals_the_run_bit_for_bit(name: str) -> None:
     log = train(LEAF_BY_LEAF[name](), batches(bad=(5, 40, 41)))
     norms = of_leaves(log, "norm")

@@ -315,7 +315,8 @@ def test_edge_gradients_far_below_eps() -> None:
     np.testing.assert_allclose(outputs[-1], [1e-13], rtol=0.05)
 
 
-@pytest.mark.parametrize("ord", [1.0, 2.0, 1.5])
+# To the bit, most agree only where XLA optimizes, which it does in the slow group.
+@pytest.mark.parametrize("ord", trees.mostly_slow([1.0, 2.0, 1.5], [1.5]))
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_edge_bad_entries_are_loud_and_never_learned(value: float, ord: float) -> None:
     method = clipax.acclip(ord=ord)

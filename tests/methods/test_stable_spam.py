@@ -250,7 +250,8 @@ def test_decays_are_traced_under_inject_hyperparams() -> None:
     trees.assert_close(got, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+# To the bit, bfloat16 agrees only where XLA optimizes, which it does in the slow group.
+@pytest.mark.parametrize("dtype", trees.mostly_slow(["float16", "bfloat16"], ["float16"]))
 def test_narrow_leaves_are_rounded_once(dtype: str) -> None:
     rows = sequences.long_run()["w"][50:80].astype(dtype)
     got, narrow = sequences.scanned(clipax.stable_spam(), rows)
