@@ -113,11 +113,17 @@ def test_gradients_of_factors_equal_those_made_one_by_one(name: str, memory: Any
 
 @pytest.mark.slow_but(2)
 @pytest.mark.parametrize("rank", [1, 8])
-@pytest.mark.parametrize("name", ["merged", "scaled", "loop", "layers", "frozen layers"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("merged", "scaled", "loop", "layers", "frozen layers"),
+        *("in scaled columns", "between scales"),
+    ],
+)
 def test_no_weight_is_made_for_the_gradients_of_its_factors(name: str, rank: int) -> None:
     params = {"as": jnp.zeros((1, 128, rank)), "bs": jnp.zeros((1, rank, 128))}
     params |= {"a": params["as"][0], "b": params["bs"][0], "w": jnp.zeros((128, 128))}
-    params["ws"] = params["w"][None]
+    params |= {"ws": params["w"][None], "g": jnp.zeros(128), "d": jnp.zeros(rank)}
     batch = jnp.zeros((16, 2, 128))
     clip = clipax.clipped_grad(CASES[name], 1.0)
     compiled = jax.jit(clip).lower(params, batch).compile()

@@ -30,6 +30,9 @@ MADE = [
     "a stretch",
     "strided",
     "spread",
+    "in scaled rows",
+    "in scaled columns",
+    "of factors",
 ]
 
 
@@ -54,6 +57,12 @@ class Program:
         if kind == "twice":
             one, other = self.square(), self.square()
             return lambda params: one(params) + 0.5 * other(params).T
+        if kind in ("in scaled rows", "in scaled columns"):
+            one, name, axis = self.square(), self.leaf(WIDTH), int(kind == "in scaled rows")
+            return lambda params: one(params) * (1 + jnp.expand_dims(params[name], axis))
+        if kind == "of factors":
+            one, other = self.leaf(WIDTH, 2), self.leaf(2, WIDTH)
+            return lambda params: params[one] @ params[other]
         if kind == "one of a stack":
             name, index = self.leaf(3, WIDTH, WIDTH), self.draw(st.integers(0, 2))
             return lambda params: params[name][index]

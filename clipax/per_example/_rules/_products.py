@@ -65,7 +65,9 @@ def contracted(
     if not (term.lhs.depends and term.rhs.depends):
         return None
     sizes = roles(term).sizes
-    if sizes.shared * sizes.summed * (sizes.rows + sizes.columns) >= sizes.result:
+    # The program makes a product with a factor from a larger array.
+    is_large = bool(term.lhs.times or term.rhs.times)
+    if not is_large and sizes.shared * sizes.summed * (sizes.rows + sizes.columns) >= sizes.result:
         return None
     own = dict(zip(axes, term.out, strict=True))
     gone = [own[axis] for axis in axes if axis not in out]
