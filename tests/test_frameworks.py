@@ -91,7 +91,7 @@ def as_modules(tree: Any) -> Any:
 CONTAINERS = {"fields": as_fields, "boxes": as_boxes, "modules": as_modules}
 
 
-@pytest.mark.slow_but(14)
+@pytest.mark.slow_but(8)
 @some_methods
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_what_contains_the_leaves_makes_no_difference(name: str, kind: str) -> None:

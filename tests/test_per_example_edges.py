@@ -69,6 +69,7 @@ def test_every_coefficient_weights_the_gradients(name: str, memory: str) -> None
     zoo.assert_near(grads, oracle.weighted_sum(each, weights / EXAMPLES))
 
 
+@pytest.mark.slow_but(9)
 @pytest.mark.parametrize("name", COEFFICIENTS)
 @in_both_ways
 def test_zero_gradients_stay_zero(name: str, memory: str) -> None:
