@@ -203,6 +203,14 @@ def test_an_error_does_not_show_all_of_a_tree() -> None:
         assert "layer" in str(raised.value) or "Array" in str(raised.value)
 
 
+def test_an_error_shows_a_short_array_whole_and_a_long_one_by_its_ends() -> None:
+    with pytest.raises(ValueError, match=r"^info must be") as raised:
+        clipax.track_quantile(1.0, np.arange(40))
+    assert repr(np.arange(40)) in str(raised.value)
+    with pytest.raises(ValueError, match=r"got array\(\[\[1\., 1\., 1\., \.\.\., 1\., 1\., 1\.\]"):
+        clipax.track_quantile(1.0, np.ones((30, 30)))
+
+
 def test_a_transformation_is_not_read_as_a_state() -> None:
     with pytest.raises(ValueError, match=r"^opt_state must be a state"):
         clipax.metrics(clipax.clip_by_global_norm(1.0))
