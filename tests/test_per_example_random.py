@@ -59,7 +59,8 @@ class Program:
             return lambda params: one(params) + 0.5 * other(params).T
         if kind in ("in scaled rows", "in scaled columns"):
             one, name, axis = self.square(), self.leaf(WIDTH), int(kind == "in scaled rows")
-            return lambda params: one(params) * (1 + jnp.expand_dims(params[name], axis))
+            scaled = self.draw(st.sampled_from([jnp.exp, lambda scale: 1 + scale]))
+            return lambda params: one(params) * jnp.expand_dims(scaled(params[name]), axis)
         if kind == "of factors":
             one, other = self.leaf(WIDTH, 2), self.leaf(2, WIDTH)
             return lambda params: params[one] @ params[other]

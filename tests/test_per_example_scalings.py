@@ -89,6 +89,7 @@ CASES: dict[str, Callable[..., jax.Array]] = {
     "look-ups": look_ups,
     "heads": heads,
 }
+IN_A_ROW = ["rows and columns", "rows, columns and rows", "columns, transposed, columns"]
 COMMON = {"rows", "columns", "columns divided"}
 PARAMS = {
     "w": normal(16, 16),
@@ -109,7 +110,9 @@ def test_gradients_of_scaled_weights_equal_those_made_one_by_one(name: str, memo
         oracle.assert_leaves_the_same(CASES[name], params, batch, memory=memory)
 
 
-@pytest.mark.parametrize("name", ["rows", "columns", "rows and columns", "by constants", "layers"])
+@pytest.mark.parametrize(
+    "name", ["rows", "columns", "columns divided", *IN_A_ROW, "by constants", "layers"]
+)
 def test_no_scaled_weight_is_made_for_each_example(name: str) -> None:
     def shaped(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)

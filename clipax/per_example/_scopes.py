@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -74,8 +73,8 @@ class Scope:
         place = _followed((self, atom), _repeated, lambda scope: scope._numbers)
         return None if place[1].aval.ndim else place
 
-    def vector(self, atom: Any, shape: tuple[int, ...]) -> tuple[Origin, int] | None:
-        """The vector that is repeated to make an array of a shape, with its axis there."""
+    def vector(self, atom: Any) -> tuple[Origin, int] | None:
+        """The vector that makes an array, repeated or not, with its axis there."""
         scope, atom = self.origin(atom)
         places = list(range(len(shape_of(atom))))
         equation, _ = scope.maker(atom)
@@ -84,8 +83,7 @@ class Scope:
             scope, atom = scope.origin(equation.invars[0])
             equation, _ = scope.maker(atom)
         longer = [place for place, size in zip(places, shape_of(atom), strict=True) if size != 1]
-        is_vector = len(longer) == 1 and math.prod(shape_of(atom)) < math.prod(shape)
-        return ((scope, atom), longer[0]) if is_vector else None
+        return ((scope, atom), longer[0]) if len(longer) == 1 else None
 
     def depends_on_example(self, variable: Any) -> bool:
         return is_variable(variable) and variable in self.depending

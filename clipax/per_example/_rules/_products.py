@@ -65,9 +65,7 @@ def contracted(
     if not (term.lhs.depends and term.rhs.depends):
         return None
     sizes = roles(term).sizes
-    # The program makes a product with a factor from a larger array.
-    is_large = bool(term.lhs.times or term.rhs.times)
-    if not is_large and sizes.shared * sizes.summed * (sizes.rows + sizes.columns) >= sizes.result:
+    if sizes.shared * sizes.summed * (sizes.rows + sizes.columns) >= _most_made(term):
         return None
     own = dict(zip(axes, term.out, strict=True))
     gone = [own[axis] for axis in axes if axis not in out]
@@ -83,6 +81,16 @@ def contracted(
     operand = multiplied(before, factor, after)
     term = term._replace(out=tuple(own.get(axis, axis) for axis in out))
     return term._replace(lhs=operand) if before is term.lhs else term._replace(rhs=operand)
+
+
+def _most_made(term: Product) -> int:
+    """How many entries the product has in the program, before it is multiplied by others."""
+    axes = {
+        axis
+        for each in (term.lhs, term.rhs)
+        for axis in (*each.stacked, *(each.times[0].axes if each.times else each.axes))
+    }
+    return math.prod(axis.size for axis in axes.difference(roles(term).summed))
 
 
 def multiplied(operand: Operand, by: Operand, axes: Sequence[Axis]) -> Operand:

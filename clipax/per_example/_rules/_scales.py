@@ -43,7 +43,7 @@ def _scaling(site: Site, index: int, *preparations: Any) -> _Scaling | None:
     number = site.scope.number(site.operands[index])
     if number is not None:
         return lambda terms: _scaled(terms, number, *preparations)
-    vector = site.scope.vector(site.operands[index], shape_of(site.variable))
+    vector = site.scope.vector(site.operands[index])
     return None if vector is None else lambda terms: _along(terms, *vector, *preparations)
 
 
@@ -91,6 +91,9 @@ def _along(terms: Terms, vector: Origin, axis: int, *preparations: Any) -> Terms
         if term.moves or term.box is not None or not (term.lhs.depends and term.rhs.depends):
             return None
         own = term.out[axis]
+        is_from_more = bool(term.lhs.times or term.rhs.times)
+        if not is_from_more and all(each is own or each.size == 1 for each in term.out):
+            return None  # The program makes a vector from nothing larger.
         names = [own if size != 1 else Axis(1) for size in shape_of(atom)]
         factor = scope.operand(atom, names, *preparations)
 
