@@ -64,8 +64,7 @@ def contracted(
         return None
     if not (term.lhs.depends and term.rhs.depends):
         return None
-    sizes = roles(term).sizes
-    if sizes.shared * sizes.summed * (sizes.rows + sizes.columns) >= _most_made(term):
+    if not has_small_factors(term):
         return None
     own = dict(zip(axes, term.out, strict=True))
     gone = [own[axis] for axis in axes if axis not in out]
@@ -83,14 +82,16 @@ def contracted(
     return term._replace(lhs=operand) if before is term.lhs else term._replace(rhs=operand)
 
 
-def _most_made(term: Product) -> int:
-    """How many entries the product has in the program, before it is multiplied by others."""
-    axes = {
+def has_small_factors(term: Product) -> bool:
+    """Whether the factors of a product are smaller than what the program makes of them."""
+    found = roles(term)
+    made = {
         axis
         for each in (term.lhs, term.rhs)
         for axis in (*each.stacked, *(each.times[0].axes if each.times else each.axes))
     }
-    return math.prod(axis.size for axis in axes.difference(roles(term).summed))
+    entries = found.sizes.shared * found.sizes.summed * (found.sizes.rows + found.sizes.columns)
+    return entries < math.prod(axis.size for axis in made.difference(found.summed))
 
 
 def multiplied(operand: Operand, by: Operand, axes: Sequence[Axis]) -> Operand:

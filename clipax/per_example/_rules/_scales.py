@@ -9,7 +9,7 @@ import numpy as np
 from clipax.per_example._preparations import Multiplied
 from clipax.per_example._programs import is_variable, shape_of
 from clipax.per_example._rules._complex import real_part
-from clipax.per_example._rules._products import multiplied
+from clipax.per_example._rules._products import has_small_factors, multiplied
 from clipax.per_example._rules._recipes import Recipe, Site, changed, rule, term_by_term
 from clipax.per_example._scopes import Origin
 from clipax.per_example._terms import Axis, Product, Terms
@@ -91,9 +91,8 @@ def _along(terms: Terms, vector: Origin, axis: int, *preparations: Any) -> Terms
         if term.moves or term.box is not None or not (term.lhs.depends and term.rhs.depends):
             return None
         own = term.out[axis]
-        is_from_more = bool(term.lhs.times or term.rhs.times)
-        if not is_from_more and all(each is own or each.size == 1 for each in term.out):
-            return None  # The program makes a vector from nothing larger.
+        if term.one_hot is None and not has_small_factors(term):
+            return None
         names = [own if size != 1 else Axis(1) for size in shape_of(atom)]
         factor = scope.operand(atom, names, *preparations)
 
