@@ -22,7 +22,7 @@ from clipax import coefficients, norms, states, thresholds, units
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # What they compute matters, and not how fast. Later versions compile no sooner this way.
+    # What they compute matters, and not how fast. Later versions hardly gain by it.
     if config.option.markexpr == "not slow" and jax.__version_info__ < (0, 11):
         flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
         os.environ.setdefault("XLA_FLAGS", flags)

@@ -265,7 +265,6 @@ def test_psac_lengthens_small_gradients() -> None:
     np.testing.assert_allclose(lengths, [1e-6, 0.375], rtol=1e-4)
 
 
-@pytest.mark.slow_but(2)
 @pytest.mark.slow_but(4)
 @pytest.mark.parametrize(
     "coefficient",

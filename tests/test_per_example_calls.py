@@ -107,7 +107,6 @@ AS_IT_IS: dict[str, tuple[Callable[..., Any], Any, float]] = {
 }
 
 
-@pytest.mark.slow_but(8)
 @pytest.mark.slow_but(15)
 @pytest.mark.parametrize("name", AS_IT_IS)
 @pytest.mark.parametrize("is_keyword", [False, True])

@@ -54,7 +54,6 @@ def test_examples_under_the_bound_are_not_changed(bound: float, memory: str) -> 
     )
 
 
-@pytest.mark.slow_but(3)
 @pytest.mark.slow_but(5)
 @pytest.mark.parametrize("name", COEFFICIENTS)
 @in_both_ways
@@ -110,7 +109,6 @@ def test_nan_and_inf_make_the_gradients_nan(bad: str, memory: str) -> None:
     assert np.any(np.isnan(grads["gram"]))
 
 
-@pytest.mark.slow_but(2)
 @pytest.mark.slow_but(4)
 @pytest.mark.parametrize("bad", BAD)
 @in_both_ways

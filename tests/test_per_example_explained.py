@@ -43,7 +43,7 @@ HELPED: dict[str, tuple[Callable[..., jax.Array], str]] = {
         "it comes from select_n",
     ),
     "squared": (dense(lambda p: jnp.square(p["w"])), "it comes from mul"),
-    "normalized": (dense(normalized), "it comes from mul"),
+    "normalized": (dense(normalized), "it comes from mul. Do that"),
     "summed up": (dense(lambda p: jnp.cumsum(p["w"], 0)), "it comes from cumsum"),
     "in two scans": (two_scans, "products that do not compare"),
     "mutable": (mutable, "it comes from a program with mutable arrays. Use others"),

@@ -75,7 +75,6 @@ def _is_common(part: str, shared: str) -> bool:
     return part in COMMON and (shared == "all of it" or part == "one of a stack")
 
 
-@pytest.mark.slow_but(2)
 @pytest.mark.slow_but(4)
 @pytest.mark.parametrize(
     ("part", "shared"),

@@ -120,7 +120,6 @@ def test_every_option_equals_numpy(name: str) -> None:
             trees.assert_same_type(grads, params)
 
 
-@pytest.mark.slow_but(2)
 @pytest.mark.slow_but(4)
 @pytest.mark.parametrize("case", CASES)
 def test_an_ensemble_is_clipped_member_by_member(case: str) -> None:
@@ -355,7 +354,6 @@ def neighbours(coefficient: str) -> tuple[Any, Any, Any]:
     return large, np.arange(EXAMPLES) < EXAMPLES - 1, opposite
 
 
-@pytest.mark.slow_but(5)
 @pytest.mark.slow_but(10)
 @pytest.mark.parametrize("split", ["one", "equal", "by size"])
 @pytest.mark.parametrize("name", sorted(set(COEFFICIENTS) - {"unclipped", "of one's own"}))

@@ -172,7 +172,6 @@ def test_each_example_can_have_its_key_on_several_devices(kind: str) -> None:
     zoo.assert_near(joined(info.norms), of_wanted.norms)
 
 
-@pytest.mark.slow_but(2)
 @pytest.mark.slow_but(4)
 @in_every_mapping
 @pytest.mark.parametrize("per_leaf", [False, True])
@@ -202,7 +201,6 @@ def test_explain_works_in_a_mapped_program(kind: str, capsys: pytest.CaptureFixt
     assert zoo.lines_of_leaves(text) == alone
 
 
-@pytest.mark.slow_but(2)
 @pytest.mark.slow_but(4)
 @in_every_mapping
 @pytest.mark.parametrize("is_shared", [False, True])
@@ -430,7 +428,6 @@ CROSSING: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-@pytest.mark.slow_but(13)
 @pytest.mark.slow_but(26)
 @in_every_mapping
 @pytest.mark.parametrize("name", CROSSING)

@@ -114,8 +114,10 @@ def _prepared(operand: Operand, values: Values) -> Array:
     axes_after = [*(factor.axes for factor in operand.times), operand.axes][1:]
     for factor, after in zip(operand.times, axes_after, strict=True):
         prepared = _multiplied(
-            *(prepared, (*operand.stacked, *factor.axes)),
-            *(_prepared(factor.by, values), factor.by.all_axes),
+            prepared,
+            (*operand.stacked, *factor.axes),
+            _prepared(factor.by, values),
+            factor.by.all_axes,
             (*operand.stacked, *after),
         )
     return prepared

@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 from clipax.per_example import _programs
-from clipax.per_example._plans import CHEAPER, Plan, Way, entries_of
+from clipax.per_example._plans import CHEAPER, Plan, Way
 from clipax.per_example._programs import is_variable
+from clipax.per_example._roles import entries_of
 from clipax.per_example._scopes import Origin, Scope
 from clipax.per_example._terms import Product, Term, Whole
 from clipax.per_example._walk import terms_of

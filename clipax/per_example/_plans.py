@@ -14,7 +14,7 @@ from clipax.per_example._pieces import constants_of, pieces_of
 from clipax.per_example._placing import written_out
 from clipax.per_example._preparations import Windows
 from clipax.per_example._programs import Ref
-from clipax.per_example._roles import layout, roles, turned
+from clipax.per_example._roles import entries_of, layout, roles, turned
 from clipax.per_example._scopes import Scope
 from clipax.per_example._terms import Axis, Passed, Placed, Product, Whole
 from clipax.per_example._tracing import ExampleProgram
@@ -209,13 +209,6 @@ def _is_costly(term: Placed) -> bool:
     # a factor can make a larger array first.
     has_windows = any(isinstance(each, Windows) for each in term.lhs.preparations)
     return has_windows or bool(term.lhs.times or term.rhs.times)
-
-
-def entries_of(term: Product) -> int:
-    """How many numbers the factors of a product have."""
-    sizes = roles(term).sizes
-    rows = 1 if term.one_hot is not None else sizes.rows
-    return sizes.shared * sizes.summed * (rows + sizes.columns)
 
 
 def _cost_of_each(term: Product) -> int:

@@ -66,6 +66,13 @@ def roles(term: Product) -> Roles:
     )
 
 
+def entries_of(term: Product) -> int:
+    """How many numbers the factors of a product have."""
+    sizes = roles(term).sizes
+    rows = 1 if term.one_hot is not None else sizes.rows
+    return sizes.shared * sizes.summed * (rows + sizes.columns)
+
+
 def layout(term: Product) -> Any:
     """A key that is equal for products whose factors can be joined or compared."""
     places = {axis: place for place, axis in enumerate(term.out)}

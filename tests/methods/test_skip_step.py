@@ -185,7 +185,6 @@ def test_steps_that_are_taken_are_those_of_the_inner_one(name: str, compiled: bo
             trees.assert_bitwise(*results)
 
 
-@pytest.mark.slow_but(9)
 @pytest.mark.slow_but(18)
 @promotes
 @every_optimizer

@@ -12,7 +12,7 @@ import numpy as np
 
 from clipax.per_example._preparations import Grouped, Windows
 from clipax.per_example._programs import shape_of
-from clipax.per_example._roles import roles
+from clipax.per_example._roles import entries_of, roles
 from clipax.per_example._rules._recipes import Recipe, Site, changed, finished, rule
 from clipax.per_example._terms import Axis, Move, Operand, Product, Terms, Times
 
@@ -84,14 +84,13 @@ def contracted(
 
 def has_small_factors(term: Product) -> bool:
     """Whether the factors of a product are smaller than what the program makes of them."""
-    found = roles(term)
     made = {
         axis
         for each in (term.lhs, term.rhs)
         for axis in (*each.stacked, *(each.times[0].axes if each.times else each.axes))
     }
-    entries = found.sizes.shared * found.sizes.summed * (found.sizes.rows + found.sizes.columns)
-    return entries < math.prod(axis.size for axis in made.difference(found.summed))
+    made.difference_update(roles(term).summed)
+    return entries_of(term) < math.prod(axis.size for axis in made)
 
 
 def multiplied(operand: Operand, by: Operand, axes: Sequence[Axis]) -> Operand:
